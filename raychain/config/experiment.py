@@ -1,0 +1,197 @@
+"""What a user may write in an experiment file: one frozen model a component, every field with its unit and default."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from raychain.config.durations import Bytes, Duration, Epochs, Every, Interval, Warmup
+
+
+class Component(BaseModel):
+    """Frozen, no unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+
+Addresses = Annotated[
+    tuple[str, ...],
+    BeforeValidator(lambda v: (v,) if isinstance(v, str) else v),
+    Field(min_length=1),
+]
+
+
+class Demo(Component):
+    """Render OpenMoji shards into a folder when they are not there yet (`raychain data demo`)."""
+
+    out: str
+    """Folder of the shards."""
+    names: int = Field(240, ge=2)
+    """Emoji names, which are the classes of the zero-shot task."""
+    pictures: int = Field(16_000, ge=1)
+    """Training pictures."""
+    seed: int = Field(0, ge=0)
+
+
+class Captions(Component):
+    """Where a picture's captions stand and how many are used a step (LaCLIP)."""
+
+    keys: Annotated[tuple[str, ...], BeforeValidator(lambda v: (v,) if isinstance(v, str) else v)] = ("txt",)
+    """Members that hold captions: `txt` (one caption), `json.KEY` (a string or a list of strings)."""
+    per_image: int = Field(1, ge=1)
+    """Captions of an image in the loss. Above 1 the first key's caption is always one of them, the rest are drawn anew
+    every epoch."""
+
+
+class Data(Component):
+    """Training pictures: webdataset tar shards in img2dataset's layout."""
+
+    train: Addresses
+    """Shard addresses: paths, s3:// or gs://, with braces and globs; one or a list."""
+    demo: Demo | None = None
+    """Render demo shards first."""
+    samples: int | None = Field(None, ge=1)
+    """Samples an epoch; counted from the shards when absent."""
+    captions: Captions = Captions()
+    image_size: int | None = Field(None, ge=8)
+    """Pixels a side; the model's own when absent."""
+    crop: tuple[float, float] | None = None
+    """Area range of a random resized crop a step, such as [0.9, 1.0]; centre crop when absent."""
+    shuffle_window: int = Field(8, ge=1)
+    """Shards whose samples are shuffled together (the shards' order is shuffled too)."""
+
+    @model_validator(mode="after")
+    def _crop_range(self) -> Data:
+        if self.crop and not 0 < self.crop[0] <= self.crop[1] <= 1:
+            raise ValueError("crop: allowed is [low, high] with 0 < low <= high <= 1")
+        return self
+
+
+class Stage(Component):
+    """One model of the chain."""
+
+    model: str
+    """An open_clip model name or one of raychain's families."""
+    epochs: Epochs
+    """Length of the stage: a number of epochs, or "N steps", "N samples"."""
+    lr: float | None = Field(None, gt=0)
+    """Peak learning rate of this stage instead of `train.lr`."""
+    warmup: Warmup | None = None
+    """Warm-up of this stage instead of `train.warmup`."""
+
+
+class Distill(Component):
+    """Inverse feature distillation: alpha times the squared distance of normalised features, towers averaged."""
+
+    alpha: float = Field(2.0, ge=0)
+    cap: bool = True
+    """Scale the distillation loss down wherever it would exceed the task loss."""
+
+
+class Transfer(Component):
+    """What a stage takes from the one before it."""
+
+    width: str = "embed"
+    """Growth operator for widths."""
+    depth: str = "interleave"
+    """Growth operator for layers."""
+    distill: Distill | None = Distill()
+    """null: no distillation."""
+
+
+class Train(Component):
+    """The recipe; stages may override `lr` and `warmup`."""
+
+    global_batch: int = Field(1024, ge=2)
+    """Pairs a step over all workers."""
+    lr: float = Field(1e-3, gt=0)
+    """Peak learning rate."""
+    warmup: Warmup = Duration(1000, "steps")
+    """Linear warm-up: "N steps", "N samples", "N epochs" or "N %" of the stage."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """Learning rate after the warm-up: cosine to zero, or constant."""
+    weight_decay: float = Field(0.1, ge=0)
+    """On matrices and tables; gains, biases and logit_scale have none."""
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = Field(1e-6, gt=0)
+    clip_norm: float | None = Field(1.0, gt=0)
+    """Gradient norm is clipped to this; null: not clipped."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Autocast of the forward pass; weights and optimiser are fp32."""
+    seed: int = Field(0, ge=0)
+    log_every: int = Field(20, ge=1)
+    """Steps between lines of metrics.jsonl."""
+
+
+class Compute(Component):
+    """Where the chain runs."""
+
+    workers: int = Field(1, ge=1)
+    """Ray Train workers, one process each."""
+    gpus_per_worker: float = Field(0, ge=0, le=1)
+    """1: CUDA and NCCL; 0: CPU and gloo."""
+    cpus_per_worker: float | None = Field(None, gt=0)
+    """CPUs Ray reserves a worker, which sets its threads. Absent: on this machine its cores shared out, on a cluster 1."""
+    max_failures: int = Field(3, ge=0)
+    """Worker group restarts before the run fails."""
+
+    @model_validator(mode="after")
+    def _whole_gpu(self) -> Compute:
+        if self.gpus_per_worker not in (0, 1):
+            raise ValueError("gpus_per_worker: allowed is 0 or 1")
+        return self
+
+
+class Preload(Component):
+    """The node-local cache of decoded shards."""
+
+    cache: str = "~/.cache/raychain"
+    """Folder on a local disk of each node."""
+    budget: Bytes = 64 * 2**30
+    """Bytes the cache may hold; the least recently used shards go first."""
+
+
+class Evaluate(Component):
+    """Measured on held-out shards after each stage."""
+
+    zero_shot: str | None = None
+    """Folder in clip_benchmark's webdataset layout (classnames.txt, zeroshot_classification_templates.txt, test/*.tar)."""
+    retrieval: Addresses | None = None
+    """Shards of pictures with captions."""
+    every: Every | None = None
+    """Also measure during a stage: "1 epochs", "500 steps"."""
+
+
+class Checkpoint(Component):
+    """Saved states of an unfinished stage."""
+
+    every: Interval = Duration(300, "s")
+    """ "5 minutes", "30 seconds" or "500 steps"."""
+    keep: int = Field(2, ge=1)
+
+
+class Baseline(Component):
+    """The training that the chain is compared with."""
+
+    model: str
+    epochs: Epochs
+
+
+class Experiment(Component):
+    """A chain of models on one data set."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the run folder."""
+    data: Data
+    chain: Annotated[tuple[Stage, ...], Field(min_length=1)]
+    transfer: Transfer = Transfer()
+    train: Train = Train()
+    compute: Compute = Compute()
+    preload: Preload = Preload()
+    evaluate: Evaluate = Evaluate()
+    checkpoint: Checkpoint = Checkpoint()
+    baseline: Baseline | None = None
+    """Absent: the last model trained alone for the first stage's epochs."""
+    storage: str = "runs"
+    """Folder or address under which run folders are made."""

@@ -1,0 +1,141 @@
+"""Reads an experiment file with `--set` overrides; every error says where, what was given, what is allowed, how to fix."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from types import UnionType
+from typing import Any, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from raychain.config.experiment import Experiment
+from raychain.errors import InputError, nearest
+
+PACKAGE = Path(__file__).resolve().parents[1]
+
+
+def shipped_experiments() -> dict[str, Path]:
+    """Name → file of the experiments that come with raychain (repository checkout or installed wheel)."""
+    for folder in (PACKAGE / "experiments", PACKAGE.parent / "experiments"):
+        if folder.is_dir():
+            return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    return {}
+
+
+def find_experiment(name: str) -> Path:
+    """The file for a path or a shipped experiment's name; InputError if there is none."""
+    path, shipped = Path(name), shipped_experiments()
+    if path.suffix in (".yaml", ".yml") or os.sep in name:
+        if path.is_file():
+            return path
+        raise InputError(
+            "EXPERIMENT", name, "a YAML file, or one of: " + ", ".join(shipped), "check the path; no such file"
+        )
+    if name not in shipped:
+        fix = nearest(name, list(shipped), "give one of these names, or a path ending in .yaml")
+        raise InputError("EXPERIMENT", name, ", ".join(shipped) or "a YAML file", fix)
+    return shipped[name]
+
+
+def load_experiment(name: str, overrides: Sequence[str] = ()) -> Experiment:
+    """The validated experiment of a YAML path or shipped name, with `dotted.key=value` overrides (values are YAML)."""
+    path = find_experiment(name)
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(str(path), str(error).replace("\n", " "), "a YAML mapping", "correct the file there") from None
+    if not isinstance(tree, dict):
+        raise InputError(
+            str(path), type(tree).__name__, "a YAML mapping of experiment keys", "see experiments/demo.yaml"
+        )
+    for override in overrides:
+        _apply(tree, override)
+    return validate(tree, str(path))
+
+
+def validate(tree: dict[str, Any], source: str = "experiment") -> Experiment:
+    """An Experiment from plain data; InputError with every problem in it."""
+    try:
+        return Experiment.model_validate(tree)
+    except ValidationError as error:
+        raise InputError(*_explain(error, source)) from None
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise InputError("--set", override, "dotted.key=value", "for example --set train.lr=5e-4")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise InputError(f"--set {key}", text, "a YAML value", "quote the value") from None
+    if isinstance(value, str):  # YAML 1.1 reads 1e-3 as text
+        value = _number(value)
+    node: Any = tree
+    *parents, last = key.split(".")
+    for part in parents:
+        if isinstance(node, list):
+            node = node[_index(node, part, override)]
+        else:
+            node[part] = node.get(part) or {}
+            node = node[part]
+        if not isinstance(node, dict | list):
+            raise InputError("--set", override, f"a key below a mapping; {part} is a value", f"set {part} itself")
+    if isinstance(node, list):
+        node[_index(node, last, override)] = value
+    else:
+        node[last] = value
+
+
+def _number(text: str) -> str | float:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _index(node: list[Any], part: str, override: str) -> int:
+    if part.isdigit() and int(part) < len(node):
+        return int(part)
+    raise InputError("--set", override, f"a number from 0 to {len(node) - 1} in place of {part}", "count from 0")
+
+
+def _explain(error: ValidationError, source: str) -> tuple[str, str, str, str]:
+    problems = []
+    for item in error.errors():
+        parts = [p for p in item["loc"] if isinstance(p, str | int)]
+        where = ".".join(map(str, parts))
+        fields = _fields(parts[:-1])
+        if item["type"] == "extra_forbidden":
+            key = str(parts[-1])
+            problems.append((where, repr(item["input"]), ", ".join(fields), nearest(key, fields, "remove the key")))
+        elif item["type"] == "missing":
+            problems.append((where, "nothing", "this key is required", f"add {where}: …"))
+        else:
+            given = "…" if isinstance(item["input"], dict) and len(item["input"]) > 4 else repr(item["input"])
+            allowed = item["msg"].removeprefix("Value error, ").removeprefix("allowed is ")
+            problems.append((where, given, allowed, f"correct {where or 'the file'}"))
+    first, *more = problems
+    rest = "".join(f"\n{source}: {w}\n  given    {g}\n  allowed  {a}\n  fix      {f}" for w, g, a, f in more)
+    return f"{source}: {first[0]}", first[1], first[2], first[3] + rest
+
+
+def _fields(parts: Sequence[str | int]) -> list[str]:
+    """Field names of the component that `parts` (a pydantic location) leads to."""
+    model: Any = Experiment
+    for part in parts:
+        if isinstance(part, str) and isinstance(model, type) and issubclass(model, BaseModel):
+            field = model.model_fields.get(part)
+            model = _component(field.annotation) if field else None
+    return list(model.model_fields) if model is not None else []
+
+
+def _component(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and not get_origin(annotation) and issubclass(annotation, BaseModel):
+        return annotation
+    if get_origin(annotation) is not None or isinstance(annotation, UnionType):
+        return next((found for arg in get_args(annotation) if (found := _component(arg))), None)
+    return None

@@ -1,0 +1,27 @@
+"""Errors that reach the person who typed the command."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from difflib import get_close_matches
+
+
+class InputError(Exception):
+    """The input is wrong (exit status 2): where it stands, what was given, what is allowed, how to fix it."""
+
+    def __init__(self, where: str, given: object, allowed: str, fix: str) -> None:
+        super().__init__(f"{where}\n  given    {given}\n  allowed  {allowed}\n  fix      {fix}")
+
+
+class RunFailed(Exception):
+    """The run stopped with an error (exit status 1); what was trained is kept."""
+
+
+class Interrupted(Exception):
+    """The user or the cluster stopped the run (exit status 130); what was trained is kept."""
+
+
+def nearest(word: str, known: Sequence[str], default: str) -> str:
+    """`did you mean X?` for the entry of `known` nearest to `word`, else `default`."""
+    close = get_close_matches(word, known, n=1, cutoff=0.6)
+    return f"did you mean {close[0]}?" if close else default

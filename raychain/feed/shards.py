@@ -1,0 +1,113 @@
+"""Shards: from addresses with braces and globs to files with an identity and a count of usable samples."""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import json
+import tarfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import braceexpand
+from pyarrow import fs
+
+from raychain.errors import InputError
+from raychain.feed import members
+from raychain.storage import resolve
+
+PROBE = 65_536
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar file. `identity` hashes its size and three probes of its content, so a moved copy is the same shard."""
+
+    address: str
+    size: int
+    identity: str
+    samples: int
+
+
+def expand(patterns: Sequence[str], where: str) -> list[str]:
+    """Addresses of the existing shards that the patterns name: braces, then globs or plain files, in the order given.
+
+    Raises InputError, naming `where`, for a pattern that matches nothing and for files that do not exist.
+    """
+    found: list[str] = []
+    for pattern in patterns:
+        try:
+            addresses = list(braceexpand.braceexpand(pattern))
+        except braceexpand.UnbalancedBracesError:
+            raise InputError(where, pattern, "balanced braces such as {00000..00331}", "close the brace") from None
+        for address in addresses:
+            found += _match(address, pattern, where)
+    return found
+
+
+def _match(address: str, pattern: str, where: str) -> list[str]:
+    filesystem, path = resolve(address)
+    prefix = address[: len(address) - len(path)] if address.endswith(path) and "://" in address else ""
+    try:
+        info = filesystem.get_file_info(path)
+        if info.type == fs.FileType.File:
+            return [address]
+        if info.type == fs.FileType.Directory:
+            path = f"{path.rstrip('/')}/*.tar"
+        elif not any(c in path for c in "*?["):
+            raise InputError(where, pattern, "tar shards that exist", f"no such file: {address}")
+        stem = path[: min(path.find(c) for c in "*?[" if c in path)].rpartition("/")[0]
+        selector = fs.FileSelector(stem or "/", recursive="/" in path[len(stem) + 1 :], allow_not_found=True)
+        names = [i.path for i in filesystem.get_file_info(selector) if i.type == fs.FileType.File]
+    except OSError as error:
+        raise InputError(where, pattern, "shards that can be read", f"{address}: {error}") from None
+    matched = sorted(n for n in names if fnmatch.fnmatchcase(n, path) and n.count("/") == path.count("/"))
+    if not matched:
+        raise InputError(where, pattern, "a pattern that matches at least one file", f"nothing matches {address}")
+    return [prefix + name for name in matched]
+
+
+def survey(addresses: Sequence[str], wanted: members.Wanted, cache: Path, where: str) -> list[Shard]:
+    """Size, identity and count of usable samples of each shard, read in parallel; counts are kept in `cache`.
+
+    Raises InputError for files that are no readable tar or hold no usable sample.
+    """
+    with ThreadPoolExecutor(16) as pool:
+        shards = list(pool.map(lambda address: _survey(address, wanted, cache, where), addresses))
+    if not any(shard.samples for shard in shards):
+        raise InputError(
+            where, f"{len(shards)} shards without a usable sample", f"samples with {wanted}", "check data.captions.keys"
+        )
+    return shards
+
+
+def _survey(address: str, wanted: members.Wanted, cache: Path, where: str) -> Shard:
+    filesystem, path = resolve(address)
+    try:
+        size = filesystem.get_file_info(path).size
+        with filesystem.open_input_file(path) as file:
+            probe = hashlib.blake2b(str(size).encode(), digest_size=16)
+            for offset in (0, max(0, size // 2), max(0, size - PROBE)):
+                file.seek(offset)
+                probe.update(file.read(PROBE))
+            identity = probe.hexdigest()
+            noted = cache / "counts" / f"{identity}-{wanted.digest}.json"
+            if noted.is_file():
+                return Shard(address, size, identity, int(json.loads(noted.read_text())["samples"]))
+            file.seek(0)
+            samples = sum(1 for _ in members.samples(file, wanted, names_only=True))
+    except (OSError, tarfile.TarError, ValueError) as error:
+        raise InputError(where, address, "a complete tar file", f"replace or remove the shard ({error})") from None
+    noted.parent.mkdir(parents=True, exist_ok=True)
+    noted.write_text(json.dumps({"samples": samples}))
+    return Shard(address, size, identity, samples)
+
+
+def read(shard: Shard, wanted: members.Wanted) -> Iterator[dict[str, Any]]:
+    """The usable samples of a shard in file order."""
+    filesystem, path = resolve(shard.address)
+    with filesystem.open_input_file(path) as file:
+        yield from members.samples(file, wanted)

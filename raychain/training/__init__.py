@@ -1,0 +1,1 @@
+"""The one training loop: state, optimiser, checkpoints, and the Ray Train worker that runs consecutive stages."""
