@@ -10,14 +10,18 @@ class InputError(Exception):
     """The input is wrong (exit status 2): where it stands, what was given, what is allowed, how to fix it."""
 
     def __init__(self, where: str, given: object, allowed: str, fix: str) -> None:
-        super().__init__(f"{where}\n  given    {given}\n  allowed  {allowed}\n  fix      {fix}")
+        super().__init__(where, str(given), allowed, fix)  # all four, so that it survives pickling between processes
+
+    def __str__(self) -> str:
+        where, given, allowed, fix = self.args
+        return f"{where}\n  given    {given}\n  allowed  {allowed}\n  fix      {fix}"
 
 
-class RunFailed(Exception):
+class RunFailed(Exception):  # noqa: N818 - the name says what happened
     """The run stopped with an error (exit status 1); what was trained is kept."""
 
 
-class Interrupted(Exception):
+class Interrupted(Exception):  # noqa: N818 - nothing went wrong
     """The user or the cluster stopped the run (exit status 130); what was trained is kept."""
 
 

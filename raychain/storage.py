@@ -103,7 +103,7 @@ class Folder:
                     fs.copy_files(str(path), self.join(relative), fs.LocalFileSystem(), self.fs)
 
     def fetch(self, name: str, target: Path) -> Path:
-        """A local path with the content of the subfolder `name`: the folder itself if local, else a copy in `target`."""
+        """A local path to the content of the subfolder `name`: the folder itself if local, else a copy in `target`."""
         if self.local:
             return Path(self.join(name))
         target.mkdir(parents=True, exist_ok=True)
@@ -112,10 +112,10 @@ class Folder:
 
     def move(self, source: str, target: str) -> None:
         """Renames a file or folder."""
-        if self.local or not isinstance(self.fs, fs.S3FileSystem):
+        if self.local:
             self.fs.move(self.join(source), self.join(target))
             return
-        fs.copy_files(self.join(source), self.join(target), self.fs, self.fs)  # S3 cannot rename folders
+        fs.copy_files(self.join(source), self.join(target), self.fs, self.fs)  # object stores cannot rename folders
         self.fs.delete_dir(self.join(source))
 
     def delete(self, name: str) -> None:

@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, PlainSerializer, WithJsonSchema
 
 UNITS = {"step": "steps", "sample": "samples", "epoch": "epochs", "percent": "%", "%": "%"}
 SECONDS = {"s": 1, "second": 1, "minute": 60, "min": 60, "hour": 3600, "h": 3600}
-_LENGTH = re.compile(r"\s*([0-9][0-9_]*(?:\.[0-9]+)?(?:[eE][0-9]+)?)\s*([A-Za-z%]*)\s*")
+_LENGTH = re.compile(r"\s*([0-9][0-9_]*(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z%]*)\s*")
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,8 @@ class Duration:
         return round(exact)
 
     def __str__(self) -> str:
-        return f"{self.amount:g} {self.unit}"
+        amount = int(self.amount) if self.amount.is_integer() else self.amount
+        return f"{amount} {self.unit}"
 
 
 def parse_duration(value: Any, *, default_unit: str | None = None, percent: bool = False) -> Duration:
@@ -54,21 +55,20 @@ def parse_duration(value: Any, *, default_unit: str | None = None, percent: bool
     unit = default_unit if not word else UNITS.get(word) or UNITS.get(word.removesuffix("s"))
     if unit is None or (unit == "%" and not percent):
         raise ValueError(f"allowed is {allowed}")
-    return Duration(float(found[1].replace("_", "")), unit)
+    return Duration(float(found[1]), unit)
 
 
 def parse_interval(value: Any) -> Duration:
     """How often: `"500 steps"` or a time, `"30 seconds"`, `"5 minutes"`, `"1 hour"` (unit `s` in the result)."""
-    found = _LENGTH.fullmatch(str(value))
     if isinstance(value, Duration):
         return value
+    found = _LENGTH.fullmatch(str(value))
     word = found[2].lower() if found else ""
-    if found and word.rstrip("s") == "step":
-        return Duration(float(found[1]), "steps")
     seconds = SECONDS.get(word) or SECONDS.get(word.removesuffix("s"))
-    if not found or seconds is None or float(found[1]) <= 0:
-        raise ValueError('allowed is "N steps", "N seconds", "N minutes" or "N hours"')
-    return Duration(float(found[1]) * seconds, "s")
+    if not found or float(found[1]) <= 0 or (seconds is None and word.removesuffix("s") != "step"):
+        raise ValueError('allowed is "N steps", "N seconds", "N minutes" or "N hours", above zero')
+    amount = float(found[1])
+    return Duration(amount, "steps") if seconds is None else Duration(amount * seconds, "s")
 
 
 def parse_bytes(value: Any) -> int:
@@ -78,13 +78,13 @@ def parse_bytes(value: Any) -> int:
     }
     scale = {k.lower(): v for k, v in powers.items()} | {"b": 1}
     found = _LENGTH.fullmatch(str(value))
-    if isinstance(value, bool) or not found or found[2].lower() not in scale:
+    size = int(float(found[1]) * scale.get(found[2].lower(), 0)) if found else 0
+    if size <= 0:
         raise ValueError('allowed is a size such as "200GiB" or "500MB"')
-    return int(float(found[1].replace("_", "")) * scale[found[2].lower()])
+    return size
 
 
-def _epochs(value: Any) -> Duration:
-    length = parse_duration(value, default_unit="epochs")
+def _above_zero(length: Duration) -> Duration:
     if length.amount <= 0:
         raise ValueError("allowed is a length above zero")
     return length
@@ -92,8 +92,10 @@ def _epochs(value: Any) -> Duration:
 
 _text = PlainSerializer(str, return_type=str)
 _schema = WithJsonSchema({"type": "string"})
-Epochs = Annotated[Duration, BeforeValidator(_epochs), _text, _schema]
+Epochs = Annotated[
+    Duration, BeforeValidator(lambda v: _above_zero(parse_duration(v, default_unit="epochs"))), _text, _schema
+]
 Warmup = Annotated[Duration, BeforeValidator(lambda v: parse_duration(v, percent=True)), _text, _schema]
-Every = Annotated[Duration, BeforeValidator(lambda v: parse_duration(v)), _text, _schema]
+Every = Annotated[Duration, BeforeValidator(lambda v: _above_zero(parse_duration(v))), _text, _schema]
 Interval = Annotated[Duration, BeforeValidator(parse_interval), _text, _schema]
 Bytes = Annotated[int, BeforeValidator(parse_bytes)]

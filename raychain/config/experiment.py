@@ -12,14 +12,15 @@ from raychain.config.durations import Bytes, Duration, Epochs, Every, Interval, 
 class Component(BaseModel):
     """Frozen, no unknown keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False)
 
 
-Addresses = Annotated[
-    tuple[str, ...],
-    BeforeValidator(lambda v: (v,) if isinstance(v, str) else v),
-    Field(min_length=1),
+OneOrMore = Annotated[
+    tuple[str, ...], BeforeValidator(lambda v: (v,) if isinstance(v, str) else v), Field(min_length=1)
 ]
+"""Strings; a single one need not be in a list."""
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Demo(Component):
@@ -31,13 +32,13 @@ class Demo(Component):
     """Emoji names, which are the classes of the zero-shot task."""
     pictures: int = Field(16_000, ge=1)
     """Training pictures."""
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
 
 
 class Captions(Component):
     """Where a picture's captions stand and how many are used a step (LaCLIP)."""
 
-    keys: Annotated[tuple[str, ...], BeforeValidator(lambda v: (v,) if isinstance(v, str) else v)] = ("txt",)
+    keys: OneOrMore = ("txt",)
     """Members that hold captions: `txt` (one caption), `json.KEY` (a string or a list of strings)."""
     per_image: int = Field(1, ge=1)
     """Captions of an image in the loss. Above 1 the first key's caption is always one of them, the rest are drawn anew
@@ -47,7 +48,7 @@ class Captions(Component):
 class Data(Component):
     """Training pictures: webdataset tar shards in img2dataset's layout."""
 
-    train: Addresses
+    train: OneOrMore
     """Shard addresses: paths, s3:// or gs://, with braces and globs; one or a list."""
     demo: Demo | None = None
     """Render demo shards first."""
@@ -113,13 +114,13 @@ class Train(Component):
     """Learning rate after the warm-up: cosine to zero, or constant."""
     weight_decay: float = Field(0.1, ge=0)
     """On matrices and tables; gains, biases and logit_scale have none."""
-    betas: tuple[float, float] = (0.9, 0.98)
+    betas: tuple[Beta, Beta] = (0.9, 0.98)
     eps: float = Field(1e-6, gt=0)
     clip_norm: float | None = Field(1.0, gt=0)
     """Gradient norm is clipped to this; null: not clipped."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Autocast of the forward pass; weights and optimiser are fp32."""
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
     log_every: int = Field(20, ge=1)
     """Steps between lines of metrics.jsonl."""
 
@@ -132,7 +133,7 @@ class Compute(Component):
     gpus_per_worker: float = Field(0, ge=0, le=1)
     """1: CUDA and NCCL; 0: CPU and gloo."""
     cpus_per_worker: float | None = Field(None, gt=0)
-    """CPUs Ray reserves a worker, which sets its threads. Absent: on this machine its cores shared out, on a cluster 1."""
+    """CPUs Ray reserves a worker, which sets its threads. Absent: this machine's cores shared out; on a cluster 1."""
     max_failures: int = Field(3, ge=0)
     """Worker group restarts before the run fails."""
 
@@ -156,8 +157,9 @@ class Evaluate(Component):
     """Measured on held-out shards after each stage."""
 
     zero_shot: str | None = None
-    """Folder in clip_benchmark's webdataset layout (classnames.txt, zeroshot_classification_templates.txt, test/*.tar)."""
-    retrieval: Addresses | None = None
+    """Folder in clip_benchmark's webdataset layout: `classnames.txt`, `zeroshot_classification_templates.txt`,
+    `test/*.tar`."""
+    retrieval: OneOrMore | None = None
     """Shards of pictures with captions."""
     every: Every | None = None
     """Also measure during a stage: "1 epochs", "500 steps"."""

@@ -1,8 +1,9 @@
-"""Reads an experiment file with `--set` overrides; every error says where, what was given, what is allowed, how to fix."""
+"""Reads an experiment file with `--set` overrides; errors say where, what was given, what is allowed, how to fix."""
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from types import UnionType
@@ -14,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 from raychain.config.experiment import Experiment
 from raychain.errors import InputError, nearest
 
+_EXPONENT = re.compile(r"[+-]?[0-9]+(\.[0-9]*)?[eE][+-]?[0-9]+")
 PACKAGE = Path(__file__).resolve().parents[1]
 
 
@@ -45,7 +47,7 @@ def load_experiment(name: str, overrides: Sequence[str] = ()) -> Experiment:
     path = find_experiment(name)
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise InputError(str(path), str(error).replace("\n", " "), "a YAML mapping", "correct the file there") from None
     if not isinstance(tree, dict):
         raise InputError(
@@ -72,8 +74,8 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         raise InputError(f"--set {key}", text, "a YAML value", "quote the value") from None
-    if isinstance(value, str):  # YAML 1.1 reads 1e-3 as text
-        value = _number(value)
+    if isinstance(value, str) and _EXPONENT.fullmatch(value):  # YAML 1.1 reads 1e-3 as text
+        value = float(value)
     node: Any = tree
     *parents, last = key.split(".")
     for part in parents:
@@ -88,13 +90,6 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         node[_index(node, last, override)] = value
     else:
         node[last] = value
-
-
-def _number(text: str) -> str | float:
-    try:
-        return float(text)
-    except ValueError:
-        return text
 
 
 def _index(node: list[Any], part: str, override: str) -> int:
@@ -116,7 +111,7 @@ def _explain(error: ValidationError, source: str) -> tuple[str, str, str, str]:
             problems.append((where, "nothing", "this key is required", f"add {where}: …"))
         else:
             given = "…" if isinstance(item["input"], dict) and len(item["input"]) > 4 else repr(item["input"])
-            allowed = item["msg"].removeprefix("Value error, ").removeprefix("allowed is ")
+            allowed = item["msg"].removeprefix("Value error, ").removeprefix("allowed is ").replace("tuple", "list")
             problems.append((where, given, allowed, f"correct {where or 'the file'}"))
     first, *more = problems
     rest = "".join(f"\n{source}: {w}\n  given    {g}\n  allowed  {a}\n  fix      {f}" for w, g, a, f in more)

@@ -1,4 +1,4 @@
-"""The node-local cache: each shard decoded, resized and tokenised once into an Arrow IPC file that readers memory-map."""
+"""The node-local cache: each shard decoded, resized and tokenised once into an Arrow IPC file, memory-mapped."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ import hashlib
 import io
 import logging
 import os
+import tempfile
 import time
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import pyarrow as pa
@@ -62,7 +63,7 @@ class Table:
         self.width = self._column("width").to_numpy()
         tokens = captions.values
         self.tokens = np.frombuffer(tokens.buffers()[1] or b"", dtype=np.int32)
-        self.tokens = self.tokens.reshape(len(tokens), -1)
+        self.tokens = self.tokens.reshape(len(tokens), tokens.type.byte_width // 4)
         pixels = self._column("image")
         self._pixel_offset = np.frombuffer(pixels.buffers()[1], dtype=np.int64)
         self._pixels = np.frombuffer(pixels.buffers()[2], dtype=np.uint8)
@@ -90,7 +91,10 @@ class ShardCache:
         return self.root / "shards" / f"{shard.identity}-{spec.digest}.arrow"
 
     def table(self, shard: Shard, spec: Spec, tokenize: Tokenize) -> Table:
-        """The shard's table, made now if it is not there; waits where another process of the node is making it."""
+        """The shard's table, made now if it is not there; waits where another process of the node is making it.
+
+        Raises OSError for a shard that cannot be read or does not fit `budget`.
+        """
         path = self.path(shard, spec)
         for _ in range(3):
             with contextlib.suppress(FileNotFoundError):
@@ -102,18 +106,22 @@ class ShardCache:
         raise OSError(f"{path} vanishes as soon as it is made: preload.budget ({self.budget} bytes) is too small")
 
     def _make(self, path: Path, shard: Shard, spec: Spec, tokenize: Tokenize) -> None:
-        started, scratch = time.monotonic(), path.with_suffix(f".{uuid.uuid4().hex[:8]}.tmp")
-        table = _decode(shard, spec, tokenize)
+        started, scratch = time.monotonic(), path.with_suffix(".tmp")
         try:
-            with pa.OSFile(str(scratch), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
-                writer.write_table(table)
-            self._make_room(scratch.stat().st_size)
-            scratch.replace(path)
+            with tempfile.TemporaryFile(dir=self.root) as pixels:
+                table = _decode(shard, spec, tokenize, pixels)
+                with pa.OSFile(str(scratch), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+                    writer.write_table(table)
+            with _lock(self.root / "room.lock"):
+                self._make_room(scratch.stat().st_size)
+                scratch.replace(path)
         finally:
             scratch.unlink(missing_ok=True)
         log.debug("cached %s: %d samples in %.1f s", shard.address, table.num_rows, time.monotonic() - started)
 
     def _make_room(self, incoming: int) -> None:
+        if incoming > self.budget:
+            raise OSError(f"preload.budget is {self.budget} bytes; one decoded shard needs {incoming}")
         files = []
         for path in (self.root / "shards").glob("*.arrow"):
             with contextlib.suppress(FileNotFoundError):
@@ -134,9 +142,9 @@ def _lock(path: Path) -> Iterator[None]:
         yield
 
 
-def _decode(shard: Shard, spec: Spec, tokenize: Tokenize) -> pa.Table:
+def _decode(shard: Shard, spec: Spec, tokenize: Tokenize, pixels: IO[bytes]) -> pa.Table:
+    """The decoded shard; its pixels, gigabytes for thousands of large pictures, lie in the scratch file `pixels`."""
     keys: list[str] = []
-    pixels: list[bytes] = []
     sizes: list[tuple[int, int]] = []
     labels: list[int] = []
     texts: list[list[str]] = []
@@ -148,11 +156,11 @@ def _decode(shard: Shard, spec: Spec, tokenize: Tokenize) -> pa.Table:
             label = int(sample["cls"]) if spec.wanted.label else -1
             if spec.wanted.captions and not captions:
                 raise ValueError("no caption")
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except Exception as error:  # damaged pictures raise nearly anything in Pillow
             broken.append(f"{sample['key']} ({error})")
             continue
         keys.append(sample["key"])
-        pixels.append(image.tobytes())
+        pixels.write(image.tobytes())
         sizes.append(image.shape[:2])
         labels.append(label)
         texts.append(captions)
@@ -160,12 +168,15 @@ def _decode(shard: Shard, spec: Spec, tokenize: Tokenize) -> pa.Table:
         log.warning("%s: %d unusable samples skipped: %s", shard.address, len(broken), ", ".join(broken[:5]))
     if not keys:
         raise OSError(f"{shard.address}: none of its {shard.samples} samples can be read")
+    pixels.flush()
+    ends = np.cumsum([0, *(h * w * 3 for h, w in sizes)], dtype=np.int64)
+    images = [None, pa.py_buffer(ends), pa.py_buffer(np.memmap(pixels, mode="r"))]
     tokens = _tokens([text for pool in texts for text in pool], tokenize)
     offsets = np.cumsum([0, *map(len, texts)], dtype=np.int32)
     return pa.table(
         {
             "key": pa.array(keys),
-            "image": pa.array(pixels, pa.large_binary()),
+            "image": pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(keys), images),
             "height": pa.array([h for h, _ in sizes], pa.int32()),
             "width": pa.array([w for _, w in sizes], pa.int32()),
             "label": pa.array(labels, pa.int32()),
@@ -190,6 +201,8 @@ def resize(encoded: bytes, size: int, whole: bool = False) -> np.ndarray:
     cropped to a square; with `whole` the full picture, its shorter side STORED_BEYOND_CROP × `size` at most."""
     image: Image.Image = Image.open(io.BytesIO(encoded))
     short = round(size * STORED_BEYOND_CROP) if whole else size
+    if "transparency" in image.info:
+        image = image.convert("RGBA")  # the same colours as below, without Pillow's warning
     if image.format == "JPEG":  # decode at 1/2, 1/4 or 1/8 where that still leaves twice the pixels that are wanted
         image.draft("RGB", (2 * short, 2 * short))
     image = image.convert("RGB")

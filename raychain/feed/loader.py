@@ -7,7 +7,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +20,10 @@ from raychain.feed.shards import Shard
 
 AHEAD = 4
 """Batches kept ready."""
+POLL_S = 0.2
+"""How often waiting threads look whether the loader was closed."""
+CROP_THREADS_FROM = 96
+"""Pixels a side from which random crops are shared out to threads; below, Python's lock costs more than they gain."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,9 @@ class Loader:
         self._tables: dict[int, Future[Table]] = {}
         self._queue: queue.Queue[Batch | BaseException | None] = queue.Queue(AHEAD)
         self._closed = threading.Event()
-        self._pool = ThreadPoolExecutor(max(1, threads), thread_name_prefix="decode")
+        self._threads = max(1, threads)
+        self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="decode")
+        self._croppers = ThreadPoolExecutor(self._threads, thread_name_prefix="crop")
         self._thread = threading.Thread(target=self._work, name="loader", daemon=True)
         self._thread.start()
 
@@ -82,25 +88,33 @@ class Loader:
         self.close()
 
     def close(self) -> None:
-        """Stops the threads and drops what was prepared."""
+        """Stops the threads and drops what was prepared. A shard that is being decoded goes on into the cache."""
         self._closed.set()
-        while self._thread.is_alive():
-            while not self._queue.empty():
-                self._queue.get_nowait()
-            self._thread.join(0.05)
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._thread.join()
+        self._croppers.shutdown()
         self._tables.clear()
+        while not self._queue.empty():
+            self._queue.get_nowait()
 
     def __iter__(self) -> Iterator[Batch]:
-        while True:
-            started = time.perf_counter()
-            item = self._queue.get()
-            self.wait_s += time.perf_counter() - started
-            if isinstance(item, BaseException):
-                raise item
-            if item is None:
-                return
+        while (item := self._next()) is not None:
             yield item
+
+    def _next(self) -> Batch | None:
+        started = time.perf_counter()
+        while True:
+            working = self._thread.is_alive()  # asked before the queue is: what it put last must be seen
+            try:
+                item = self._queue.get(timeout=POLL_S if working else 0)
+                break
+            except queue.Empty:
+                if not working:
+                    return None
+        self.wait_s += time.perf_counter() - started
+        if isinstance(item, BaseException):
+            raise item
+        return item
 
     def _work(self) -> None:
         try:
@@ -120,13 +134,17 @@ class Loader:
                 for shard in self._tables.keys() - needed:
                     del self._tables[shard]
             self._put(None)
+        except CancelledError:  # closed
+            return
         except BaseException as error:  # handed to the training loop, which raises it
             self._put(error)
 
     def _prepare(self, shards: Sequence[int]) -> None:
         turn = self.rank * len(shards) // self.world  # ranks of a node start at different shards and share the work
         for shard in (*shards[turn:], *shards[:turn]):
-            if shard not in self._tables:
+            if shard not in self._tables and self.feed.order.counts[shard]:
+                if self._closed.is_set():
+                    raise CancelledError
                 self._tables[shard] = self._pool.submit(
                     self.cache.table, self.feed.shards[shard], self.feed.spec, self.tokenize
                 )
@@ -134,14 +152,20 @@ class Loader:
     def _put(self, item: Batch | BaseException | None) -> bool:
         while not self._closed.is_set():
             try:
-                self._queue.put(item, timeout=0.2)
+                self._queue.put(item, timeout=POLL_S)
                 return True
             except queue.Full:
                 continue
         return False
 
+    def _table(self, shard: int) -> Table:
+        while not self._closed.is_set():
+            if wait([self._tables[shard]], timeout=POLL_S).done:
+                return self._tables[shard].result()
+        raise CancelledError
+
     def _batch(self, step: int, rows: Rows) -> Batch:
-        feed, tables = self.feed, {s: self._tables[s].result() for s in set(rows.shard.tolist())}
+        feed, tables = self.feed, {s: self._table(s) for s in np.unique(rows.shard).tolist()}
         place = [(tables[s], r % tables[s].size) for s, r in zip(rows.shard.tolist(), rows.row.tolist(), strict=True)]
         size = feed.spec.image_size
         images = np.empty((len(place), size, size, 3), dtype=np.uint8)
@@ -151,9 +175,18 @@ class Loader:
         chosen = first[:, None] + draw_captions(feed.order.seed, rows, pool, feed.per_image)
         tokens = np.empty((*chosen.shape, place[0][0].tokens.shape[1]), dtype=np.int64)
         for i, (table, r) in enumerate(place):
-            image = table.image(r)
-            images[i] = image if feed.crop is None else random_crop(image, size, feed.crop, int(boxes[i]))
             tokens[i] = table.tokens[chosen[i]]
+            if feed.crop is None:
+                images[i] = table.image(r)
+        if feed.crop is not None:
+            area, parts = feed.crop, self._threads if size >= CROP_THREADS_FROM else 1
+
+            def crop(part: int) -> None:
+                for i in range(part, len(place), parts):
+                    table, r = place[i]
+                    images[i] = random_crop(table.image(r), size, area, int(boxes[i]))
+
+            list(self._croppers.map(crop, range(parts)))
         batch = Batch(step, torch.from_numpy(images), torch.from_numpy(tokens))
         return Batch(step, batch.images.pin_memory(), batch.tokens.pin_memory()) if self.pin else batch
 
@@ -166,7 +199,7 @@ def random_crop(image: np.ndarray, size: int, area: tuple[float, float], seed: i
         pixels = height * width * rng.uniform(*area)
         ratio = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
         w, h = round((pixels * ratio) ** 0.5), round((pixels / ratio) ** 0.5)
-        if w <= width and h <= height:
+        if 0 < w <= width and 0 < h <= height:
             break
     else:
         w = h = min(width, height)

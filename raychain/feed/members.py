@@ -46,7 +46,7 @@ def samples(file: BinaryIO, wanted: Wanted, *, names_only: bool = False) -> Iter
     with tarfile.open(fileobj=file, mode="r:") as tar:
         for member in tar:
             key, extension = base_plus_ext(member.name) if member.isfile() else (None, None)
-            if key is None:
+            if key is None or extension is None:
                 continue
             if key != current.get("key"):
                 if usable(current, wanted):
@@ -58,6 +58,9 @@ def samples(file: BinaryIO, wanted: Wanted, *, names_only: bool = False) -> Iter
             elif extension in IMAGES or extension in wanted.extensions or (wanted.label and extension == "cls"):
                 handle = tar.extractfile(member)
                 current[extension] = handle.read() if handle else b""
+        file.seek(tar.offset)
+        if file.read(tarfile.BLOCKSIZE).strip(b"\0"):  # tarfile takes a damaged header for the end
+            raise tarfile.ReadError(f"damaged member header at byte {tar.offset}")
         if usable(current, wanted):
             yield current
 
@@ -80,7 +83,7 @@ def captions(sample: dict[str, Any], keys: tuple[str, ...]) -> list[str]:
     Raises ValueError for text that is not UTF-8 or not JSON.
     """
     found: list[str] = []
-    parsed: Any = None
+    parsed: dict[str, Any] = {}
     for key in keys:
         extension, _, path = key.partition(".")
         if extension not in sample:
@@ -88,9 +91,11 @@ def captions(sample: dict[str, Any], keys: tuple[str, ...]) -> list[str]:
         if not path:
             found.append(sample[extension].decode())
             continue
-        parsed = json.loads(sample[extension]) if parsed is None else parsed
-        value: Any = parsed
+        if extension not in parsed:
+            parsed[extension] = json.loads(sample[extension])
+        value: Any = parsed[extension]
         for part in path.split("."):
             value = value.get(part) if isinstance(value, dict) else None
-        found += [value] if isinstance(value, str) else [v for v in value or () if isinstance(v, str)]
+        values = value if isinstance(value, list) else [value]
+        found += [v for v in values if isinstance(v, str)]
     return list(dict.fromkeys(text.strip() for text in found if text.strip()))

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
-import json
+import io
 import tarfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import braceexpand
 from pyarrow import fs
 
 from raychain.errors import InputError
 from raychain.feed import members
-from raychain.storage import resolve
+from raychain.storage import Folder, is_local, resolve
 
 PROBE = 65_536
+READ_AHEAD = 2**21
+"""Bytes asked of object storage at once while headers are read: one request for many members, not one for each."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Shard:
 
 
 def expand(patterns: Sequence[str], where: str) -> list[str]:
-    """Addresses of the existing shards that the patterns name: braces, then globs or plain files, in the order given.
+    """Absolute addresses of the shards that the patterns name (braces; globs, folders, files), in the order given.
 
     Raises InputError, naming `where`, for a pattern that matches nothing and for files that do not exist.
     """
@@ -41,7 +43,7 @@ def expand(patterns: Sequence[str], where: str) -> list[str]:
     for pattern in patterns:
         try:
             addresses = list(braceexpand.braceexpand(pattern))
-        except braceexpand.UnbalancedBracesError:
+        except ValueError:
             raise InputError(where, pattern, "balanced braces such as {00000..00331}", "close the brace") from None
         for address in addresses:
             found += _match(address, pattern, where)
@@ -50,11 +52,13 @@ def expand(patterns: Sequence[str], where: str) -> list[str]:
 
 def _match(address: str, pattern: str, where: str) -> list[str]:
     filesystem, path = resolve(address)
-    prefix = address[: len(address) - len(path)] if address.endswith(path) and "://" in address else ""
+    # s3://bucket/{…}.tar?endpoint_override=… : what stands around the path is put back around every match
+    base, mark, query = address.partition("?") if not is_local(address) and "=" in address else (address, "", "")
+    prefix = base.removesuffix(path) if "://" in base else ""
     try:
         info = filesystem.get_file_info(path)
         if info.type == fs.FileType.File:
-            return [address]
+            return [prefix + path + mark + query]
         if info.type == fs.FileType.Directory:
             path = f"{path.rstrip('/')}/*.tar"
         elif not any(c in path for c in "*?["):
@@ -67,7 +71,7 @@ def _match(address: str, pattern: str, where: str) -> list[str]:
     matched = sorted(n for n in names if fnmatch.fnmatchcase(n, path) and n.count("/") == path.count("/"))
     if not matched:
         raise InputError(where, pattern, "a pattern that matches at least one file", f"nothing matches {address}")
-    return [prefix + name for name in matched]
+    return [prefix + name + mark + query for name in matched]
 
 
 def survey(addresses: Sequence[str], wanted: members.Wanted, cache: Path, where: str) -> list[Shard]:
@@ -86,6 +90,7 @@ def survey(addresses: Sequence[str], wanted: members.Wanted, cache: Path, where:
 
 def _survey(address: str, wanted: members.Wanted, cache: Path, where: str) -> Shard:
     filesystem, path = resolve(address)
+    counts = Folder(str(cache / "counts"))
     try:
         size = filesystem.get_file_info(path).size
         with filesystem.open_input_file(path) as file:
@@ -94,15 +99,19 @@ def _survey(address: str, wanted: members.Wanted, cache: Path, where: str) -> Sh
                 file.seek(offset)
                 probe.update(file.read(PROBE))
             identity = probe.hexdigest()
-            noted = cache / "counts" / f"{identity}-{wanted.digest}.json"
-            if noted.is_file():
-                return Shard(address, size, identity, int(json.loads(noted.read_text())["samples"]))
+            name = f"{identity}-{wanted.digest}.json"
+            if noted := counts.read_json(name):
+                return Shard(address, size, identity, noted["samples"])
             file.seek(0)
-            samples = sum(1 for _ in members.samples(file, wanted, names_only=True))
+            stream = file if is_local(address) else cast(BinaryIO, io.BufferedReader(file, READ_AHEAD))
+            samples = sum(1 for _ in members.samples(stream, wanted, names_only=True))
     except (OSError, tarfile.TarError, ValueError) as error:
         raise InputError(where, address, "a complete tar file", f"replace or remove the shard ({error})") from None
-    noted.parent.mkdir(parents=True, exist_ok=True)
-    noted.write_text(json.dumps({"samples": samples}))
+    try:
+        counts.write_json(name, {"samples": samples})
+    except OSError as error:
+        raise InputError("preload.cache", counts.address, f"a folder that can be written ({error})",
+                         "give another folder") from None  # fmt: skip
     return Shard(address, size, identity, samples)
 
 

@@ -1,4 +1,4 @@
-"""LaCLIP's contrastive loss over a global batch that is spread over ranks. B global batch, b local, K captions, D features."""
+"""LaCLIP's contrastive loss of a global batch spread over ranks. B global batch, b local, K captions, D features."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 
 class _Gather(torch.autograd.Function):
-    """Joins equal blocks of all ranks along dim 0; the gradient of a rank's block is the sum over all ranks' gradients."""
+    """Joins equal blocks of all ranks along dim 0; the gradient of a block is the sum of all ranks' gradients."""
 
     @staticmethod
     def forward(ctx: Any, local: torch.Tensor) -> torch.Tensor:
@@ -20,8 +20,8 @@ class _Gather(torch.autograd.Function):
         return joined
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        grad = grad.contiguous()
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        grad = grad.clone(memory_format=torch.contiguous_format)  # autograd may hold the same tensor elsewhere
         dist.all_reduce(grad)
         return grad[ctx.block]
 
@@ -45,12 +45,12 @@ def mean_over_ranks(value: torch.Tensor) -> torch.Tensor:
     return value
 
 
-def contrastive_loss(image_bD: torch.Tensor, text_bKD: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:  # noqa: N803
+def contrastive_loss(image_bD: torch.Tensor, text_bKD: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """CLIP's symmetric cross-entropy, averaged over the K captions of an image (LaCLIP; `method.md`, "The method").
 
-    Features are normalised, `scale` is exp(logit_scale). Returns this rank's part: its pictures against all captions and its
-    captions against all pictures. The mean over ranks is the loss of the global batch, so DDP's averaged gradient is its
-    gradient. With one caption it equals open_clip's ClipLoss(local_loss=True, gather_with_grad=True).
+    Features are normalised, `scale` is exp(logit_scale). Returns this rank's part: its pictures against all captions
+    and its captions against all pictures. The mean over ranks is the loss of the global batch, so DDP's averaged
+    gradient is its gradient. With one caption it equals open_clip's ClipLoss(local_loss=True, gather_with_grad=True).
     """
     image_all, text_all = gather(image_bD), gather(text_bKD)
     rank = dist.get_rank() if world_size() > 1 else 0

@@ -1,4 +1,4 @@
-"""Inverse feature distillation: the larger student follows the smaller teacher's features. b local batch, K captions."""
+"""Inverse feature distillation: the larger student follows the smaller teacher's features."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def feature_distance(
 ) -> torch.Tensor:
     """Mean over samples (and captions) of the squared distance of normalised features, averaged over the two towers.
 
-    Independent of the embedding size: alpha on it is about 1.95 for the public code's 500 on the mean over 512 dimensions.
+    Independent of the embedding size: alpha 1.95 on it is the public code's 500 on the mean over 512 dimensions.
     """
     towers = [(s - t).square().sum(-1).mean() for s, t in zip(student, teacher, strict=True)]
     return (towers[0] + towers[1]) / 2
@@ -46,5 +46,6 @@ def capped_alpha(alpha: float, distance: torch.Tensor, task: torch.Tensor) -> to
 
     Both values must be those of the global batch, so that every rank finds the same weight.
     """
-    limit = CAP * task.detach() / distance.detach().clamp_min(torch.finfo(distance.dtype).tiny)
+    distance, task = distance.detach().float(), task.detach().float()  # in bf16 CAP itself would round to 1
+    limit = CAP * task / distance.clamp_min(torch.finfo(torch.float32).tiny)
     return limit.clamp(max=alpha)

@@ -13,7 +13,8 @@ from raychain.config.experiment import Train
 
 def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, object]]:
     """Two groups: matrices and tables with weight decay; gains, biases and logit_scale without (as open_clip)."""
-    decayed, free = [], []
+    decayed: list[nn.Parameter] = []
+    free: list[nn.Parameter] = []
     for name, parameter in named:
         if parameter.requires_grad:
             (free if parameter.ndim < 2 or "logit_scale" in name else decayed).append(parameter)

@@ -1,0 +1,153 @@
+"""What is measured: the user's addresses checked before anything starts, and made into plain values for the workers."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import tarfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from raychain.errors import InputError
+from raychain.feed import shards
+from raychain.feed.members import Wanted
+from raychain.feed.shards import Shard
+from raychain.storage import Folder, resolve
+
+ZERO_SHOT, RETRIEVAL = "evaluate.zero_shot", "evaluate.retrieval"
+CLASSES, TEMPLATES = "classnames.txt", "zeroshot_classification_templates.txt"
+SLOT = "{c}"
+"""What a template holds in place of the class name."""
+DEFAULT_TEMPLATES = (f"a photo of a {SLOT}.",)
+
+
+@dataclass(frozen=True)
+class ZeroShotData:
+    """Labelled pictures, the names of their classes in the order of the labels, and the prompts around a name."""
+
+    classes: tuple[str, ...]
+    templates: tuple[str, ...]
+    shards: tuple[Shard, ...]
+
+    @property
+    def wanted(self) -> Wanted:
+        """What a sample must hold."""
+        return Wanted(label=True)
+
+    @property
+    def digest(self) -> str:
+        """Identity of what is measured: the pictures' content, the names and the templates; not where they lie."""
+        return _digest("zero-shot", self.shards, (self.classes, self.templates))
+
+    def prompts(self, name: str) -> list[str]:
+        """The class name in each template."""
+        return [template.replace(SLOT, name) for template in self.templates]
+
+
+@dataclass(frozen=True)
+class RetrievalData:
+    """Pictures with captions, and the members that hold the captions."""
+
+    caption_keys: tuple[str, ...]
+    shards: tuple[Shard, ...]
+
+    @property
+    def wanted(self) -> Wanted:
+        """What a sample must hold."""
+        return Wanted(captions=self.caption_keys)
+
+    @property
+    def digest(self) -> str:
+        """Identity of what is measured: the pictures' content and the caption keys; not where they lie."""
+        return _digest("retrieval", self.shards, self.caption_keys)
+
+
+def resolve_zero_shot(address: str, cache_dir: str | Path) -> ZeroShotData:
+    """The zero-shot task in a folder of clip_benchmark's webdataset layout, local or remote.
+
+    The folder holds `classnames.txt` (line i names label i), `zeroshot_classification_templates.txt` (a prompt a line
+    with `{c}` for the name; without the file "a photo of a {c}.") and `test/*.tar` with pictures and `.cls` members.
+    Counts and label ranges of the shards are kept in `cache_dir`.
+
+    Raises InputError where names or shards are missing, cannot be read or hold nothing, for a template without `{c}`,
+    and for labels without a class name.
+    """
+    classes = _lines(address, CLASSES)
+    while classes and not classes[-1]:
+        classes.pop()
+    if not classes:
+        raise InputError(ZERO_SHOT, address, f"a folder with {CLASSES}, test/*.tar and, if wanted, {TEMPLATES}",
+                         f"write the class names to {CLASSES}, a line each, in the order of the labels")  # fmt: skip
+    templates = tuple(line for line in _lines(address, TEMPLATES) if line) or DEFAULT_TEMPLATES
+    for template in templates:
+        if SLOT not in template:
+            raise InputError(ZERO_SHOT, f"the template {template!r} in {address}/{TEMPLATES}",
+                             f"templates with {SLOT} where the class name belongs", f"add {SLOT} to it")  # fmt: skip
+    found = _survey([f"{address.rstrip('/')}/test/*.tar"], Wanted(label=True), cache_dir, ZERO_SHOT)
+    with ThreadPoolExecutor(16) as pool:
+        labels = list(pool.map(lambda shard: _labels(shard, Path(cache_dir).expanduser()), found))
+    for shard, (low, high) in zip(found, labels, strict=True):
+        if low < 0 or high >= len(classes):
+            raise InputError(ZERO_SHOT, f"label {low if low < 0 else high} in {shard.address}",
+                             f"0 … {len(classes) - 1}, the lines of {CLASSES}", f"complete {CLASSES}")  # fmt: skip
+    return ZeroShotData(tuple(classes), templates, found)
+
+
+def resolve_retrieval(patterns: Sequence[str], caption_keys: Sequence[str], cache_dir: str | Path) -> RetrievalData:
+    """The retrieval task on the shards that the patterns name; `caption_keys` as in `data.captions.keys`.
+
+    All captions of a picture that the keys name are used. Counts of the shards are kept in `cache_dir`.
+
+    Raises InputError for patterns that match nothing and for shards that are damaged or hold no picture with a caption.
+    """
+    keys = tuple(caption_keys)
+    return RetrievalData(keys, _survey(patterns, Wanted(captions=keys), cache_dir, RETRIEVAL))
+
+
+def _survey(patterns: Sequence[str], wanted: Wanted, cache_dir: str | Path, where: str) -> tuple[Shard, ...]:
+    addresses = shards.expand(patterns, where)
+    found = shards.survey(addresses, wanted, Path(cache_dir).expanduser(), where)
+    return tuple(shard for shard in found if shard.samples)
+
+
+def _lines(address: str, name: str) -> list[str]:
+    """Lines of a file of the folder, stripped; none if it does not exist."""
+    try:
+        folder = Folder(address)
+        if not folder.exists(""):
+            raise InputError(ZERO_SHOT, address, "a folder that exists", "correct the address, or make the folder")
+        content = folder.read(name)
+        return [line.strip() for line in (content or b"").decode().splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(ZERO_SHOT, f"{address}/{name}", "a UTF-8 text file", f"make it readable ({error})") from None
+
+
+def _labels(shard: Shard, cache: Path) -> tuple[int, int]:
+    """Smallest and largest label of a shard, without those that are no whole number. Pictures are skipped, not read."""
+    noted = cache / "counts" / f"{shard.identity}-labels.json"
+    if noted.is_file():
+        low, high = json.loads(noted.read_text())
+        return low, high
+    labels = []
+    filesystem, path = resolve(shard.address)
+    try:
+        with filesystem.open_input_file(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
+            for member in tar:
+                handle = tar.extractfile(member) if member.name.lower().endswith(".cls") else None
+                with contextlib.suppress(ValueError):  # one broken sample among many: reading skips it with a warning
+                    labels += [int(handle.read())] if handle else []
+    except (OSError, tarfile.TarError) as error:
+        raise InputError(ZERO_SHOT, shard.address, "a complete tar file", f"replace or remove it ({error})") from None
+    if not labels:
+        raise InputError(ZERO_SHOT, f"{shard.address} without a usable label", "one whole number in each .cls member",
+                         f"write the line number in {CLASSES}, counted from 0")  # fmt: skip
+    noted.write_text(json.dumps((min(labels), max(labels))))
+    return min(labels), max(labels)
+
+
+def _digest(task: str, found: Sequence[Shard], details: object) -> str:
+    text = repr((task, sorted(shard.identity for shard in found), details))
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()

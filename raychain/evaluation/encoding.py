@@ -1,0 +1,80 @@
+"""Rows and token ids to features. b rows of a batch, D features, H = W pixels a side, L context length."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from raychain.evaluation import ranks
+from raychain.evaluation.reading import tables
+from raychain.feed.cache import ShardCache, Spec, Table, Tokenize
+from raychain.feed.members import Wanted
+from raychain.feed.shards import Shard
+from raychain.objectives.contrastive import world_size
+
+
+class Encoder:
+    """A model with everything that stands between shards and its features.
+
+    Pictures pass through two buffers that are made once: fresh memory for every batch costs a CPU more than filling it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        cache: ShardCache,
+        tokenize: Tokenize,
+        *,
+        tokenizer_id: str,
+        image_size: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        device: torch.device,
+        batch_size: int,
+    ) -> None:
+        self.model: Any = model
+        self.cache, self.tokenize, self.tokenizer_id = cache, tokenize, tokenizer_id
+        self.image_size, self.device, self.batch_size = image_size, device, batch_size
+        self._mean = torch.tensor(mean, dtype=torch.float32, device=device).view(3, 1, 1)
+        self._std = torch.tensor(std, dtype=torch.float32, device=device).view(3, 1, 1)
+        self._pixels = np.empty((batch_size, image_size, image_size, 3), dtype=np.uint8)
+        self._input = torch.empty((batch_size, 3, image_size, image_size), device=device)
+
+    def tables(self, shards: Sequence[Shard], wanted: Wanted) -> Iterator[tuple[Table, range]]:
+        """This rank's part of the shards: each table with the rows that are its own."""
+        tokenizer = self.tokenizer_id if wanted.captions else ""  # pictures alone are one file for all tokenisers
+        return tables(
+            shards,
+            Spec(wanted, self.image_size, tokenizer),
+            self.cache,
+            self.tokenize,
+            rank=ranks.rank(),
+            world=world_size(),
+            threads=max(1, torch.get_num_threads()),
+        )
+
+    def batches(self, rows: range) -> Iterator[range]:
+        """The rows in runs of `batch_size` at most."""
+        for start in range(rows.start, rows.stop, self.batch_size):
+            yield range(start, min(start + self.batch_size, rows.stop))
+
+    def images(self, table: Table, rows: range) -> torch.Tensor:
+        """Normalised features [b, D] of at most `batch_size` rows, preprocessed as open_clip's evaluation does."""
+        for i, row in enumerate(rows):
+            self._pixels[i] = table.image(row)
+        x_b3HW = self._input[: len(rows)]
+        x_b3HW.copy_(torch.from_numpy(self._pixels[: len(rows)]).to(self.device).permute(0, 3, 1, 2))
+        x_b3HW.div_(255).sub_(self._mean).div_(self._std)
+        return self.model.encode_image(x_b3HW, normalize=True).float()
+
+    def texts(self, tokens: np.ndarray) -> torch.Tensor:
+        """Normalised features [n, D] of token ids [n, L], n ≥ 1, encoded `batch_size` at a time."""
+        parts = []
+        for batch in self.batches(range(len(tokens))):
+            ids = torch.from_numpy(tokens[batch.start : batch.stop].astype(np.int64)).to(self.device)
+            parts.append(self.model.encode_text(ids, normalize=True).float())
+        return torch.cat(parts)

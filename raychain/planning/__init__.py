@@ -1,0 +1,1 @@
+"""What a chain costs: MACs of models and stages."""

@@ -1,0 +1,1 @@
+"""What a run tells: events from the workers, the run folder's records, live progress, the closing table."""

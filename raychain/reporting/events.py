@@ -1,0 +1,37 @@
+"""The event protocol: plain dicts that rank 0 of the workers emits and the driver hands to RunLog and Progress.
+
+Every event has `event` (its kind, below) and `time` (wall clock, seconds since 1970). Stages count from 0 within the
+chain. Values are plain Python: int, float, str, None, dicts and lists of them. Readers ignore kinds they do not know.
+
+stage_start  A worker group begins or resumes a stage.
+    stage, model, params, steps (of the whole stage), start_step (index of the first step that is run now),
+    global_batch (pairs), epoch_samples, world_size
+step         One logged optimiser step; a line of metrics.jsonl.
+    stage, step (index of the optimiser step, from 0), samples (pairs seen by the stage, this step's included),
+    epoch (samples / epoch_samples), loss, task_loss, distill_loss (None without a teacher), alpha (its factor in the
+    loss), lr, logit_scale, samples_per_s, data_wait_s (both since the previous logged step), world_size
+span         Something that took time; a bar of trace.json.
+    name, category (one of CATEGORIES), start, end (wall clock seconds), stage (None: no particular one)
+evaluation   Measurements on held-out data.
+    stage, step (optimiser steps done when measured), metrics (name → float; accuracies and recalls in percent)
+stage_end    A stage is over, whatever its status.
+    stage, record (the stage's entry in run.json)
+warning      Something the user should know that does not stop the run.
+    message
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any, Literal
+
+Event = dict[str, Any]
+Kind = Literal["stage_start", "step", "span", "evaluation", "stage_end", "warning"]
+
+CATEGORIES = ("stage", "build", "preload", "evaluation", "checkpoint", "export")
+"""What a span can be, in the order of the timeline's rows."""
+
+
+def event(kind: Kind, **fields: Any) -> Event:
+    """An event that happens now."""
+    return {"event": kind, "time": time.time(), **fields}

@@ -1,0 +1,148 @@
+"""A run folder's records, written by the driver alone: run.json, metrics.jsonl, trace.json, TensorBoard files."""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from raychain.reporting import trace
+from raychain.reporting.events import Event
+from raychain.reporting.scalars import Scalars
+from raychain.storage import Folder
+
+SCHEMA = 1
+UPLOAD_EVERY_S = 30.0
+RUN, METRICS, TRACE, TENSORBOARD = "run.json", "metrics.jsonl", "trace.json", "tensorboard"
+
+
+class RunLog:
+    """Turns events into the run folder's records. One thread of the driver calls it.
+
+    `header` gives `name`, `config` and `environment` (more keys are kept). `stages` has one entry a stage of the chain:
+    its record where it is reused, else None. Records of earlier calls on the same folder are continued: metrics.jsonl
+    and trace.json are appended to, run.json is written anew with status `running`.
+
+    In a local folder files are written in place. For a remote one they are written on a local disk and uploaded at most
+    every 30 seconds, and in `finish`. An upload that fails is tried again later; only `finish` raises its error.
+    """
+
+    def __init__(self, out: Folder, header: Mapping[str, Any], stages: Sequence[dict[str, Any] | None]) -> None:
+        self._out = out
+        self._scratch = None if out.local else tempfile.TemporaryDirectory(prefix="raychain-")
+        self._folder = Folder(self._scratch.name) if self._scratch else out
+        self._root = Path(self._folder.path)
+        self._uploaded: dict[str, tuple[int, int]] = {}
+        self._upload_at = 0.0
+        self._stages = list(stages)
+        first = {"schema": SCHEMA, "name": header["name"], "status": "running"}
+        self._run = first | {k: v for k, v in header.items() if k not in first} | {"stages": [], "totals": {}}
+        self._bars = trace.bars(out.read_json(TRACE))
+        self._scalars = Scalars(self._root / TENSORBOARD)
+        earlier = out.read(METRICS)
+        if self._scratch and earlier is not None:
+            self._folder.write(METRICS, earlier)
+        self._keep_metrics(lambda _: True)
+        self._write_run()
+        self._write_trace()
+        self._upload_if_due()
+
+    @property
+    def run(self) -> dict[str, Any]:
+        """The content of run.json."""
+        return self._run
+
+    def handle(self, event: Event) -> None:
+        """Records one event; kinds that leave no record are ignored."""
+        match event["event"]:
+            case "stage_start":
+                stage, first = event["stage"], event["start_step"]
+                self._keep_metrics(lambda line: line["stage"] != stage or line["step"] < first)
+                self._scalars.start(event)
+            case "step":
+                self._append_metrics({k: v for k, v in event.items() if k != "event"})
+                self._scalars.step(event)
+            case "span":
+                self._bars.append(trace.bar(event))
+            case "evaluation":
+                self._scalars.evaluation(event)
+            case "stage_end":
+                self._stages[event["stage"]] = event["record"]
+                self._scalars.flush()
+                self._write_run()
+                self._write_trace()
+        self._upload_if_due()
+
+    def finish(self, status: str, totals: Mapping[str, Any]) -> None:
+        """Writes everything with the final status (succeeded, failed, interrupted) and totals; no event comes after."""
+        self._run |= {"status": status, "totals": dict(totals)}
+        self._write_run()
+        self._write_trace()
+        self._scalars.close()
+        if self._scratch:
+            self._upload()
+            self._scratch.cleanup()
+
+    def _write_run(self) -> None:
+        self._run["stages"] = [stage for stage in self._stages if stage is not None]
+        self._run = plain(self._run)
+        self._folder.write_json(RUN, self._run)
+
+    def _write_trace(self) -> None:
+        self._folder.write_json(TRACE, plain(trace.document(f"raychain {self._run['name']}", self._bars)))
+
+    def _append_metrics(self, line: dict[str, Any]) -> None:
+        with (self._root / METRICS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(plain(line), allow_nan=False) + "\n")
+
+    def _keep_metrics(self, keep: Callable[[dict[str, Any]], bool]) -> None:
+        """Rewrites metrics.jsonl without the lines that `keep` refuses and without a half-written one."""
+        content = self._folder.read(METRICS) or b""
+        kept = b"".join(line for line in content.splitlines(keepends=True) if _passes(line, keep))
+        if kept != content:
+            self._folder.write(METRICS, kept)
+
+    def _upload_if_due(self) -> None:
+        if self._scratch and time.monotonic() >= self._upload_at:
+            try:
+                self._upload()
+            except Exception:  # drivers raise their own kinds; the storage may be back soon, and training goes on
+                self._upload_at = time.monotonic() + UPLOAD_EVERY_S
+
+    def _upload(self) -> None:
+        self._scalars.flush()
+        for path in sorted(p for p in self._root.rglob("*") if p.is_file()):
+            name, stat = path.relative_to(self._root).as_posix(), path.stat()
+            version = (stat.st_mtime_ns, stat.st_size)
+            if self._uploaded.get(name) != version:
+                self._out.write(name, path.read_bytes())
+                self._uploaded[name] = version
+        self._upload_at = time.monotonic() + UPLOAD_EVERY_S
+
+
+def plain(value: Any) -> Any:
+    """`value` as JSON can hold it: numbers that are not finite become None, other types their number or their text."""
+    match value:
+        case None | bool() | int() | str():
+            return value
+        case float():
+            return value if math.isfinite(value) else None
+        case Mapping():
+            return {str(k): plain(v) for k, v in value.items()}
+        case list() | tuple():
+            return [plain(v) for v in value]
+    try:
+        return plain(float(value))
+    except (TypeError, ValueError):
+        return str(value)
+
+
+def _passes(line: bytes, keep: Callable[[dict[str, Any]], bool]) -> bool:
+    try:
+        return line.endswith(b"\n") and keep(json.loads(line))
+    except (ValueError, KeyError, TypeError):
+        return False

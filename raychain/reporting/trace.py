@@ -1,0 +1,69 @@
+"""Spans as a Chrome trace, which Perfetto and chrome://tracing open."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from raychain.reporting.events import CATEGORIES, Event
+
+Bar = dict[str, Any]
+PID = 1
+LANES = 100  # thread ids set aside for a category
+
+
+def bar(span: Event) -> Bar:
+    """The complete event (`X`, microseconds) of a span; its thread is chosen by `document`."""
+    start = round(span["start"] * 1e6)
+    return {
+        "name": str(span["name"]),
+        "cat": str(span["category"]),
+        "ph": "X",
+        "ts": start,
+        "dur": max(round(span["end"] * 1e6) - start, 0),
+        "pid": PID,
+        "args": {"stage": span.get("stage")},
+    }
+
+
+def bars(document: Any) -> list[Bar]:
+    """The complete events of a trace file's content; none if that is no trace."""
+    events = document.get("traceEvents") if isinstance(document, dict) else None
+    needed = {"name", "cat", "ts", "dur"}
+    return [e for e in events or () if isinstance(e, dict) and e.get("ph") == "X" and needed <= e.keys()]
+
+
+def document(process: str, bars: Sequence[Bar]) -> dict[str, Any]:
+    """The trace file's content: a thread per category, and more threads where its bars overlap without nesting."""
+    names = [*CATEGORIES, *sorted({b["cat"] for b in bars} - set(CATEGORIES))]
+    events: list[Bar] = [_name("process_name", 0, process)]
+    for row, category in enumerate(names):
+        lanes = _lanes([b for b in bars if b["cat"] == category])
+        for number, lane in enumerate(lanes):
+            tid = 1 + row * LANES + number
+            events.append(_name("thread_name", tid, category if not number else f"{category} {number + 1}"))
+            events.append({"name": "thread_sort_index", "ph": "M", "pid": PID, "tid": tid, "args": {"sort_index": tid}})
+            events += [b | {"tid": tid} for b in lane]
+    return {"traceEvents": events, "displayTimeUnit": "ms"}
+
+
+def _name(kind: str, tid: int, name: str) -> Bar:
+    return {"name": kind, "ph": "M", "pid": PID, "tid": tid, "args": {"name": name}}
+
+
+def _lanes(bars: Sequence[Bar]) -> list[list[Bar]]:
+    """Bars over as few threads as first fit needs; on one thread any two are apart or one lies within the other."""
+    lanes: list[list[Bar]] = []
+    open_ends: list[list[int]] = []  # of each lane, ends of the bars not yet over, innermost last
+    for b in sorted(bars, key=lambda b: (b["ts"], -b["dur"])):
+        end = b["ts"] + b["dur"]
+        for ends in open_ends:
+            while ends and ends[-1] <= b["ts"]:
+                ends.pop()
+        free = (i for i, ends in enumerate(open_ends) if not ends or end <= ends[-1])
+        if (lane := next(free, len(lanes))) == len(lanes):
+            lanes.append([])
+            open_ends.append([])
+        lanes[lane].append(b)
+        open_ends[lane].append(end)
+    return lanes

@@ -1,0 +1,43 @@
+"""How numbers are written for people, in progress and tables."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+MISSING = "–"
+METRICS = {"zero_shot_top1": "zero-shot top-1", "i2t_r1": "i2t R@1", "t2i_r1": "t2i R@1"}
+"""Label of the metrics shown to people; all are percentages."""
+
+
+def number(value: Any, digits: int = 3) -> str:
+    """`value` to at least `digits` significant digits: `0.31`, `86.2`, `12,345`; `–` where there is none."""
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        return MISSING
+    if value == 0:
+        return "0"
+    magnitude = math.floor(math.log10(abs(value)))
+    return f"{value:,.{max(digits - 1 - magnitude, 0)}f}"
+
+
+def percent(value: Any) -> str:
+    """A percentage with one decimal, without the sign."""
+    return f"{value:.1f}" if isinstance(value, int | float) and math.isfinite(value) else MISSING
+
+
+def macs(value: Any) -> str:
+    """Multiply-accumulates with an SI prefix: `1.20 T`."""
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        return MISSING
+    prefixes = ["", "K", "M", "G", "T", "P", "E", "Z", "Y"]
+    power = 0 if abs(value) < 1000 else min(int(math.log10(abs(value)) / 3), len(prefixes) - 1)
+    return f"{number(value / 1000**power)} {prefixes[power]}".strip()
+
+
+def clock(seconds: Any) -> str:
+    """A length of time: `0:42`, `1:02:03`."""
+    if not isinstance(seconds, int | float) or not math.isfinite(seconds):
+        return MISSING
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,0 +1,105 @@
+"""`python -m raychain.run`: trains the chain of an experiment; the same command again continues it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from raychain.config import Experiment, load_experiment
+from raychain.errors import InputError, Interrupted, RunFailed
+
+
+def run(
+    experiment: str | Experiment = "demo",
+    *,
+    overrides: tuple[str, ...] = (),
+    out: str | None = None,
+    address: str | None = None,
+    verbose: bool = False,
+) -> dict[str, Any]:
+    """Trains a chain and returns the content of its run.json.
+
+    `experiment` is a YAML path, a shipped experiment's name, or an Experiment; `overrides` are "dotted.key=value".
+    Raises InputError before any work, RunFailed or Interrupted during it; what was trained is kept.
+    """
+    from raychain.chain.driver import run_chain
+    from raychain.chain.plan import check_experiment, make_task, writable
+
+    config = experiment if isinstance(experiment, Experiment) else load_experiment(experiment, overrides)
+    check_experiment(config, address)
+    folder = out or f"{config.storage.rstrip('/')}/{config.name}"
+    writable(folder)
+    return run_chain(make_task(config, folder), address=address, verbose=verbose)
+
+
+def run_command(
+    experiment: Annotated[str, typer.Argument(help="YAML file, or the name of a shipped experiment.")] = "demo",
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="dotted.key=value; may be repeated.")] = None,
+    out: Annotated[str | None, typer.Option(help="Run folder; default STORAGE/NAME of the experiment.")] = None,
+    address: Annotated[str | None, typer.Option(help="Ray cluster; default RAY_ADDRESS, else this machine.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, print the plan, start nothing.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print run.json (or the plan) to stdout.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Show Ray's own messages.")] = False,
+) -> None:
+    """Train the chain of EXPERIMENT; the same command again continues it."""
+    if dry_run:
+        _dry_run(experiment, tuple(overrides or ()), out, address, as_json)
+        return
+    result = run(experiment, overrides=tuple(overrides or ()), out=out, address=address, verbose=verbose)
+    if as_json:
+        print(json.dumps(result, indent=2))
+    else:
+        from raychain.reporting.table import result_table
+
+        result_table(result)
+
+
+def _dry_run(experiment: str, overrides: tuple[str, ...], out: str | None, address: str | None, as_json: bool) -> None:
+    from raychain.chain.plan import check_experiment, dry_plan, writable
+
+    config = load_experiment(experiment, overrides)
+    check_experiment(config, address)
+    writable(out or f"{config.storage.rstrip('/')}/{config.name}")
+    plan = dry_plan(config)
+    if as_json:
+        print(json.dumps({"config": config.model_dump(mode="json"), **plan}, indent=2))
+        return
+    for stage in plan["stages"]:
+        state = "published" if stage["published"] else f"{stage['steps']:,} steps, {stage['epochs']:g} epochs"
+        print(f"{stage['model']:20} {stage['params'] / 1e6:9.2f} M parameters  {stage['macs']:.3g} MACs  {state}")
+
+
+def main(command: Any, name: str) -> None:
+    """Runs a command function as a program with raychain's exit statuses: 0, 1 failed, 2 wrong input, 130 interrupted."""
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command(name)(command)
+    guarded(app)
+
+
+def guarded(app: Any) -> None:
+    """Calls a Typer app and turns raychain's errors into one message and an exit status."""
+    status = 0
+    try:
+        app()
+    except InputError as error:
+        print(f"raychain: {error}", file=sys.stderr)
+        status = 2
+    except RunFailed as error:
+        print(
+            f"raychain: the run failed: {error}\nWhat was trained is kept; the same command continues.", file=sys.stderr
+        )
+        status = 1
+    except (Interrupted, KeyboardInterrupt):
+        print("raychain: interrupted. What was trained is kept; the same command continues.", file=sys.stderr)
+        status = 130
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main(run_command, Path(sys.argv[0]).stem)

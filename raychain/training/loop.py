@@ -1,0 +1,168 @@
+"""The training loop of one stage. One rank's view; collectives join the ranks where there are several."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from raychain.config.experiment import Distill, Train
+from raychain.feed.loader import Batch, Loader
+from raychain.objectives.contrastive import contrastive_loss, mean_over_ranks, world_size
+from raychain.objectives.distillation import capped_alpha, feature_distance
+from raychain.training.control import Control, Wish
+from raychain.training.optimizer import learning_rate
+from raychain.training.state import TrainState
+from raychain.training.student import Features
+from raychain.training.task import StageTask
+
+MAX_LOGIT_SCALE = math.log(100)
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Of one step, as tensors: what is differentiated, and the detached terms (of the global batch once `shared`)."""
+
+    total: torch.Tensor
+    task: torch.Tensor
+    distill: torch.Tensor
+    alpha: torch.Tensor
+
+
+def step_losses(student: nn.Module, teacher: nn.Module | None, batch: Batch, distill: Distill | None) -> Losses:
+    """L_task + alpha · L_IFD of a batch (`method.md`); alpha is lowered where the cap demands it."""
+    features: Features = student(batch.images, batch.tokens)
+    task = contrastive_loss(features.image, features.text, features.scale)
+    none = torch.zeros((), device=task.device)
+    if teacher is None or distill is None or features.projected is None:
+        return Losses(task, task.detach(), none, none)
+    with torch.no_grad():
+        target: Features = teacher(batch.images, batch.tokens)
+    distance = feature_distance(features.projected, (target.image, target.text))
+    alpha = torch.full_like(none, distill.alpha)
+    if distill.cap:
+        shared = mean_over_ranks(torch.stack([distance, task]))
+        alpha = capped_alpha(distill.alpha, shared[0], shared[1])
+    return Losses(task + alpha * distance, task.detach(), (alpha * distance).detach(), alpha)
+
+
+@dataclass
+class StageLoop:
+    """Runs the steps of a stage that are left."""
+
+    task: StageTask
+    recipe: Train
+    distill: Distill | None
+    device: torch.device
+    world: int
+    emit: Callable[[dict[str, Any]], None]
+    """Takes events; see reporting.events."""
+    wishes: Callable[[int], Wish]
+    """Rank 0's wishes after a step."""
+    save: Callable[[], None]
+    evaluate: Callable[[], None]
+
+    def run(
+        self, state: TrainState, teacher: nn.Module | None, loader: Loader, control: Control, last_step: float | None
+    ) -> bool:
+        """Trains until the stage's last step; False if it was stopped before (the state is saved then).
+
+        `last_step` is when the previous stage's last step ended, in wall-clock seconds, if it ended in this process.
+        Raises FloatingPointError, naming the step, when a logged loss is not finite.
+        """
+        counters, started = state.counters, time.perf_counter()
+        student: nn.Module = state.student.train()
+        if world_size() > 1:
+            student = DistributedDataParallel(
+                student,
+                device_ids=[self.device.index] if self.device.type == "cuda" else None,
+                gradient_as_bucket_view=True,
+                broadcast_buffers=False,
+            )
+        base, logged = (counters.wall_s, counters.data_wait_s), (time.perf_counter(), counters.samples, 0.0)
+        for batch in loader:
+            batch = Batch(
+                batch.step,
+                batch.images.to(self.device, non_blocking=True),
+                batch.tokens.to(self.device, non_blocking=True),
+            )
+            lr = learning_rate(
+                counters.step,
+                peak=self.task.lr,
+                warmup=self.task.warmup,
+                total=self.task.steps,
+                schedule=self.recipe.schedule,
+            )
+            losses = self._update(student, state, teacher, batch, lr)
+            if counters.gap_s is None and last_step is not None:
+                counters.gap_s = time.time() - last_step
+            counters.step += 1
+            counters.samples += self.recipe.global_batch
+            counters.wall_s = base[0] + time.perf_counter() - started
+            counters.data_wait_s = base[1] + loader.wait_s
+            done = counters.step == self.task.steps
+            if counters.step % self.recipe.log_every == 0 or done:
+                self._log(state, losses, lr, loader, logged)
+                logged = (time.perf_counter(), counters.samples, loader.wait_s)
+            wish = control.exchange(lambda: self.wishes(counters.step))
+            if wish & Wish.STOP and not done:
+                self.save()
+                return False
+            if wish & Wish.SAVE and not done:
+                self.save()
+            if self.task.eval_every and counters.step % self.task.eval_every == 0 and not done:
+                self.evaluate()
+                student.train()
+        return True
+
+    def _update(
+        self, student: nn.Module, state: TrainState, teacher: nn.Module | None, batch: Batch, lr: float
+    ) -> Losses:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16"):
+            losses = step_losses(student, teacher, batch, self.distill)
+        losses.total.backward()
+        if self.recipe.clip_norm is not None:
+            nn.utils.clip_grad_norm_(state.student.parameters(), self.recipe.clip_norm)
+        for group in state.optimizer.param_groups:
+            group["lr"] = lr
+        state.optimizer.step()
+        state.optimizer.zero_grad()
+        with torch.no_grad():
+            state.student.model.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
+        return losses
+
+    def _log(
+        self, state: TrainState, losses: Losses, lr: float, loader: Loader, logged: tuple[float, int, float]
+    ) -> None:
+        task, distill, alpha = mean_over_ranks(torch.stack([losses.task, losses.distill, losses.alpha])).tolist()
+        counters = state.counters
+        if not math.isfinite(task + distill):
+            raise FloatingPointError(
+                f"{self.task.model}: the loss is not finite at step {counters.step} (task {task}, distillation {distill}). "
+                "The last checkpoint is kept; lower train.lr or lengthen train.warmup and run again."
+            )
+        since, samples, waited = logged
+        self.emit(
+            {
+                "event": "step",
+                "stage": self.task.index,
+                "step": counters.step,
+                "samples": counters.samples,
+                "epoch": round(counters.step / self.task.steps * self.task.epochs, 4),
+                "loss": task + distill,
+                "task_loss": task,
+                "distill_loss": distill,
+                "alpha": alpha,
+                "lr": lr,
+                "logit_scale": float(state.student.model.logit_scale.detach().exp()),
+                "samples_per_s": round((counters.samples - samples) / (time.perf_counter() - since), 1),
+                "data_wait_s": round(loader.wait_s - waited, 4),
+                "world_size": self.world,
+            }
+        )

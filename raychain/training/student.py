@@ -1,0 +1,43 @@
+"""What DDP wraps: the model with its projector. b local batch, K captions, L context length, D features."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from raychain.objectives.distillation import Projector
+
+
+class Features(NamedTuple):
+    """Normalised features of both towers, and exp(logit_scale)."""
+
+    image: torch.Tensor
+    """[b, D]"""
+    text: torch.Tensor
+    """[b, K, D]"""
+    scale: torch.Tensor
+    projected: tuple[torch.Tensor, torch.Tensor] | None
+    """Image and text features in the teacher's space."""
+
+
+class Student(nn.Module):
+    """An open_clip model, and the projector to its teacher's features if it has a teacher."""
+
+    def __init__(self, model: nn.Module, projector: Projector | None = None) -> None:
+        super().__init__()
+        self.model = model
+        self.projector = projector
+        preprocessing = model.visual.preprocess_cfg
+        self.register_buffer("mean", 255 * torch.tensor(preprocessing["mean"]).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", 255 * torch.tensor(preprocessing["std"]).view(1, 3, 1, 1), persistent=False)
+
+    def forward(self, images: torch.Tensor, tokens: torch.Tensor) -> Features:
+        """uint8 [b, H, W, 3] pictures and int64 [b, K, L] tokens to features."""
+        pixels = (images.permute(0, 3, 1, 2).float() - self.mean) / self.std
+        image = self.model.encode_image(pixels, normalize=True).float()
+        text = self.model.encode_text(tokens.flatten(0, 1), normalize=True).float()
+        text = text.unflatten(0, tokens.shape[:2])
+        projected = self.projector(image, text) if self.projector is not None else None
+        return Features(image, text, self.model.logit_scale.exp(), projected)

@@ -1,0 +1,101 @@
+"""The Ray Train worker: a process group is up when `train_chain` is called on every worker."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+import warnings
+from typing import Any
+
+import ray
+import ray.train
+import torch
+
+from raychain.training.stage import ChainWorker
+from raychain.training.task import ChainTask
+
+PUSH_S = 0.2
+
+
+class Mailbox:
+    """An actor between workers and driver: events one way, the wish to stop the other way."""
+
+    def __init__(self) -> None:
+        self.events: list[dict[str, Any]] = []
+        self.stop = False
+
+    def push(self, events: list[dict[str, Any]]) -> bool:
+        """Takes events; returns whether the driver wants the run stopped."""
+        self.events += events
+        return self.stop
+
+    def drain(self) -> list[dict[str, Any]]:
+        """The events since the last call."""
+        events, self.events = self.events, []
+        return events
+
+    def request_stop(self) -> None:
+        """Asks the workers to save and return."""
+        self.stop = True
+
+
+class Link:
+    """A worker's end of the mailbox; a thread pushes, so that the training loop never waits for the driver."""
+
+    def __init__(self, mailbox: Any) -> None:
+        self.mailbox, self.stopping = mailbox, False
+        self._events: list[dict[str, Any]] = []
+        self._lock, self._closed = threading.Lock(), threading.Event()
+        self._thread = threading.Thread(target=self._work, name="events", daemon=True)
+        self._thread.start()
+
+    def emit(self, event: dict[str, Any]) -> None:
+        """Queues an event."""
+        with self._lock:
+            self._events.append({"time": time.time(), **event})
+
+    def close(self) -> None:
+        """Sends what is left."""
+        self._closed.set()
+        self._thread.join(5)
+
+    def _work(self) -> None:
+        while not self._closed.wait(PUSH_S):
+            self._push()
+        self._push()
+
+    def _push(self) -> None:
+        with self._lock:
+            events, self._events = self._events, []
+        with contextlib.suppress(ray.exceptions.RayError):
+            self.stopping = ray.get(self.mailbox.push.remote(events), timeout=10)
+
+
+class _Warnings(logging.Handler):
+    """Log records of raychain become events."""
+
+    def __init__(self, link: Link) -> None:
+        super().__init__(logging.WARNING)
+        self.link = link
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.link.emit({"event": "warning", "message": record.getMessage()})
+
+
+def train_chain(config: dict[str, Any]) -> bool:
+    """Ray Train's `train_loop_per_worker`: {`task`: ChainTask, `mailbox`: actor}. Returns whether the chain is complete."""
+    task: ChainTask = config["task"]
+    warnings.filterwarnings("ignore", category=UserWarning)
+    torch.set_num_threads(task.threads)
+    gpu = task.experiment.compute.gpus_per_worker > 0
+    device = ray.train.torch.get_device() if gpu else torch.device("cpu")
+    link = Link(config["mailbox"])
+    handler = _Warnings(link)
+    logging.getLogger("raychain").addHandler(handler)
+    try:
+        return ChainWorker(task, device, link.emit, lambda: link.stopping).run()
+    finally:
+        logging.getLogger("raychain").removeHandler(handler)
+        link.close()

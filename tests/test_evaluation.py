@@ -1,0 +1,269 @@
+"""Zero-shot classification and retrieval: open_clip's own numbers, at any number of ranks."""
+
+import pickle
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import webdataset
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from torch import multiprocessing
+
+from raychain.errors import InputError
+from raychain.evaluation import RetrievalData, ZeroShotData, evaluate, ranks, resolve_retrieval, resolve_zero_shot
+from raychain.evaluation.reading import shares
+from raychain.evaluation.retrieval import recall
+from raychain.families import build
+from raychain.feed.cache import ShardCache
+
+MODEL = "CoM-micro-S"
+CLASSES = ("red", "green thing", "blue", "grey", "dark", "light", "odd one")
+TEMPLATES = ("a photo of a {c}.", "{c}", "one {c} on a table")
+PICTURES = 23
+SHARDS = (10, 1, 12)
+"""Samples of each shard: 23 pictures do not divide by 2 or 3, and one shard is smaller than the number of ranks."""
+
+
+def picture(number: int) -> Image.Image:
+    """A noisy picture, wider or higher than the model's 40 pixels."""
+    rng = np.random.default_rng(number)
+    noise = rng.integers(0, 256, (6, 5, 3), dtype=np.uint8)
+    return Image.fromarray(noise).resize((47 + number % 3 * 20, 53), Image.Resampling.BICUBIC)
+
+
+def label(number: int) -> int:
+    return number * 5 % len(CLASSES)
+
+
+def captions(number: int) -> list[str]:
+    """One to three captions."""
+    return [f"picture {number}", f"{CLASSES[label(number)]} by {number}", f"no {number * 7}"][: 1 + number % 3]
+
+
+def write_shards(folder: Path, *, labelled: bool, broken: Sequence[int] = ()) -> None:
+    folder.mkdir(parents=True)
+    number = 0
+    for shard, count in enumerate(SHARDS):
+        with webdataset.TarWriter(str(folder / f"{shard}.tar")) as tar:
+            for _ in range(count):
+                image = b"no picture" if number in broken else picture(number)
+                sample = {"__key__": f"s{number:04d}", "png": image}
+                tar.write(sample | ({"cls": label(number)} if labelled else {"json": {"all": captions(number)}}))
+                number += 1
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A zero-shot folder in clip_benchmark's layout, and retrieval shards beside it."""
+    root = tmp_path_factory.mktemp("evaluation")
+    write_shards(root / "zero-shot" / "test", labelled=True)
+    write_shards(root / "retrieval", labelled=False)
+    write_shards(root / "broken", labelled=False, broken=(3, 10, 22)[::2])
+    (root / "zero-shot" / "classnames.txt").write_text("\n".join(CLASSES) + "\n")
+    (root / "zero-shot" / "zeroshot_classification_templates.txt").write_text("\n".join(TEMPLATES) + "\n")
+    return root
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def tokenize(texts: Sequence[str]) -> np.ndarray:
+    return open_clip.get_tokenizer(MODEL)(list(texts)).numpy()
+
+
+def measure(
+    folder: Path, model: torch.nn.Module, zero_shot: ZeroShotData | None, retrieval: RetrievalData | None
+) -> dict[str, float]:
+    return evaluate(
+        model,
+        zero_shot=zero_shot,
+        retrieval=retrieval,
+        cache=ShardCache(folder / "cache", 1 << 30),
+        tokenize=tokenize,
+        image_size=40,
+        mean=open_clip.OPENAI_DATASET_MEAN,
+        std=open_clip.OPENAI_DATASET_STD,
+        tokenizer_id=MODEL,
+        device="cpu",
+        batch_size=4,
+    )
+
+
+def both(folder: Path) -> tuple[ZeroShotData, RetrievalData]:
+    cache = folder / "cache"
+    retrieval = resolve_retrieval([f"{folder}/retrieval/{{0..2}}.tar"], ["json.all"], cache)
+    return resolve_zero_shot(str(folder / "zero-shot"), cache), retrieval
+
+
+def expected_zero_shot(model: torch.nn.Module) -> dict[str, float]:
+    """open_clip's own classifier builder, preprocessing and tokeniser; accuracy as clip_benchmark counts it."""
+    tokenizer = open_clip.get_tokenizer(MODEL)
+    templates = [t.replace("{c}", "{}") for t in TEMPLATES]
+    weights = open_clip.build_zero_shot_classifier(model, tokenizer, CLASSES, templates)
+    order = (expected_images(model, range(PICTURES)) @ weights).argsort(dim=1, descending=True)
+    hit = order == torch.tensor([label(i) for i in range(PICTURES)])[:, None]
+    return {f"zero_shot_top{k}": 100 * hit[:, :k].any(1).double().mean().item() for k in (1, 5)}
+
+
+@torch.no_grad()
+def expected_images(model: torch.nn.Module, numbers: Sequence[int]) -> torch.Tensor:
+    preprocess = open_clip.image_transform_v2(open_clip.PreprocessCfg(size=40), is_train=False)
+    return model.encode_image(torch.stack([preprocess(picture(i)) for i in numbers]), normalize=True)
+
+
+@torch.no_grad()
+def expected_retrieval(model: torch.nn.Module, numbers: Sequence[int]) -> dict[str, float]:
+    texts = [text for i in numbers for text in captions(i)]
+    owner = torch.tensor([place for place, i in enumerate(numbers) for _ in captions(i)])
+    encoded = model.encode_text(open_clip.get_tokenizer(MODEL)(texts), normalize=True)
+    return brute_force(expected_images(model, numbers), encoded, owner)
+
+
+def brute_force(images: torch.Tensor, texts: torch.Tensor, owner: torch.Tensor) -> dict[str, float]:
+    """clip_benchmark's recall: any positive among the k best of a row of the full score matrix."""
+    scores = texts @ images.T
+    positive = owner[:, None] == torch.arange(len(images))
+    found = {}
+    for name, score, right in (("i2t", scores.T, positive.T), ("t2i", scores, positive)):
+        for k in (1, 5, 10):
+            nearest = score.argsort(dim=1, descending=True)[:, :k]
+            found[f"{name}_r{k}"] = 100 * right.gather(1, nearest).any(1).double().mean().item()
+    return found
+
+
+def test_metrics_are_those_of_open_clip(folder: Path) -> None:
+    model = build(MODEL, seed=0).eval()
+    expected = expected_zero_shot(model) | expected_retrieval(model, range(PICTURES))
+    measured = measure(folder, model, *both(folder))
+    assert measured == pytest.approx(expected)
+    assert 0 < measured["zero_shot_top1"] < measured["zero_shot_top5"] < 100
+    assert 0 < measured["t2i_r5"] < measured["t2i_r10"] < 100
+
+
+def test_broken_pictures_are_left_out(folder: Path) -> None:
+    model = build(MODEL, seed=0).eval()
+    data = resolve_retrieval([str(folder / "broken")], ["json.all"], folder / "cache")
+    assert sum(shard.samples for shard in data.shards) == PICTURES
+    whole = [i for i in range(PICTURES) if i not in (3, 22)]
+    assert measure(folder, model, None, data) == pytest.approx(expected_retrieval(model, whole))
+
+
+def test_three_ranks_measure_what_one_does(folder: Path, tmp_path: Path) -> None:
+    alone = measure(folder, build(MODEL, seed=0), *both(folder))
+    multiprocessing.spawn(_rank, (3, folder, tmp_path, both(folder)), nprocs=3)
+    for rank in range(3):
+        together, joined = torch.load(tmp_path / f"{rank}.pt")
+        assert together == pytest.approx(alone)
+        assert joined.tolist() == [[0, 0], [0, 0], [2, 2]]
+
+
+def _rank(rank: int, world: int, folder: Path, out: Path, data: tuple[ZeroShotData, RetrievalData]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{out}/store", rank=rank, world_size=world)
+    empty_on_rank_1 = [[torch.zeros(1, 2), torch.zeros(1, 2)], [], [torch.full((1, 2), 2.0)]][rank]
+    joined = ranks.join(empty_on_rank_1, torch.device("cpu"))
+    measured = measure(folder, build(MODEL, seed=0), *data)
+    torch.save((measured, joined), out / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_retrieval_counts_any_caption_of_a_picture() -> None:
+    images = F.normalize(torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]))
+    # picture 0: one caption nearest to picture 1, one to itself; picture 1: nearest to 2; picture 2: nearest to 0
+    texts = F.normalize(torch.tensor([[0.1, 1.0], [1.0, 0.1], [0.9, 1.0], [1.0, 0.2]]))
+    measured = recall(images, texts, torch.tensor([2, 1, 1]))
+    assert measured["t2i_r1"] == 25
+    assert measured["i2t_r1"] == pytest.approx(100 / 3)
+    assert {measured[f"{direction}_r{k}"] for direction in ("i2t", "t2i") for k in (5, 10)} == {100}
+
+
+def test_recall_in_chunks_is_recall_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    pool = torch.randint(1, 5, (41,), generator=generator)
+    owner = torch.repeat_interleave(pool)
+    images = F.normalize(torch.randn(41, 8, generator=generator), dim=-1)
+    texts = F.normalize(images[owner] + torch.randn(len(owner), 8, generator=generator), dim=-1)
+    monkeypatch.setattr("raychain.evaluation.retrieval.SCORES", 300)
+    assert recall(images, texts, pool) == pytest.approx(brute_force(images, texts, owner))
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=8), st.integers(1, 5), st.data())
+def test_ranks_read_every_row_once_in_order(counts: list[int], world: int, data: st.DataObject) -> None:
+    sizes = [data.draw(st.integers(0, count)) for count in counts]  # rows left when unusable samples are skipped
+    parts = [part for rank in range(world) for part in shares(counts, rank, world)]
+    read = [(part.shard, row) for part in parts for row in part.rows(sizes[part.shard])]
+    assert read == [(shard, row) for shard, size in enumerate(sizes) for row in range(size)]
+
+
+def test_measuring_leaves_the_model_as_it_was(folder: Path) -> None:
+    model = build(MODEL, seed=0).train()
+    model.visual.ln_post.eval()
+    before = {name: module.training for name, module in model.named_modules()}
+    zero_shot, _ = both(folder)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        measured = measure(folder, model, zero_shot, None)
+    assert {name: module.training for name, module in model.named_modules()} == before
+    assert measured == pytest.approx(expected_zero_shot(build(MODEL, seed=0).eval()))
+    model.encode_image(torch.zeros(1, 3, 40, 40)).sum().backward()
+
+
+def test_digest_names_what_is_measured_and_not_where_it_lies(folder: Path, tmp_path: Path) -> None:
+    zero_shot, retrieval = both(folder)
+    assert pickle.loads(pickle.dumps((zero_shot, retrieval))) == (zero_shot, retrieval)
+    (folder / "zero-shot").rename(tmp_path / "moved")
+    moved = resolve_zero_shot(str(tmp_path / "moved"), tmp_path / "other-cache")
+    (tmp_path / "moved").rename(folder / "zero-shot")
+    assert moved.digest == zero_shot.digest != retrieval.digest
+    assert ZeroShotData(zero_shot.classes, ("a {c}",), zero_shot.shards).digest != zero_shot.digest
+
+
+def test_templates_are_optional(tmp_path: Path) -> None:
+    write_shards(tmp_path / "test", labelled=True)
+    (tmp_path / "classnames.txt").write_text("\n".join(CLASSES) + "\n\n")
+    data = resolve_zero_shot(f"file://{tmp_path}", tmp_path / "cache")
+    assert data.classes == CLASSES
+    assert data.prompts("cat") == ["a photo of a cat."]
+
+
+@pytest.mark.parametrize(
+    ("files", "says"),
+    [
+        (None, "a folder that exists"),
+        ({}, "write the class names to classnames.txt"),
+        ({"classnames.txt": "a\nb\n"}, "label 6 in .*allowed  0 … 1"),
+        ({"classnames.txt": "\n".join(CLASSES), "zeroshot_classification_templates.txt": "a {}\n"}, "'a {}'.*add {c}"),
+        ({"classnames.txt": b"\xff\xfe"}, "a UTF-8 text file"),
+    ],
+)
+def test_wrong_zero_shot_folders_are_input_errors(
+    tmp_path: Path, files: dict[str, str | bytes] | None, says: str
+) -> None:
+    address = tmp_path / "zero-shot"
+    if files is not None:
+        write_shards(address / "test", labelled=True)
+        for name, content in files.items():
+            (address / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(InputError, match=rf"(?s)^evaluate\.zero_shot\n.*{says}"):
+        resolve_zero_shot(str(address), tmp_path / "cache")
+
+
+def test_shards_without_labels_or_captions_are_input_errors(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "classnames.txt").write_text("a\n")
+    with pytest.raises(InputError, match=r"^evaluate\.zero_shot\n"):
+        resolve_zero_shot(str(tmp_path), tmp_path / "cache")
+    with pytest.raises(InputError, match=r"^evaluate\.retrieval\n"):
+        resolve_retrieval([str(tmp_path / "*.tar")], ["txt"], tmp_path / "cache")
+    with pytest.raises(InputError, match=r"(?s)^evaluate\.retrieval\n.*without a usable sample"):
+        resolve_retrieval([str(folder / "retrieval")], ["txt"], tmp_path / "cache")

@@ -1,0 +1,82 @@
+"""MACs are the paper's: its table, its percentages of independent training, its family ratios."""
+
+import pytest
+
+from raychain.planning.macs import ForwardMacs, forward_macs, stage_macs
+
+SAMPLES, CAPTIONS = 2_890_000, 7
+TABLE_G = {  # model: image tower, text tower on one caption (method.md)
+    "T": (1.254, 0.763),
+    "C": (2.136, 1.181),
+    "S": (4.599, 1.690),
+    "M": (7.991, 2.289),
+    "B": (17.563, 2.980),
+    "BL": (30.855, 6.650),
+    "L": (61.554, 6.650),
+}
+
+
+def name(size: str) -> str:
+    return f"CoM-ViT-{size}-16"
+
+
+def chain_macs(chain: dict[str, int]) -> int:
+    """Training MACs of a chain {size: epochs} in its order."""
+    total, teacher = 0, None
+    for size, epochs in chain.items():
+        student = forward_macs(name(size))
+        total += stage_macs(student, teacher, epochs * SAMPLES, CAPTIONS)
+        teacher = student
+    return total
+
+
+@pytest.mark.parametrize("size", TABLE_G)
+def test_forward_macs_are_the_papers(size: str) -> None:
+    macs = forward_macs(name(size))
+    assert macs.image / 1e9 == pytest.approx(TABLE_G[size][0], rel=5e-3)
+    assert macs.text / 1e9 == pytest.approx(TABLE_G[size][1], rel=5e-3)
+
+
+@pytest.mark.parametrize(
+    ("chain", "percent"),
+    [
+        ({"B": 128, "L": 14}, 47.8),
+        ({"S": 128, "B": 24, "L": 15}, 35.9),
+        ({"T": 128, "S": 24, "B": 19, "L": 14}, 27.6),
+        ({"L": 128}, 100.0),
+    ],
+)
+def test_chain_percentages_are_the_papers(chain: dict[str, int], percent: float) -> None:
+    assert 100 * chain_macs(chain) / chain_macs({"L": 128}) == pytest.approx(percent, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("chain", "ratio"),
+    [
+        ({"T": 128, "S": 24, "B": 19, "L": 14}, 5.68),
+        ({"T": 128, "C": 24, "S": 21, "M": 18, "B": 15, "BL": 12, "L": 9}, 7.09),
+    ],
+)
+def test_family_ratios_are_the_papers(chain: dict[str, int], ratio: float) -> None:
+    independent = sum(chain_macs({size: 128}) for size in chain)
+    assert independent / chain_macs(chain) == pytest.approx(ratio, abs=0.01)
+
+
+def test_attention_products_are_counted() -> None:
+    """A one-layer change of 12 is a twelfth of the blocks' cost by hand: 12·L·W² + 2·L²·W a layer."""
+    macs = forward_macs(name("T"))
+    length, width, layers = 197, 192, 12
+    by_hand = layers * (12 * length * width**2 + 2 * length**2 * width) + 196 * 3 * 16**2 * width + width * 512
+    assert macs.image == by_hand
+
+
+def test_image_size_changes_only_the_image_tower() -> None:
+    small, large = forward_macs("CoM-micro-S"), forward_macs("CoM-micro-S", 48)
+    assert large.text == small.text
+    assert large.image > 1.4 * small.image
+
+
+def test_stage_macs_count_three_student_forwards_and_one_teacher_forward() -> None:
+    student, teacher = ForwardMacs(image=100, text=10), ForwardMacs(image=50, text=5)
+    assert stage_macs(student, None, samples=2, captions=7) == 2 * 3 * 170
+    assert stage_macs(student, teacher, samples=2, captions=7) == 2 * (3 * 170 + 85)
