@@ -12,6 +12,8 @@ import typer
 from raychain.config import Experiment, load_experiment
 from raychain.errors import InputError, Interrupted, RunFailed
 
+KEPT = "What was trained is kept; the same command continues."
+
 
 def run(
     experiment: str | Experiment = "demo",
@@ -76,14 +78,14 @@ def _dry_run(experiment: str, overrides: tuple[str, ...], out: str | None, addre
 
 
 def main(command: Any, name: str) -> None:
-    """Runs a command function as a program with raychain's exit statuses: 0, 1 failed, 2 wrong input, 130 interrupted."""
+    """Runs a command function as a program, with raychain's exit statuses."""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command(name)(command)
     guarded(app)
 
 
 def guarded(app: Any) -> None:
-    """Calls a Typer app and turns raychain's errors into one message and an exit status."""
+    """Calls a Typer app; errors become one message and a status: 1 run failed, 2 wrong input, 130 interrupted."""
     status = 0
     try:
         app()
@@ -91,12 +93,10 @@ def guarded(app: Any) -> None:
         print(f"raychain: {error}", file=sys.stderr)
         status = 2
     except RunFailed as error:
-        print(
-            f"raychain: the run failed: {error}\nWhat was trained is kept; the same command continues.", file=sys.stderr
-        )
+        print(f"raychain: the run failed: {error}\n{KEPT}", file=sys.stderr)
         status = 1
     except (Interrupted, KeyboardInterrupt):
-        print("raychain: interrupted. What was trained is kept; the same command continues.", file=sys.stderr)
+        print(f"raychain: interrupted. {KEPT}", file=sys.stderr)
         status = 130
     sys.exit(status)
 

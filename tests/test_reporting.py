@@ -47,7 +47,7 @@ def step(index, stage=0, loss=2.5, **changes):
     fields = {"task_loss": loss, "distill_loss": None, "alpha": 0.0, "lr": 1e-3, "logit_scale": 14.3}
     fields |= {"samples_per_s": 64.0, "data_wait_s": 0.1, "world_size": 1}
     samples = 128 * (index + 1)
-    return event("step", stage=stage, step=index, samples=samples, epoch=samples / 512, loss=loss, **fields) | changes
+    return event("step", stage=stage, step=index + 1, samples=samples, epoch=samples / 512, loss=loss, **fields) | changes
 
 
 def span(name, category, start, end, stage=0):
@@ -112,7 +112,7 @@ def test_a_resumed_stage_replaces_the_lines_it_runs_again_and_no_others(tmp_path
         file.write('{"stage": 1, "step": 6, "lo')  # killed while writing
     log(folder, stage_start(1, 4), *(step(i, 1, loss=1.5) for i in range(4, 8)))
     lines = metric_lines(tmp_path)
-    assert [(x["stage"], x["step"]) for x in lines] == [(stage, i) for stage in (0, 1) for i in range(8)]
+    assert [(x["stage"], x["step"]) for x in lines] == [(stage, i + 1) for stage in (0, 1) for i in range(8)]
     assert [x["loss"] for x in lines if x["stage"] == 1] == [2.5] * 4 + [1.5] * 4
 
 
@@ -185,7 +185,7 @@ def test_a_remote_folder_gets_files_now_and_then_and_all_of_them_at_the_end(tmp_
     records.finish("succeeded", {})
     resumed = log(remote, stage_start(0, 1), step(1), step(2), span("export", "export", 1.0, 2.0))
     assert resumed.run["status"] == remote.read_json("run.json")["status"] == "succeeded"
-    assert [json.loads(x)["step"] for x in remote.read("metrics.jsonl").splitlines()] == [0, 1, 2]
+    assert [json.loads(x)["step"] for x in remote.read("metrics.jsonl").splitlines()] == [1, 2, 3]
     assert len(remote.list("tensorboard/stage0-CoM-micro-S")) == 2
     read = scalars(remote.fetch("", tmp_path / "copy"))
     assert [s.step for s in read.Scalars("loss")] == [128, 256, 384]
@@ -235,7 +235,7 @@ def test_plain_progress_names_distillation_evaluation_warning_and_resume():
         stage_start(1, 5, world_size=2), grown, measured, event("warning", message="a [bold] word"), reused
     ).splitlines()
     assert out[0].endswith("8 steps on 2 workers, resumed at step 5")
-    assert "loss 3.00 (task 2.00, distill 2.00 × 0.500)" in out[1]
+    assert "loss 3.00 (task 2.00, distill 0.500)" in out[1]
     assert out[2:] == [
         "stage 2/3 CoM-micro-S: step 6 · i2t R@1 7.0 %",
         "warning: a [bold] word",
@@ -258,7 +258,7 @@ def test_terminal_progress_is_live_and_fits_its_width():
     assert max(len(top), len(below)) <= 80
     assert top.startswith("stage 1/3 CoM-micro-S ━")
     assert top.rstrip().endswith("50% ETA 0:08")
-    assert below.strip() == "epoch 1.0/2 · loss 3.00 (task 2.00, distill 2.00 × 0.500) · 64.0 images/s"
+    assert below.strip() == "epoch 1.0/2 · loss 3.00 (task 2.00, distill 0.500) · 64.0 images/s"
 
 
 RUN = {

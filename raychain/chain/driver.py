@@ -1,4 +1,4 @@
-"""The driver: starts or joins Ray, lets one worker group train the chain's unfinished stages, and keeps the run folder."""
+"""The driver: starts or joins Ray, lets one worker group train the unfinished stages, keeps the run folder."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import ray
@@ -49,7 +49,7 @@ def run_chain(task: ChainTask, *, address: str | None = None, verbose: bool = Fa
     _set_aside(out, task)
     try:
         with Progress(len(task.stages)) as progress, _session(task, address, verbose):
-            complete = _execute(task, lambda event: (log.handle(event), progress.handle(event)), verbose)
+            complete = _execute(task, [log.handle, progress.handle], verbose)
     except BaseException as error:
         status = "interrupted" if isinstance(error, KeyboardInterrupt | Interrupted) else "failed"
         log.finish(status, totals(task, time.time() - started))
@@ -99,16 +99,16 @@ def _session(task: ChainTask, address: str | None, verbose: bool) -> Iterator[No
         ray.shutdown()
 
 
-def _execute(task: ChainTask, handle: Callable[[dict[str, Any]], Any], verbose: bool) -> bool:
+def _execute(task: ChainTask, handlers: Sequence[Callable[[dict[str, Any]], None]], verbose: bool) -> bool:
     compute = task.experiment.compute
-    mailbox = ray.remote(Mailbox).options(num_cpus=0).remote()
+    mailbox: Any = ray.remote(num_cpus=0)(Mailbox).remote()
     resources: dict[str, float] = {"CPU": worker_cpus(task.experiment)}
     if compute.gpus_per_worker:
         resources["GPU"] = compute.gpus_per_worker
     name = f"ray-{uuid.uuid4().hex[:8]}"
     storage = Folder(task.out)
     trainer = TorchTrainer(
-        train_chain,
+        train_chain,  # type: ignore[arg-type]
         train_loop_config={"task": task, "mailbox": mailbox},
         scaling_config=ScalingConfig(
             num_workers=compute.workers, use_gpu=compute.gpus_per_worker > 0, resources_per_worker=resources
@@ -118,14 +118,14 @@ def _execute(task: ChainTask, handle: Callable[[dict[str, Any]], Any], verbose: 
             name=name,
             storage_path=storage.path,
             storage_filesystem=None if storage.local else storage.fs,
-            failure_config=FailureConfig(max_failures=compute.max_failures, controller_failure_limit=3),
+            failure_config=FailureConfig(max_failures=compute.max_failures, controller_failure_limit=3),  # type: ignore[call-arg]
         ),
     )
     outcome: dict[str, Any] = {}
 
     def fit() -> None:
         try:
-            outcome["value"] = trainer.fit().return_value
+            outcome["value"] = trainer.fit().return_value  # type: ignore[attr-defined]
         except BaseException as error:  # reported by the thread that waits
             outcome["error"] = error
 
@@ -137,8 +137,8 @@ def _execute(task: ChainTask, handle: Callable[[dict[str, Any]], Any], verbose: 
         with _stop_signals(lambda: mailbox.request_stop.remote()):
             while thread.is_alive():
                 thread.join(POLL_S)
-                _drain(mailbox, handle)
-        _drain(mailbox, handle)
+                _drain(mailbox, handlers)
+        _drain(mailbox, handlers)
     finally:
         storage.delete(name)
     if "error" in outcome:
@@ -146,10 +146,11 @@ def _execute(task: ChainTask, handle: Callable[[dict[str, Any]], Any], verbose: 
     return bool(outcome["value"])
 
 
-def _drain(mailbox: Any, handle: Callable[[dict[str, Any]], Any]) -> None:
+def _drain(mailbox: Any, handlers: Sequence[Callable[[dict[str, Any]], None]]) -> None:
     with contextlib.suppress(ray.exceptions.RayError):
         for event in ray.get(mailbox.drain.remote(), timeout=30):
-            handle(event)
+            for handle in handlers:
+                handle(event)
 
 
 @contextlib.contextmanager

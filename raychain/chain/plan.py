@@ -1,4 +1,4 @@
-"""From an experiment to the task of the workers: checks, counts, step numbers and stage keys. No Ray; InputError only."""
+"""From an experiment to the task of the workers: checks, counts, step numbers and stage keys. Without Ray."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def _check_compute(experiment: Experiment, address: str | None) -> None:
             "train.global_batch",
             f"{batch} over {compute.workers} workers",
             "a global batch that the workers divide evenly",
-            f"set compute.workers={fits[-1]} or train.global_batch={batch // compute.workers * compute.workers or compute.workers}",
+            f"--set compute.workers={fits[-1]}, or change train.global_batch",
         )
     here = torch.cuda.device_count()
     if not (address or os.environ.get("RAY_ADDRESS")) and compute.gpus_per_worker and here < compute.workers:

@@ -34,7 +34,7 @@ class Duration:
         return round(exact)
 
     def __str__(self) -> str:
-        amount = int(self.amount) if self.amount.is_integer() else self.amount
+        amount = int(self.amount) if self.amount == int(self.amount) else self.amount
         return f"{amount} {self.unit}"
 
 

@@ -31,11 +31,11 @@ def evaluate(
 ) -> dict[str, float]:
     """`zero_shot_top1`, `zero_shot_top5`, `i2t_r1` … `t2i_r10` in percent (0 … 100) of an open_clip model on `device`.
 
-    All ranks call it with the same arguments, their own `device` and a cache on their node. Work and reading are
-    divided, and all get the same numbers, however many ranks there are. Tasks that are None are left out. In fp32
-    without autocast; pictures as open_clip's evaluation sees them, `image_size` pixels a side, normalised by `mean` and
-    `std`; `tokenize` gives token ids [n, L], and `tokenizer_id` names it in the cache. The mode of each module (training
-    or evaluation) is afterwards what it was.
+    All ranks call it with the same arguments, their own `device`, and a cache on their node. Work and reading are
+    divided, and all get the same numbers, however many they are. Tasks that are None are left out. In fp32 without
+    autocast; pictures as open_clip's evaluation sees them, `image_size` pixels a side, normalised by `mean` and `std`;
+    `tokenize` gives token ids [n, L], and `tokenizer_id` names it in the cache. The mode of each module (training or
+    evaluation) is afterwards what it was.
 
     Raises OSError for a shard that cannot be read.
     """

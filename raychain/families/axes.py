@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -40,14 +40,16 @@ class UndescribedError(ValueError):
 class Space:
     """A set of coordinates that grow together.
 
-    kind: `stream`, the residual stream (read through a LayerNorm only); `units`, attention heads or MLP units;
+    kind: `stream`, the residual stream (read through LayerNorms only); `units`, attention heads or MLP units;
     `shared`, the embedding both towers project to; `fixed`, sizes that no operator changes (vocabulary, positions,
-    pixels, head_dim).
+    head_dim). gain: the key of a LayerNorm's weight, for a stream that this LayerNorm turns into the residual stream
+    (CLIP's ln_pre).
     """
 
     name: str
     size: int
     kind: SpaceKind
+    gain: str | None = None
 
 
 @dataclass(frozen=True)
@@ -126,9 +128,9 @@ class TowerBuilder:
     stacks: dict[str, Stack] = field(default_factory=dict)
     parameters: list[Parameter] = field(default_factory=list)
 
-    def space(self, name: str, size: int, kind: SpaceKind) -> None:
-        """Declares a space that patterns can use by its name."""
-        self.spaces[name] = Space(f"{self.name}.{name}", size, kind)
+    def space(self, name: str, size: int, kind: SpaceKind, gain: str | None = None) -> None:
+        """Declares a space that patterns can use by its name; `gain` names the tensor of `Space.gain`."""
+        self.spaces[name] = Space(f"{self.name}.{name}", size, kind, f"{self.name}.{gain}" if gain else None)
 
     def stack(self, name: str, depth: int, period: int = 1) -> None:
         """Declares a stack of layers."""
@@ -171,6 +173,13 @@ class TowerBuilder:
                 scaled_by=f"{self.name}.{scale}" if scale else None,
             )
         )
+
+    def add_branch_end(self, linear: str, stream: str, reads: str, *, layer: tuple[str, int], scale: str) -> None:
+        """Describes the Linear that ends a residual branch, and the layer scale after it where there is one."""
+        closing: dict[str, Any] = {"layer": layer, "closes": True, "scaled_by": scale}
+        self.add(f"{linear}.weight", f">{stream} {reads}", "weight", **closing)
+        self.add(f"{linear}.bias", f">{stream}", "bias", **closing)
+        self.add(scale, f">{stream}", "scale", layer=layer)
 
     def finish(self) -> Tower:
         """The description; raises UndescribedError naming the first tensor that was not added."""

@@ -9,6 +9,7 @@ import tarfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -45,8 +46,9 @@ def expand(patterns: Sequence[str], where: str) -> list[str]:
             addresses = list(braceexpand.braceexpand(pattern))
         except ValueError:
             raise InputError(where, pattern, "balanced braces such as {00000..00331}", "close the brace") from None
-        for address in addresses:
-            found += _match(address, pattern, where)
+        with ThreadPoolExecutor(16) as pool:
+            for matched in pool.map(_match, addresses, repeat(pattern), repeat(where)):
+                found += matched
     return found
 
 
@@ -116,7 +118,10 @@ def _survey(address: str, wanted: members.Wanted, cache: Path, where: str) -> Sh
 
 
 def read(shard: Shard, wanted: members.Wanted) -> Iterator[dict[str, Any]]:
-    """The usable samples of a shard in file order."""
+    """The usable samples of a shard in file order. Raises OSError, naming the shard, where it is damaged."""
     filesystem, path = resolve(shard.address)
-    with filesystem.open_input_file(path) as file:
-        yield from members.samples(file, wanted)
+    try:
+        with filesystem.open_input_file(path) as file:
+            yield from members.samples(file, wanted)
+    except (OSError, tarfile.TarError) as error:
+        raise OSError(f"{shard.address}: {error}") from error

@@ -21,6 +21,20 @@ def interleave(small: int, large: int) -> list[LayerSource]:
     return [LayerSource(index * small // large) for index in range(large)]
 
 
+def identity(small: int, large: int) -> list[LayerSource]:
+    """Layers spread as by `interleave`; the first to take a layer keeps it whole, the others start as the identity.
+
+    The function is kept (LEMON, bert2BERT). An identity block holds its source's inner weights, so it learns at once.
+    """
+    layers = [source.layer for source in interleave(small, large)]
+    return [LayerSource(layer, inert=layer in layers[:index]) for index, layer in enumerate(layers)]
+
+
+def stack(small: int, large: int) -> list[LayerSource]:
+    """The whole stack repeated: layer j takes layer j mod n (G_stack, arXiv 2405.15319)."""
+    return [LayerSource(index % small) for index in range(large)]
+
+
 def layer_sources(operator: DepthOperator, small: int, large: int, period: int) -> list[LayerSource]:
     """The operator's map for n = `small` and N = `large` layers, kept to layers that agree modulo `period`.
 

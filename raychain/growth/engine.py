@@ -61,7 +61,7 @@ class Match:
     @property
     def axes(self) -> tuple[AxisGrowth, ...]:
         return tuple(
-            AxisGrowth(new.space.name, new.space.kind, new.side, old.space.size, new.space.size)
+            AxisGrowth(new.space, new.side, old.space.size)
             for old, new in zip(self.small.axes, self.large.axes, strict=True)
         )
 
@@ -224,6 +224,8 @@ def _grown(
             axes=match.axes,
             value=value(match.small),
             init=target.double().reshape(match.large.shape),
+            small_shape=tuple(sources[match.small.name].shape),
+            large_shape=tuple(target.shape),
             lookup=lookup,
         )
         grown = plan.operator.weight(cell)

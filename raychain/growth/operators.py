@@ -2,9 +2,18 @@
 
 from collections.abc import Mapping
 
-from raychain.growth.depth import DepthOperator, interleave
+from raychain.growth.centred import Centred
+from raychain.growth.depth import DepthOperator, identity, interleave, stack
+from raychain.growth.duplicate import Duplicate
 from raychain.growth.embed import Embed
+from raychain.growth.reference import Reference
 from raychain.growth.width import WidthOperator
 
-WIDTH_OPERATORS: Mapping[str, WidthOperator] = {"embed": Embed()}
-DEPTH_OPERATORS: Mapping[str, DepthOperator] = {"interleave": interleave}
+WIDTH_OPERATORS: Mapping[str, WidthOperator] = {
+    "centred": Centred(),
+    "duplicate": Duplicate(),
+    "duplicate-uneven": Duplicate(uneven=0.5),
+    "embed": Embed(),
+    "reference": Reference(),
+}
+DEPTH_OPERATORS: Mapping[str, DepthOperator] = {"identity": identity, "interleave": interleave, "stack": stack}

@@ -2,51 +2,76 @@
 one.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
 
-from raychain.families.axes import Parameter, Side, SpaceKind
+from raychain.families.axes import Parameter, Side, Space, SpaceKind
 
 
 class AxisGrowth(NamedTuple):
-    """One axis of a parameter: `small` coordinates become `large` (fewer only where the kind is `shared`)."""
+    """One axis of a parameter: `small` coordinates become `space.size` (fewer only where the kind is `shared`)."""
 
-    space: str
-    kind: SpaceKind
+    space: Space
     side: Side
     small: int
-    large: int
+
+    @property
+    def large(self) -> int:
+        return self.space.size
+
+    @property
+    def kind(self) -> SpaceKind:
+        return self.space.kind
+
+    @property
+    def grows(self) -> bool:
+        return self.large > self.small
 
 
 @dataclass(frozen=True)
 class Cell:
     """One parameter to grow.
 
-    value: the small model's tensor, init: the large model's random one, both float64 and split into the axes
-    (`axes[i]` is dimension i). `lookup` returns another small parameter of the same layer by its key, likewise split.
+    value: the small model's tensor (or an optimiser moment of it); init: the large model's random one. Both are
+    float64 and split into the axes: dimension i is `axes[i]`. `lookup` returns another of the small model's
+    parameters by its key, from the same layer, likewise split. `small_shape` and `large_shape` are the shapes the
+    models keep the tensors in.
     """
 
     parameter: Parameter
     axes: tuple[AxisGrowth, ...]
     value: torch.Tensor
     init: torch.Tensor
+    small_shape: tuple[int, ...]
+    large_shape: tuple[int, ...]
     lookup: Callable[[str], torch.Tensor]
+
+    @property
+    def region(self) -> tuple[slice, ...]:
+        """The indices both tensors have, at matching positions."""
+        return tuple(slice(0, min(axis.small, axis.large)) for axis in self.axes)
 
 
 class WidthOperator(Protocol):
-    """A rule that writes a parameter of the large model."""
+    """A rule that writes a parameter of the large model, and the moments that its optimiser should start from."""
 
     def weight(self, cell: Cell) -> torch.Tensor:
         """The large tensor, shaped like `cell.init`."""
         ...
 
+    def gradient(self, cell: Cell, power: int) -> torch.Tensor:
+        """The large model's gradient, given the small one's in `cell.value`, shaped like `cell.init`.
 
-def overlap(small: torch.Tensor, large: torch.Tensor) -> tuple[slice, ...]:
-    """The index region both shapes have, at matching positions."""
-    return tuple(slice(0, min(pair)) for pair in zip(small.shape, large.shape, strict=True))
+        With `power` 2 the values are squared gradients. NaN where the small model does not determine the gradient.
+        """
+        ...
 
 
-SpaceSizes = Mapping[str, tuple[int, int]]
+def matching_positions(cell: Cell, rest: torch.Tensor) -> torch.Tensor:
+    """The small tensor at the matching positions, `rest` (shaped like the large one) elsewhere."""
+    grown = rest.clone()
+    grown[cell.region] = cell.value[cell.region]
+    return grown

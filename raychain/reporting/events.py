@@ -4,12 +4,13 @@ Every event has `event` (its kind, below) and `time` (wall clock, seconds since 
 chain. Values are plain Python: int, float, str, None, dicts and lists of them. Readers ignore kinds they do not know.
 
 stage_start  A worker group begins or resumes a stage.
-    stage, model, params, steps (of the whole stage), start_step (index of the first step that is run now),
+    stage, model, params, steps (of the whole stage), start_step (steps done before),
     global_batch (pairs), epoch_samples, world_size
 step         One logged optimiser step; a line of metrics.jsonl.
-    stage, step (index of the optimiser step, from 0), samples (pairs seen by the stage, this step's included),
-    epoch (samples / epoch_samples), loss, task_loss, distill_loss (None without a teacher), alpha (its factor in the
-    loss), lr, logit_scale, samples_per_s, data_wait_s (both since the previous logged step), world_size
+    stage, step (optimiser steps done), samples (pairs seen by the stage, this step's included),
+    epoch (samples / epoch_samples), loss, task_loss, distill_loss (alpha included;
+    0 without a teacher), alpha, lr, logit_scale, samples_per_s, data_wait_s (both since the previous logged step),
+    world_size
 span         Something that took time; a bar of trace.json.
     name, category (one of CATEGORIES), start, end (wall clock seconds), stage (None: no particular one)
 evaluation   Measurements on held-out data.

@@ -86,7 +86,7 @@ class Progress:
 
     def _display(self, start: Event, losses: str, step: Event | None = None) -> Group:
         """Two lines: title, bar, ETA; below epoch, loss terms, rate."""
-        done = step["step"] + 1 if step else start["start_step"]
+        done = step["step"] if step else start["start_step"]
         top = Table.grid(padding=(0, 1), expand=True)
         top.add_column(no_wrap=True)
         top.add_column(ratio=1)
@@ -135,8 +135,8 @@ def _losses(step: Event) -> str:
     total = f"loss {number(step['loss'])}"
     if not step.get("alpha") or step.get("distill_loss") is None:
         return total
-    task, alpha, distill = (number(step[key]) for key in ("task_loss", "alpha", "distill_loss"))
-    return f"{total} (task {task}, distill {alpha} × {distill})"
+    task, distill = (number(step[key]) for key in ("task_loss", "distill_loss"))
+    return f"{total} (task {task}, distill {distill})"
 
 
 def _epochs(start: Event) -> float:
@@ -153,4 +153,4 @@ def _rate(step: Event) -> str:
 
 def _left(start: Event, step: Event) -> str:
     rate = step["samples_per_s"]
-    return clock((start["steps"] - step["step"] - 1) * start["global_batch"] / rate if rate else None)
+    return clock((start["steps"] - step["step"]) * start["global_batch"] / rate if rate else None)

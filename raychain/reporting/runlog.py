@@ -61,7 +61,7 @@ class RunLog:
         match event["event"]:
             case "stage_start":
                 stage, first = event["stage"], event["start_step"]
-                self._keep_metrics(lambda line: line["stage"] != stage or line["step"] < first)
+                self._keep_metrics(lambda line: line["stage"] != stage or line["step"] <= first)
                 self._scalars.start(event)
             case "step":
                 self._append_metrics({k: v for k, v in event.items() if k != "event"})

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from raychain.families.building import build_config
+from raychain.training.student import preprocessing_of
 
 CONFIG = "open_clip_config.json"
 WEIGHTS = "open_clip_model.safetensors"
@@ -24,7 +25,7 @@ def write_artifact(
 ) -> dict[str, str]:
     """Writes config, weights and (if it has parameters) projector; returns each file's SHA-256."""
     config = {**config, "vision_cfg": {**config["vision_cfg"], "image_size": image_size}}
-    preprocessing = {**model.visual.preprocess_cfg, "size": image_size}
+    preprocessing = {**preprocessing_of(model), "size": image_size}
     document = {"model_cfg": config, "preprocess_cfg": preprocessing}
     (folder / CONFIG).write_text(json.dumps(document, indent=2) + "\n")
     save_file(_state(model), folder / WEIGHTS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
 from raychain.config.experiment import Distill, Train
@@ -66,7 +68,7 @@ class StageLoop:
     wishes: Callable[[int], Wish]
     """Rank 0's wishes after a step."""
     save: Callable[[], None]
-    evaluate: Callable[[], None]
+    evaluate: Callable[[], object]
 
     def run(
         self, state: TrainState, teacher: nn.Module | None, loader: Loader, control: Control, last_step: float | None
@@ -124,7 +126,10 @@ class StageLoop:
     def _update(
         self, student: nn.Module, state: TrainState, teacher: nn.Module | None, batch: Batch, lr: float
     ) -> Losses:
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16"):
+        bf16 = torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16")
+        # On CPUs the fused bf16 attention is slow: a CoM-micro-L step took 0.85 s with it, 0.57 s without (one thread).
+        attention = sdpa_kernel(SDPBackend.MATH) if self.device.type == "cpu" else contextlib.nullcontext()
+        with bf16, attention:
             losses = step_losses(student, teacher, batch, self.distill)
         losses.total.backward()
         if self.recipe.clip_norm is not None:
@@ -144,7 +149,7 @@ class StageLoop:
         counters = state.counters
         if not math.isfinite(task + distill):
             raise FloatingPointError(
-                f"{self.task.model}: the loss is not finite at step {counters.step} (task {task}, distillation {distill}). "
+                f"{self.task.model}: the loss is not finite at step {counters.step} (task {task}, distill {distill}). "
                 "The last checkpoint is kept; lower train.lr or lengthen train.warmup and run again."
             )
         since, samples, waited = logged

@@ -1,4 +1,4 @@
-"""Consecutive stages in one worker: build, grow, resume, train, evaluate, export; the next stage is prepared meanwhile."""
+"""Consecutive stages in one worker: build, grow, resume, train, evaluate, export; the next is prepared meanwhile."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from raychain.training.control import Control, Wish
 from raychain.training.loop import StageLoop
 from raychain.training.optimizer import make_optimizer
 from raychain.training.state import Counters, TrainState
-from raychain.training.student import Student
+from raychain.training.student import Student, preprocessing_of
 from raychain.training.task import ChainTask, StageTask
 
 STAGE_RECORD = "stage.json"
@@ -48,7 +48,7 @@ class ChainWorker:
     ) -> None:
         self.task, self.device, self.stopping = task, device, stopping
         self.rank = dist.get_rank() if world_size() > 1 else 0
-        self.emit = emit if self.rank == 0 else lambda event: None
+        self.emit = emit if self.rank == 0 else lambda _: None
         self.experiment = task.experiment
         self.out = Folder(task.out)
         self.cache = ShardCache(self.experiment.preload.cache, self.experiment.preload.budget)
@@ -176,7 +176,7 @@ class ChainWorker:
             self.emit,
             wishes,
             save,
-            lambda: self._evaluate(stage, model, state.counters.step) and None,
+            lambda: self._evaluate(stage, model, state.counters.step),
         )
         ready = self.prepare.submit(self._prepare, following) if following else None
         complete = loop.run(state, teacher, loader, self.control, self.last_step)
@@ -197,7 +197,7 @@ class ChainWorker:
             return {}
         started = time.time()
         tokenize, tokenizer = make_tokenizer(model_config(stage.model))
-        preprocessing = model.visual.preprocess_cfg
+        preprocessing = preprocessing_of(model)
         metrics = evaluate(
             model,
             zero_shot=self.task.zero_shot,

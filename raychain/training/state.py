@@ -23,7 +23,7 @@ class Counters:
 
 @dataclass
 class TrainState:
-    """The student, its optimiser and the counters. The data position is `counters.step` global batches into the feed."""
+    """The student, its optimiser and the counters; the data position is `counters.step` global batches."""
 
     student: Student
     optimizer: torch.optim.Optimizer

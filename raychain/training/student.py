@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
 
 from raychain.objectives.distillation import Projector
+
+
+def preprocessing_of(model: nn.Module) -> dict[str, Any]:
+    """open_clip's `preprocess_cfg` of a model: size, mean and std of its pictures, interpolation."""
+    return dict(cast(Any, model.visual).preprocess_cfg)
 
 
 class Features(NamedTuple):
@@ -25,11 +30,16 @@ class Features(NamedTuple):
 class Student(nn.Module):
     """An open_clip model, and the projector to its teacher's features if it has a teacher."""
 
+    model: Any
+    """The open_clip model."""
+    mean: torch.Tensor
+    std: torch.Tensor
+
     def __init__(self, model: nn.Module, projector: Projector | None = None) -> None:
         super().__init__()
         self.model = model
         self.projector = projector
-        preprocessing = model.visual.preprocess_cfg
+        preprocessing = preprocessing_of(model)
         self.register_buffer("mean", 255 * torch.tensor(preprocessing["mean"]).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", 255 * torch.tensor(preprocessing["std"]).view(1, 3, 1, 1), persistent=False)
 

@@ -10,7 +10,7 @@ import warnings
 from typing import Any
 
 import ray
-import ray.train
+import ray.train.torch
 import torch
 
 from raychain.training.stage import ChainWorker
@@ -85,7 +85,7 @@ class _Warnings(logging.Handler):
 
 
 def train_chain(config: dict[str, Any]) -> bool:
-    """Ray Train's `train_loop_per_worker`: {`task`: ChainTask, `mailbox`: actor}. Returns whether the chain is complete."""
+    """Ray Train's worker function: {`task`: ChainTask, `mailbox`: actor}. Returns whether the chain is complete."""
     task: ChainTask = config["task"]
     warnings.filterwarnings("ignore", category=UserWarning)
     torch.set_num_threads(task.threads)

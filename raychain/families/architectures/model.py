@@ -7,9 +7,15 @@ from typing import Any
 from torch import nn
 
 from raychain.families.architectures.open_clip_transformer import describe_text, describe_vit
+from raychain.families.architectures.timm_swin import describe_timm_swin
+from raychain.families.architectures.timm_vit import describe_timm_vit
 from raychain.families.axes import Tower, UndescribedError
 
-_IMAGE_TOWERS: tuple[Callable[[nn.Module], Tower | None], ...] = (describe_vit,)
+_IMAGE_TOWERS: tuple[Callable[[nn.Module], Tower | None], ...] = (
+    describe_vit,
+    describe_timm_vit,
+    describe_timm_swin,
+)
 _SCALARS = ("logit_scale", "logit_bias")
 
 

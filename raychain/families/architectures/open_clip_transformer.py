@@ -34,8 +34,9 @@ def describe_vit(visual: Any) -> Tower | None:
     tower.space("position", visual.positional_embedding.shape[0], "fixed")
     # What the embeddings write is the stream itself, unless ln_pre normalises it first.
     has_ln_pre = isinstance(visual.ln_pre, nn.LayerNorm)
-    tower.space("patches", width, "stream")
     written = "patches" if has_ln_pre else "embed"
+    if has_ln_pre:
+        tower.space(written, width, "stream", gain="ln_pre.weight")
     tower.add("conv1.weight", f">{written} rgb patch_y patch_x", "weight")
     tower.add("class_embedding", f">{written}", "bias")
     tower.add("positional_embedding", f"position >{written}", "weight")
@@ -105,20 +106,13 @@ def _add_blocks(tower: TowerBuilder, transformer: Transformer) -> None:
     block = "transformer.resblocks.{}."
     for index in range(len(transformer.resblocks)):
         layer = ("layers", index)
-        attention, mlp = block + "ls_1.gamma", block + "ls_2.gamma"
-        tower.add(block + "ln_1.weight", "embed", "gain", layer=layer)
-        tower.add(block + "ln_1.bias", "embed", "shift", layer=layer)
+        for norm in ("ln_1", "ln_2"):
+            tower.add(f"{block}{norm}.weight", "embed", "gain", layer=layer)
+            tower.add(f"{block}{norm}.bias", "embed", "shift", layer=layer)
         tower.add(block + "attn.in_proj_weight", "(qkv >heads head_dim) <embed", "weight", layer=layer)
         tower.add(block + "attn.in_proj_bias", "(qkv >heads head_dim)", "bias", layer=layer)
-        closing: dict[str, Any] = {"layer": layer, "closes": True, "scaled_by": attention}
-        tower.add(block + "attn.out_proj.weight", ">embed (<heads head_dim)", "weight", **closing)
-        tower.add(block + "attn.out_proj.bias", ">embed", "bias", **closing)
-        tower.add(attention, ">embed", "scale", layer=layer)
-        tower.add(block + "ln_2.weight", "embed", "gain", layer=layer)
-        tower.add(block + "ln_2.bias", "embed", "shift", layer=layer)
+        attention, mlp = block + "ls_1.gamma", block + "ls_2.gamma"
+        tower.add_branch_end(block + "attn.out_proj", "embed", "(<heads head_dim)", layer=layer, scale=attention)
         tower.add(block + "mlp.c_fc.weight", ">mlp <embed", "weight", layer=layer)
         tower.add(block + "mlp.c_fc.bias", ">mlp", "bias", layer=layer)
-        closing = {"layer": layer, "closes": True, "scaled_by": mlp}
-        tower.add(block + "mlp.c_proj.weight", ">embed <mlp", "weight", **closing)
-        tower.add(block + "mlp.c_proj.bias", ">embed", "bias", **closing)
-        tower.add(mlp, ">embed", "scale", layer=layer)
+        tower.add_branch_end(block + "mlp.c_proj", "embed", "<mlp", layer=layer, scale=mlp)
