@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
+from types import ModuleType
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["grow", "run"]
+__all__ = ["run"]
+
+
+class _Command(ModuleType):
+    """A command's module, callable as its function: `raychain.run(...)` beside `python -m raychain.run`."""
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        return getattr(self, self.__name__.rpartition(".")[2])(*args, **options)
+
+
+def command(name: str) -> None:
+    """Makes the module `name` (its `__name__`) callable."""
+    if name in sys.modules and name != "__main__":
+        sys.modules[name].__class__ = _Command
 
 
 def __getattr__(name: str) -> Any:
     # Imported on use: drawing processes and --help need neither torch nor Ray.
-    if name == "run":
-        from raychain.run import run
-
-        return run
-    if name == "grow":
-        from raychain.growth import grow
-
-        return grow
-    raise AttributeError(name)
+    if name in __all__:
+        return importlib.import_module(f"raychain.{name}")
+    raise AttributeError(f"module 'raychain' has no attribute {name!r}")

@@ -9,8 +9,11 @@ from typing import Annotated, Any
 
 import typer
 
+from raychain import command
 from raychain.config import Experiment, load_experiment
 from raychain.errors import InputError, Interrupted, RunFailed
+
+command(__name__)
 
 KEPT = "What was trained is kept; the same command continues."
 

@@ -1,76 +1,82 @@
 """Growing open_clip's own towers by the paper's rule, and what is refused."""
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from growing import VIT_HOPS, VIT_HOPS_ACROSS, shortened, tiny
 from torch import nn
 
 from raychain.families import build
 from raychain.families.building import build_config
 from raychain.growth import DEPTH_OPERATORS, WIDTH_OPERATORS, GrowthError, check, grow
 
-HOPS = [("T", "C"), ("C", "S"), ("S", "M"), ("M", "B"), ("B", "BL"), ("BL", "L"), ("T", "S"), ("S", "B"), ("B", "L")]
-
 
 def vit(size: str, **kwargs: Any) -> nn.Module:
     return build(f"CoM-ViT-{size}-16", **{"seed": 0, **kwargs})
 
 
-def config(**changes: Any) -> dict[str, Any]:
-    """A tiny CLIP's model_cfg; changes are `vision_width=…`, `text_layers=…`, or top-level keys."""
-    cfg: dict[str, Any] = {
-        "embed_dim": 16,
-        "vision_cfg": {"image_size": 16, "patch_size": 8, "width": 16, "layers": 2, "head_width": 8},
-        "text_cfg": {"context_length": 6, "vocab_size": 20, "width": 16, "heads": 2, "layers": 2},
-    }
-    for key, value in changes.items():
-        tower, _, name = key.partition("_")
-        if tower in ("vision", "text"):
-            cfg[f"{tower}_cfg"][name] = value
-        else:
-            cfg[key] = value
-    return cfg
-
-
-def tiny(seed: int = 0, **changes: Any) -> nn.Module:
-    return build_config(config(**changes), seed=seed)
-
-
-@pytest.mark.parametrize(("small", "large"), HOPS)
+@pytest.mark.parametrize(("small", "large"), VIT_HOPS + VIT_HOPS_ACROSS)
 def test_every_hop_of_the_vit_family_can_grow(small: str, large: str) -> None:
     check(vit(small, device="meta"), vit(large, device="meta"), width="embed", depth="interleave")
 
 
-def hand_embedded(
-    small: nn.Module, large: nn.Module, layer: dict[str, list[int]]
+def embedded_by_hand(
+    small: nn.Module, large: nn.Module, layers: dict[str, list[int]]
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """The paper's rule by hand, from names: top-left corners, the fused projection in three blocks."""
+    """The paper's rule from names alone: top-left corners, the fused projection in three blocks."""
     source = small.state_dict()
     for name, init in large.state_dict().items():
         origin = name
         if ".resblocks." in name:
-            stack, index, rest = name.split(".resblocks.")[0], *name.split(".resblocks.")[1].split(".", 1)
-            origin = f"{stack}.resblocks.{layer[stack][int(index)]}.{rest}"
+            stack, rest = name.split(".resblocks.")
+            index, rest = rest.split(".", 1)
+            origin = f"{stack}.resblocks.{layers[stack][int(index)]}.{rest}"
         value, expected = source[origin], init.clone()
-        if "in_proj" in name:
-            for block, part in zip(expected.chunk(3), value.chunk(3), strict=True):
-                block[tuple(slice(0, n) for n in part.shape)] = part
-        elif value.ndim == 0:
-            expected = value
-        else:
-            region = tuple(slice(0, min(a, b)) for a, b in zip(value.shape, init.shape, strict=True))
-            expected[region] = value[region]
+        pairs = zip(expected.chunk(3), value.chunk(3), strict=True) if "in_proj" in name else [(expected, value)]
+        for block, part in pairs:
+            block[tuple(slice(0, min(a, b)) for a, b in zip(part.shape, block.shape, strict=True))] = part
         yield name, expected
+
+
+def public_rule(small: nn.Module, large: nn.Module, deeper: bool) -> Iterator[tuple[str, torch.Tensor]]:
+    """The public code's `weight_initialization`: it walks the small model's tensors and writes top-left corners.
+
+    Where the image tower is deeper, its layer i goes to 2i and 2i + 1.
+    """
+    grown = {name: value.clone() for name, value in large.state_dict().items()}
+    for name, value in small.state_dict().items():
+        names = [name]
+        if deeper and name.startswith("visual.transformer"):
+            before, index, rest = name.split(".")[:3], int(name.split(".")[3]), name.split(".")[4:]
+            names = [".".join([*before, str(2 * index + copy), *rest]) for copy in (0, 1)]
+        for target in names:
+            if value.ndim in (1, 2):
+                grown[target][tuple(slice(0, size) for size in value.shape)] = value
+            elif value.ndim == 4:
+                grown[target][: value.shape[0]] = value
+            elif value.ndim == 0:
+                grown[target] = value
+    yield from grown.items()
+
+
+def pair(small: str, large: str) -> tuple[Any, Any]:
+    """Two family members: ViT-T→S in full, others with a sixth of the layers."""
+    if small == "T":
+        return vit(small), vit(large, seed=1)
+    return tuple(build_config(shortened(f"CoM-ViT-{size}-16"), seed=seed) for seed, size in enumerate((small, large)))
 
 
 @pytest.mark.parametrize(("small", "large"), [("T", "S"), ("B", "L")])
 def test_embed_is_the_papers_rule_element_for_element(small: str, large: str) -> None:
-    teacher, student = vit(small), vit(large, seed=1)
-    layers = len(student.visual.transformer.resblocks)
-    image_layers = [index * 12 // layers for index in range(layers)]
-    expected = dict(hand_embedded(teacher, student, {"visual.transformer": image_layers, "transformer": [*range(12)]}))
+    teacher, student = pair(small, large)
+    before, after = (len(model.visual.transformer.resblocks) for model in (teacher, student))
+    image_layers = [index * before // after for index in range(after)]
+    text_layers = [*range(len(student.transformer.resblocks))]
+    by_hand = embedded_by_hand(teacher, student, {"visual.transformer": image_layers, "transformer": text_layers})
+    expected = dict(by_hand)
     report = grow(teacher, student, width="embed", depth="interleave")
     grown = student.state_dict()
     assert all(torch.equal(grown[name], value) for name, value in expected.items())
@@ -80,6 +86,28 @@ def test_embed_is_the_papers_rule_element_for_element(small: str, large: str) ->
         teacher.token_embedding.embedding_dim,
         student.token_embedding.embedding_dim,
     )
+
+
+@pytest.mark.parametrize(("small", "large"), [("T", "S"), ("B", "L")])
+def test_reference_is_the_public_codes_rule_element_for_element(small: str, large: str) -> None:
+    teacher, student = pair(small, large)
+    expected = dict(public_rule(teacher, student, deeper=large == "L"))
+    grow(teacher, student, width="reference", depth="interleave")
+    grown = student.state_dict()
+    assert all(torch.equal(grown[name], value) for name, value in expected.items())
+    width = teacher.visual.conv1.out_channels
+    wider = student.visual.conv1.out_channels
+    query = grown["visual.transformer.resblocks.0.attn.in_proj_weight"][:wider]
+    key = teacher.visual.transformer.resblocks[0].attn.in_proj_weight[width:wider]
+    assert torch.equal(query[width:, :width], key)
+
+
+def test_report_says_what_happened_in_plain_types() -> None:
+    report = grow(tiny(), tiny(1, vision_width=24, vision_layers=3), width="centred", depth="identity").as_dict()
+    assert report["towers"]["visual"]["layers"] == {"visual.layers": [0, 0, 1]}
+    assert report["towers"]["visual"]["identity"] == {"visual.layers": [1]}
+    assert report["towers"]["visual"]["widths"]["visual.embed"] == [16, 24]
+    assert json.loads(json.dumps(report)) == report
 
 
 def test_growth_touches_neither_the_small_model_nor_the_random_state() -> None:

@@ -47,7 +47,9 @@ def step(index, stage=0, loss=2.5, **changes):
     fields = {"task_loss": loss, "distill_loss": None, "alpha": 0.0, "lr": 1e-3, "logit_scale": 14.3}
     fields |= {"samples_per_s": 64.0, "data_wait_s": 0.1, "world_size": 1}
     samples = 128 * (index + 1)
-    return event("step", stage=stage, step=index + 1, samples=samples, epoch=samples / 512, loss=loss, **fields) | changes
+    return (
+        event("step", stage=stage, step=index + 1, samples=samples, epoch=samples / 512, loss=loss, **fields) | changes
+    )
 
 
 def span(name, category, start, end, stage=0):

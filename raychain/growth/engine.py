@@ -1,40 +1,15 @@
-"""Growing a model: matching the parameters of two models, checking that they can grow, and writing the large one."""
+"""Growing a model: writing the large model's parameters from the small one's."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
-from typing import TypeVar
+from typing import Any
 
 import torch
 from torch import nn
 
-from raychain.families.architectures import describe
-from raychain.families.architectures.model import UndescribedTower
-from raychain.families.axes import Layer, Parameter, Tower, UndescribedError
-from raychain.growth.depth import DepthOperator, LayerSource, layer_sources
-from raychain.growth.operators import DEPTH_OPERATORS, WIDTH_OPERATORS
-from raychain.growth.width import AxisGrowth, Cell, WidthOperator
-
-Operator = TypeVar("Operator")
-
-
-class GrowthError(ValueError):
-    """Two models of which one cannot grow into the other, or an operator that does not exist."""
-
-
-@dataclass(frozen=True)
-class TowerGrowth:
-    """What happened to one tower.
-
-    `layers` maps each stack to the small layer that every large layer took over. Where the architectures differ the
-    tower was left at its random init: `grown` is False, `widths` and `layers` are empty.
-    """
-
-    small: str
-    large: str
-    grown: bool
-    widths: dict[str, tuple[int, int]]
-    layers: dict[str, list[LayerSource]]
+from raychain.families.axes import Layer, Parameter
+from raychain.growth.plan import GrowthPlan, Match, TowerGrowth, plan_growth
+from raychain.growth.width import Cell
 
 
 @dataclass(frozen=True)
@@ -49,31 +24,24 @@ class GrowthReport:
     total: int
     towers: dict[str, TowerGrowth]
 
-
-@dataclass(frozen=True)
-class Match:
-    """A parameter of the large model and the small one it grows from; `inert`: its block must start as the identity."""
-
-    small: Parameter
-    large: Parameter
-    inert: bool
-
-    @property
-    def axes(self) -> tuple[AxisGrowth, ...]:
-        return tuple(
-            AxisGrowth(new.space, new.side, old.space.size)
-            for old, new in zip(self.small.axes, self.large.axes, strict=True)
-        )
-
-
-@dataclass(frozen=True)
-class GrowthPlan:
-    """A checked pair of models: everything growth needs but the values."""
-
-    operator: WidthOperator
-    matches: tuple[Match, ...]
-    scalars: tuple[str, ...]
-    towers: dict[str, TowerGrowth]
+    def as_dict(self) -> dict[str, Any]:
+        """The report in JSON's types; `identity` lists the layers that start as identity blocks."""
+        towers = {
+            name: {
+                "from": tower.small,
+                "to": tower.large,
+                "grown": tower.grown,
+                "widths": {space: list(sizes) for space, sizes in tower.widths.items()},
+                "layers": {stack: [source.layer for source in sources] for stack, sources in tower.layers.items()},
+                "identity": {
+                    stack: [index for index, source in enumerate(sources) if source.inert]
+                    for stack, sources in tower.layers.items()
+                },
+            }
+            for name, tower in self.towers.items()
+        }
+        counts = {"inherited": self.inherited, "total": self.total}
+        return {"width": self.width, "depth": self.depth, **counts, "towers": towers}
 
 
 def grow(small: nn.Module, large: nn.Module, *, width: str, depth: str) -> GrowthReport:
@@ -88,8 +56,11 @@ def grow(small: nn.Module, large: nn.Module, *, width: str, depth: str) -> Growt
     plan = plan_growth(small, large, width=width, depth=depth)
     sources, targets = small.state_dict(), large.state_dict()
     with torch.no_grad():
-        for match, grown in _grown(plan, sources, targets):
-            targets[match.large.name].copy_(grown)
+        for match, cell in cells(plan, sources, sources, targets):
+            grown = plan.operator.weight(cell)
+            if match.inert and match.large.closes_branch:
+                grown = torch.zeros_like(grown)
+            targets[match.large.name].copy_(grown.reshape(cell.large_shape))
         for name in plan.scalars:
             targets[name].copy_(sources[name].reshape(targets[name].shape))
     return GrowthReport(
@@ -101,134 +72,38 @@ def grow(small: nn.Module, large: nn.Module, *, width: str, depth: str) -> Growt
     )
 
 
-def check(small: nn.Module, large: nn.Module, *, width: str, depth: str) -> None:
-    """Whether `small` can grow into `large`; both may be on the meta device.
+def cells(
+    plan: GrowthPlan,
+    sources: Mapping[str, torch.Tensor],
+    small: Mapping[str, torch.Tensor],
+    large: Mapping[str, torch.Tensor],
+) -> Iterator[tuple[Match, Cell]]:
+    """Every match with what its operator needs, in float64 on the large tensor's device.
 
-    Raises GrowthError naming the parameter or axis that cannot be grown: one that would shrink (only the shared
-    embedding may: the overlap is kept), one without a counterpart, one that no description covers; or the operator
-    that does not exist.
+    `small` and `large` are the models' tensors; `sources` holds what should grow, under the small model's names:
+    `small` itself or the moments of some of its parameters (the others are passed over).
     """
-    plan_growth(small, large, width=width, depth=depth)
-
-
-def plan_growth(small: nn.Module, large: nn.Module, *, width: str, depth: str) -> GrowthPlan:
-    """`check`, and the plan it arrives at."""
-    width_operator = _named(WIDTH_OPERATORS, "width", width)
-    depth_operator = _named(DEPTH_OPERATORS, "depth", depth)
-    try:
-        old, new = describe(small), describe(large)
-    except UndescribedError as error:
-        raise GrowthError(str(error)) from error
-    for name in (*old.scalars, *new.scalars):
-        if name not in old.scalars or name not in new.scalars:
-            raise GrowthError(f"{name} exists in only one of the two models")
-    matches: list[Match] = []
-    towers: dict[str, TowerGrowth] = {}
-    for name, new_tower in new.towers.items():
-        old_tower = old.towers[name]
-        if isinstance(old_tower, Tower) and isinstance(new_tower, Tower) and old_tower.kind == new_tower.kind:
-            sources = _layer_sources(old_tower, new_tower, depth_operator)
-            matches += _match(old_tower, new_tower, sources)
-            towers[name] = TowerGrowth(old_tower.kind, new_tower.kind, True, _widths(old_tower, new_tower), sources)
-        else:
-            _check_across(old_tower, new_tower)
-            towers[name] = TowerGrowth(old_tower.kind, new_tower.kind, False, {}, {})
-    return GrowthPlan(width_operator, tuple(matches), new.scalars, towers)
-
-
-def _named(operators: Mapping[str, Operator], kind: str, name: str) -> Operator:
-    if name not in operators:
-        close = get_close_matches(name, operators, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise GrowthError(f"unknown {kind} operator {name!r}: known are {', '.join(operators)}{hint}")
-    return operators[name]
-
-
-def _check_across(small: Tower | UndescribedTower, large: Tower | UndescribedTower) -> None:
-    """Different architectures are no error: that tower starts at its random init. An undescribed one that should grow
-    is.
-    """
-    for tower in (small, large):
-        if isinstance(tower, UndescribedTower) and small.kind == large.kind:
-            raise GrowthError(tower.reason)
-
-
-def _layer_sources(small: Tower, large: Tower, operator: DepthOperator) -> dict[str, list[LayerSource]]:
-    sources = {}
-    for name, stack in large.stacks.items():
-        if name not in small.stacks:
-            raise GrowthError(f"{name}: the smaller model has no such stack of layers")
-        try:
-            sources[name] = layer_sources(operator, small.stacks[name].depth, stack.depth, stack.period)
-        except ValueError as error:
-            raise GrowthError(f"{name}: {error}") from error
-    return sources
-
-
-def _match(small: Tower, large: Tower, sources: Mapping[str, list[LayerSource]]) -> Iterator[Match]:
-    by_place = {(parameter.key, parameter.layer): parameter for parameter in small.parameters}
-    for target in large.parameters:
-        layer, inert = target.layer, False
-        if layer is not None:
-            source = sources[layer.stack][layer.index]
-            layer, inert = Layer(layer.stack, source.layer), source.inert
-        found = by_place.get((target.key, layer))
-        if found is None:
-            raise GrowthError(f"parameter {target.name} has no counterpart in the smaller model")
-        _check_sizes(found, target)
-        yield Match(found, target, inert)
-    keys = {parameter.key for parameter in large.parameters}
-    for parameter in small.parameters:
-        if parameter.key not in keys:
-            raise GrowthError(f"parameter {parameter.name} of the smaller model has no counterpart in the larger one")
-
-
-def _check_sizes(small: Parameter, large: Parameter) -> None:
-    for old, new in zip(small.axes, large.axes, strict=True):
-        before, after, kind = old.space.size, new.space.size, new.space.kind
-        where = f"parameter {large.name}, axis {new.space.name}"
-        if kind == "fixed" and before != after:
-            raise GrowthError(
-                f"{where}: {before} in the smaller model, {after} in the larger one; this axis cannot grow"
-            )
-        if kind in ("stream", "units") and after < before:
-            raise GrowthError(f"{where}: {after} is narrower than the {before} of the model it should grow from")
-
-
-def _widths(small: Tower, large: Tower) -> dict[str, tuple[int, int]]:
-    return {
-        name: (small.spaces[name].size, space.size)
-        for name, space in large.spaces.items()
-        if space.kind != "fixed" and name in small.spaces
-    }
-
-
-def _grown(
-    plan: GrowthPlan, sources: Mapping[str, torch.Tensor], targets: Mapping[str, torch.Tensor]
-) -> Iterator[tuple[Match, torch.Tensor]]:
-    """Every match with its large tensor, float64, in the shape the model keeps it in."""
     by_place = {(match.small.key, match.small.layer): match.small for match in plan.matches}
 
-    def value(parameter: Parameter) -> torch.Tensor:
-        return sources[parameter.name].double().reshape(parameter.shape)
+    def split(tensor: torch.Tensor, parameter: Parameter, device: torch.device) -> torch.Tensor:
+        return tensor.to(device, torch.float64).reshape(parameter.shape)
 
     for match in plan.matches:
-        target = targets[match.large.name]
-        layer = match.small.layer
+        if match.small.name not in sources:
+            continue
+        target, layer = large[match.large.name], match.small.layer
 
-        def lookup(key: str, layer: Layer | None = layer) -> torch.Tensor:
-            return value(by_place[key, layer])
+        def lookup(key: str, layer: Layer | None = layer, device: torch.device = target.device) -> torch.Tensor:
+            parameter = by_place[key, layer]
+            return split(small[parameter.name], parameter, device)
 
         cell = Cell(
             parameter=match.large,
             axes=match.axes,
-            value=value(match.small),
-            init=target.double().reshape(match.large.shape),
-            small_shape=tuple(sources[match.small.name].shape),
+            value=split(sources[match.small.name], match.small, target.device),
+            init=split(target, match.large, target.device),
+            small_shape=tuple(small[match.small.name].shape),
             large_shape=tuple(target.shape),
             lookup=lookup,
         )
-        grown = plan.operator.weight(cell)
-        if match.inert and match.large.closes_branch:
-            grown = torch.zeros_like(grown)
-        yield match, grown.reshape(target.shape)
+        yield match, cell

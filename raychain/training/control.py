@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from enum import IntFlag
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,7 +24,7 @@ class Control:
     """Exchanged once a step: returns the wishes rank 0 had one step ago, the same on every rank."""
 
     def __init__(self) -> None:
-        self._group = dist.new_group(backend="gloo") if world_size() > 1 else None
+        self._group: Any = dist.new_group(backend="gloo") if world_size() > 1 else None
         self._flag = torch.zeros(1, dtype=torch.int64)
         self._pending: dist.Work | None = None
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,14 +38,24 @@ class Losses:
     alpha: torch.Tensor
 
 
-def step_losses(student: nn.Module, teacher: nn.Module | None, batch: Batch, distill: Distill | None) -> Losses:
-    """L_task + alpha · L_IFD of a batch (`method.md`); alpha is lowered where the cap demands it."""
-    features: Features = student(batch.images, batch.tokens)
+def step_losses(
+    student: nn.Module,
+    teacher: nn.Module | None,
+    batch: Batch,
+    distill: Distill | None,
+    forward: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext,
+) -> Losses:
+    """L_task + alpha · L_IFD of a batch (`method.md`); alpha is lowered where the cap demands it.
+
+    `forward` makes the context of the models' forward passes (autocast); the losses are computed in fp32 outside of it.
+    """
+    with forward():
+        features: Features = student(batch.images, batch.tokens)
     task = contrastive_loss(features.image, features.text, features.scale)
     none = torch.zeros((), device=task.device)
     if teacher is None or distill is None or features.projected is None:
         return Losses(task, task.detach(), none, none)
-    with torch.no_grad():
+    with torch.no_grad(), forward():
         target: Features = teacher(batch.images, batch.tokens)
     distance = feature_distance(features.projected, (target.image, target.text))
     alpha = torch.full_like(none, distill.alpha)
@@ -126,11 +137,7 @@ class StageLoop:
     def _update(
         self, student: nn.Module, state: TrainState, teacher: nn.Module | None, batch: Batch, lr: float
     ) -> Losses:
-        bf16 = torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16")
-        # On CPUs the fused bf16 attention is slow: a CoM-micro-L step took 0.85 s with it, 0.57 s without (one thread).
-        attention = sdpa_kernel(SDPBackend.MATH) if self.device.type == "cpu" else contextlib.nullcontext()
-        with bf16, attention:
-            losses = step_losses(student, teacher, batch, self.distill)
+        losses = step_losses(student, teacher, batch, self.distill, self._forward)
         losses.total.backward()
         if self.recipe.clip_norm is not None:
             nn.utils.clip_grad_norm_(state.student.parameters(), self.recipe.clip_norm)
@@ -141,6 +148,13 @@ class StageLoop:
         with torch.no_grad():
             state.student.model.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
         return losses
+
+    @contextlib.contextmanager
+    def _forward(self) -> Iterator[None]:
+        # On CPUs the fused bf16 attention is slow: a CoM-micro-L step took 0.85 s with it, 0.57 s without (one thread).
+        attention = sdpa_kernel(SDPBackend.MATH) if self.device.type == "cpu" else contextlib.nullcontext()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16"), attention:
+            yield
 
     def _log(
         self, state: TrainState, losses: Losses, lr: float, loader: Loader, logged: tuple[float, int, float]

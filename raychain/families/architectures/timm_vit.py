@@ -36,9 +36,11 @@ def describe_timm_vit(visual: Any) -> Tower | None:
     for name, size in (("one", 1), ("rgb", trunk.in_chans), ("patch_y", height), ("patch_x", across), ("qkv", 3)):
         tower.space(name, size, "fixed")
     tower.space("embed", trunk.embed_dim, "stream")
-    tower.space("heads", block.attn.num_heads, "units")
-    tower.space("head_dim", block.attn.head_dim, "fixed")
-    tower.space("mlp", block.mlp.fc1.out_features, "units")
+    attention: Any = block.attn
+    mlp: Any = block.mlp
+    tower.space("heads", attention.num_heads, "units")
+    tower.space("head_dim", attention.head_dim, "fixed")
+    tower.space("mlp", mlp.fc1.out_features, "units")
     tower.stack("layers", len(trunk.blocks))
     # What the embeddings write is the stream itself, unless norm_pre normalises it first.
     written = "embed"

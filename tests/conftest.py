@@ -1,0 +1,50 @@
+"""One Ray instance for the whole session, small demo shards, and a tiny experiment."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[None]:
+    """Four logical CPUs, whatever the machine has."""
+    import ray
+
+    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Demo shards of 30 names and 1,200 training pictures."""
+    from raychain.demo import make_demo
+
+    out = tmp_path_factory.mktemp("data") / "demo"
+    make_demo(out, names=30, pictures=1200, held_out=100, per_name=3)
+    return out
+
+
+@pytest.fixture
+def tree(demo: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """An experiment as a user would write it, that trains in seconds."""
+    return {
+        "name": "tiny",
+        "data": {
+            "train": str(demo / "train"),
+            "captions": {"keys": ["txt", "json.captions"], "per_image": 2},
+        },
+        "chain": [{"model": "CoM-micro-S", "epochs": "24 steps"}, {"model": "CoM-micro-M", "epochs": "16 steps"}],
+        "train": {"global_batch": 32, "warmup": "25 %", "precision": "fp32", "log_every": 4},
+        "compute": {"workers": 1, "cpus_per_worker": 1},
+        "preload": {"cache": str(tmp_path_factory.getbasetemp() / "cache")},
+        "evaluate": {"zero_shot": str(demo / "zero_shot" / "test"), "retrieval": str(demo / "test")},
+        "storage": str(tmp_path / "runs"),
+    }

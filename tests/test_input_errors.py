@@ -1,0 +1,91 @@
+"""Wrong input ends with status 2 and one message before Ray starts."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import ray
+import yaml
+
+from raychain.run import main, run_command
+
+
+def status(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[int, str]:
+    monkeypatch.setattr(sys, "argv", ["raychain.run", *arguments])
+    monkeypatch.setattr(ray, "init", lambda *_, **__: pytest.fail("Ray was started"))
+    with pytest.raises(SystemExit) as stop:
+        main(run_command, "run")
+    return int(stop.value.code or 0), capsys.readouterr().err
+
+
+CASES = {
+    "typo": (["--set", "train.global_bath=64"], ["train.global_bath", "did you mean global_batch?"]),
+    "typo in the chain": (["--set", "chain.0.modle=x"], ["chain.0.modle", "did you mean model?"]),
+    "missing shards": (["--set", "data.train=/nowhere/{00..03}.tar"], ["data.train", "/nowhere/00.tar"]),
+    "shrinking chain": (["--set", "chain.0.model=CoM-micro-L"], ["chain.1.model", "CoM-micro-L"]),
+    "unknown model": (["--set", "chain.0.model=CoM-micro-X"], ["chain.0.model", "did you mean CoM-micro-"]),
+    "batch not divisible": (["--set", "compute.workers=3"], ["train.global_batch", "32 over 3 workers"]),
+    "batch larger than the data": (["--set", "train.global_batch=4096"], ["train.global_batch", "1200 samples"]),
+    "unknown operator": (["--set", "transfer.width=embedd"], ["transfer.width", "did you mean embed?"]),
+    "two units": (["--set", "chain.0.epochs=3 epochs 5 steps"], ["chain.0.epochs", "N steps"]),
+    "no such key path": (["--set", "chain.7.epochs=3"], ["chain.7.epochs", "0 to 1"]),
+    "no gpu here": (["--set", "compute.gpus_per_worker=1"], ["compute", "--address"]),
+    "no zero-shot folder": (["--set", "evaluate.zero_shot=/nowhere"], ["evaluate.zero_shot", "/nowhere"]),
+    "warm-up too long": (["--set", "train.warmup=1000 steps"], ["chain.0", "1000 warm-up steps of 24"]),
+    "wrong image size": (["--set", "data.image_size=41"], ["data.image_size", "41"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_input_is_one_message_with_status_2(case, tree, tmp_path, capsys, monkeypatch):
+    arguments, expected = CASES[case]
+    file = tmp_path / "tiny.yaml"
+    file.write_text(yaml.safe_dump(tree))
+    code, message = status(capsys, monkeypatch, str(file), *arguments)
+    assert code == 2, message
+    for part in ("given", "allowed", "fix", *expected):
+        assert part in message
+    assert "Traceback" not in message
+
+
+def test_an_unwritable_folder_is_named(tree, tmp_path, capsys, monkeypatch):
+    file, blocker = tmp_path / "tiny.yaml", tmp_path / "blocker"
+    file.write_text(yaml.safe_dump(tree))
+    blocker.write_text("a file where a folder should be")
+    code, message = status(capsys, monkeypatch, str(file), "--out", str(blocker / "run"))
+    assert code == 2
+    assert "--out" in message
+    assert str(blocker) in message
+
+
+def test_a_missing_experiment_names_those_there_are(capsys, monkeypatch):
+    code, message = status(capsys, monkeypatch, "demmo")
+    assert code == 2
+    assert "did you mean demo?" in message
+    code, message = status(capsys, monkeypatch, "nowhere/x.yaml")
+    assert code == 2
+    assert "no such file" in message
+
+
+def test_dry_run_checks_and_starts_nothing(tree, tmp_path):
+    file = tmp_path / "tiny.yaml"
+    file.write_text(yaml.safe_dump(tree))
+    command = [sys.executable, "-m", "raychain.run", str(file), "--dry-run"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "CoM-micro-M" in done.stdout
+    assert "24 steps" in done.stdout
+    assert not (tmp_path / "runs/tiny/run.json").exists()
+
+
+def test_every_shipped_experiment_is_valid():
+    from raychain.chain.plan import check_experiment
+    from raychain.config.loading import load_experiment, shipped_experiments
+
+    assert {"demo", "demo-quick", "cc3m-vit-tsbl"} <= set(shipped_experiments())
+    for name, path in shipped_experiments().items():
+        assert isinstance(path, Path)
+        check_experiment(load_experiment(name), address="a cluster")

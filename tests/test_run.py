@@ -1,0 +1,169 @@
+"""A whole chain on real Ray: results, reuse, world sizes, interruption, failure."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+import yaml
+
+import raychain
+from raychain.chain import driver
+from raychain.config.loading import validate
+from raychain.errors import RunFailed
+from raychain.feed import members
+from raychain.feed.shards import Shard, expand, read
+
+pytestmark = pytest.mark.slow
+
+
+def lines(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def finished(ray_session, tree, tmp_path):
+    tree["evaluate"]["every"] = "8 steps"
+    run = raychain.run(validate(tree))
+    return run, tmp_path / "runs" / "tiny", tree
+
+
+def test_a_chain_trains_and_its_run_folder_is_complete(finished):
+    run, out, _ = finished
+    assert run == json.loads((out / "run.json").read_text())
+    assert run["status"] == "succeeded"
+    assert [(s["index"], s["model"], s["status"], s["steps"], s["samples_seen"]) for s in run["stages"]] == [
+        (0, "CoM-micro-S", "trained", 24, 24 * 32),
+        (1, "CoM-micro-M", "trained", 16, 16 * 32),
+    ]
+    assert run["stages"][0]["transfer"] is None
+    assert run["stages"][1]["transfer"]["distill"]["alpha"] == 2.0
+    assert 0 < run["stages"][1]["gap_s"] < 60
+    assert run["totals"]["speedup"] == pytest.approx(run["totals"]["baseline_macs"] / run["totals"]["macs"], rel=1e-3)
+    assert [(x["stage"], x["step"]) for x in lines(out)] == [(0, s) for s in range(4, 25, 4)] + [
+        (1, s) for s in range(4, 17, 4)
+    ]
+    distilled = [x for x in lines(out) if x["stage"] == 1]
+    assert all(0 < x["distill_loss"] < x["task_loss"] for x in distilled)
+    assert all(x["distill_loss"] == 0 for x in lines(out) if x["stage"] == 0)
+    trace = json.loads((out / "trace.json").read_text())
+    names = {event["name"] for event in trace["traceEvents"]}
+    assert {"CoM-micro-S", "CoM-micro-M", "evaluate CoM-micro-S", "build CoM-micro-M"} <= names
+    assert not (out / "checkpoints").exists() or not list((out / "checkpoints").rglob("*.safetensors"))
+    assert {p.name for p in out.iterdir() if p.is_dir()} <= {"stages", "tensorboard", "checkpoints"}
+
+
+def test_open_clip_alone_gives_the_metrics_of_the_run(finished, demo):
+    run, out, _ = finished
+    for stage in run["stages"]:
+        name = f"local-dir:{out / stage['checkpoint']}"
+        model, _, preprocess = open_clip.create_model_and_transforms(name)
+        tokenizer = open_clip.get_tokenizer(name)
+        model.eval()
+        assert "raychain" not in json.loads((out / stage["checkpoint"] / "open_clip_config.json").read_text())
+        folder = demo / "zero_shot" / "test"
+        classes = (folder / "classnames.txt").read_text().splitlines()
+        templates = (folder / "zeroshot_classification_templates.txt").read_text().splitlines()
+        with torch.no_grad():
+            prompts = [[t.replace("{c}", c) for t in templates] for c in classes]
+            weights = torch.stack([model.encode_text(tokenizer(p), normalize=True).mean(0) for p in prompts])
+            images, labels = [], []
+            for path in expand([str(folder / "test")], "test"):
+                for sample in read(Shard(path, 0, "", 0), members.Wanted(label=True)):
+                    images.append(preprocess(_open(members.picture(sample))))
+                    labels.append(int(sample["cls"]))
+            features = model.encode_image(torch.stack(images), normalize=True)
+            top1 = ((features @ weights.T).argmax(1) == torch.tensor(labels)).float().mean() * 100
+        assert stage["metrics"]["zero_shot_top1"] == pytest.approx(float(top1), abs=0.2)
+
+
+def _open(encoded: bytes):
+    import io
+
+    from PIL import Image
+
+    return Image.open(io.BytesIO(encoded))
+
+
+def test_the_same_command_again_reuses_every_stage_without_ray(finished, monkeypatch):
+    _, out, tree = finished
+    before = (out / "stages/0-CoM-micro-S/open_clip_model.safetensors").stat().st_mtime_ns
+    monkeypatch.setattr(driver, "_execute", None)
+    run = raychain.run(validate(tree))
+    assert run["status"] == "succeeded"
+    assert [s["status"] for s in run["stages"]] == ["reused", "reused"]
+    assert (out / "stages/0-CoM-micro-S/open_clip_model.safetensors").stat().st_mtime_ns == before
+
+
+def test_a_changed_last_stage_keeps_the_first_and_sets_the_old_one_aside(finished):
+    first, out, tree = finished
+    tree["chain"][1]["epochs"] = "8 steps"
+    run = raychain.run(validate(tree))
+    assert [s["status"] for s in run["stages"]] == ["reused", "trained"]
+    old = first["stages"][1]["key"][:8]
+    assert (out / f"stages/1-CoM-micro-M.{old}/open_clip_model.safetensors").is_file()
+
+
+def test_one_and_two_workers_give_the_same_losses(ray_session, tree, tmp_path):
+    losses = {}
+    tree["chain"] = [
+        {"model": "CoM-micro-S", "epochs": "50 steps"},
+        {"model": "CoM-micro-M", "epochs": "50 steps"},
+    ]
+    tree["train"]["log_every"] = 1
+    tree["evaluate"] = {}
+    for workers in (1, 2):
+        tree["compute"]["workers"] = workers
+        raychain.run(validate(tree), out=str(tmp_path / str(workers)))
+        losses[workers] = [(x["loss"], x["task_loss"], x["alpha"]) for x in lines(tmp_path / str(workers))]
+    assert len(losses[1]) == 100
+    torch.testing.assert_close(torch.tensor(losses[2]), torch.tensor(losses[1]), rtol=1e-3, atol=1e-6)
+
+
+def test_an_interrupted_run_continues_to_the_same_result(ray_session, tree, tmp_path):
+    tree["chain"] = [{"model": "CoM-micro-S", "epochs": "250 steps"}]
+    tree["evaluate"] = {}
+    file = tmp_path / "tiny.yaml"
+    file.write_text(yaml.safe_dump(tree))
+    out = tmp_path / "cut"
+    command = [sys.executable, "-m", "raychain.run", str(file), "--out", str(out)]
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    deadline = time.monotonic() + 120
+    while not (out / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130, errors
+    assert "the same command continues" in errors
+    assert "Traceback" not in errors
+    assert json.loads((out / "run.json").read_text())["status"] == "interrupted"
+    saved = [p.name for p in (out / "checkpoints/0-CoM-micro-S").iterdir()]
+    assert saved
+    resumed = raychain.run(validate(tree), out=str(out))
+    whole = raychain.run(validate(tree), out=str(tmp_path / "whole"))
+    assert resumed["stages"][0]["key"] == whole["stages"][0]["key"]
+    assert [x["step"] for x in lines(out)] == [x["step"] for x in lines(tmp_path / "whole")]
+    for a, b in zip(lines(out), lines(tmp_path / "whole"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+
+
+def test_a_diverging_run_fails_naming_the_step_and_keeps_the_first_stage(ray_session, tree, tmp_path):
+    tree["chain"][1] |= {"lr": 1e30}
+    tree["train"]["clip_norm"] = None
+    tree["compute"]["max_failures"] = 0
+    with pytest.raises(RunFailed, match="not finite at step"):
+        raychain.run(validate(tree))
+    run = json.loads((tmp_path / "runs/tiny/run.json").read_text())
+    assert run["status"] == "failed"
+    assert run["stages"][0]["status"] == "trained"
+    tree["chain"][1]["lr"] = 1e-3
+    assert [s["status"] for s in raychain.run(validate(tree))["stages"]] == ["reused", "trained"]
