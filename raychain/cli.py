@@ -7,12 +7,14 @@ from typing import Annotated
 
 import typer
 
+from raychain.grow import grow_command
 from raychain.run import guarded, run_command
 
 commands = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 data = typer.Typer(no_args_is_help=True, help="Make data.")
 commands.add_typer(data, name="data")
 commands.command("run")(run_command)
+commands.command("grow")(grow_command)
 
 
 @data.command("demo")

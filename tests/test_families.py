@@ -82,14 +82,21 @@ def test_unbuildable_names_are_one_clear_message(name: str, says: str) -> None:
     assert name not in model_names()
 
 
-def test_build_is_deterministic_and_leaves_the_global_random_state() -> None:
+@pytest.mark.parametrize("name", ["CoM-micro-S", "CoM-Swin-T", "RN50"])
+def test_build_is_deterministic_and_leaves_the_global_random_state(name: str) -> None:
     before = torch.get_rng_state()
-    first, again, other = (build("CoM-micro-S", seed=seed) for seed in (1, 1, 2))
+    first, again, other = (build(name, seed=seed) for seed in (1, 1, 2))
     assert torch.equal(torch.get_rng_state(), before)
-    for name, value in first.state_dict().items():
-        assert value.dtype == torch.float32
-        assert torch.equal(value, again.state_dict()[name])
-    assert not torch.equal(first.visual.proj, other.visual.proj)
+    for key, value in first.state_dict().items():
+        assert not value.is_floating_point() or value.dtype == torch.float32
+        assert torch.equal(value, again.state_dict()[key])
+    assert not torch.equal(first.token_embedding.weight, other.token_embedding.weight)
+
+
+def test_build_draws_what_open_clip_would() -> None:
+    torch.manual_seed(7)
+    theirs = open_clip.create_model("CoM-micro-S").state_dict()
+    assert all(torch.equal(value, theirs[name]) for name, value in build("CoM-micro-S", seed=7).state_dict().items())
 
 
 def test_image_size_overrides_the_configs() -> None:
@@ -98,6 +105,8 @@ def test_image_size_overrides_the_configs() -> None:
     assert open_clip.get_model_preprocess_cfg(model)["size"] == (48, 48)
     with pytest.raises(ValueError, match="multiple of 8"):
         build("CoM-micro-S", seed=0, image_size=44)
+    with pytest.raises(ValueError, match="open_clip builds for 224 pixels"):
+        build("CoM-Swin-T", seed=0, image_size=256, device="meta")
 
 
 def test_parameter_count_needs_no_memory_and_is_right() -> None:

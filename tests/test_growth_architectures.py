@@ -134,9 +134,10 @@ def test_across_architectures_the_text_tower_grows_alone(width: str) -> None:
     assert report.inherited < report.total
 
 
-def hops() -> list[tuple[str, str]]:
+def hops() -> list[Any]:
     vits = [(f"CoM-ViT-{a}-16", f"CoM-ViT-{b}-16") for a, b in VIT_HOPS]
-    return vits + [(f"CoM-Swin-{a}", f"CoM-Swin-{b}") for a, b in SWIN_HOPS] + [("CoM-ViT-S-16", "CoM-Swin-T")]
+    swins = [(f"CoM-Swin-{a}", f"CoM-Swin-{b}") for a, b in SWIN_HOPS]
+    return [*vits, ("CoM-ViT-S-16", "CoM-Swin-T"), *(pytest.param(*hop, marks=pytest.mark.slow) for hop in swins)]
 
 
 @pytest.mark.parametrize(("small", "large"), hops())

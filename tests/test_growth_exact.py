@@ -5,7 +5,6 @@ from typing import Any
 import pytest
 import torch
 from growing import (
-    SWIN_HOPS,
     VIT_HOPS,
     VIT_HOPS_ACROSS,
     config,
@@ -63,7 +62,7 @@ def test_centred_keeps_the_function_of_the_full_models() -> None:
     assert result["image"][1] > 1 - 1e-7
 
 
-@pytest.mark.parametrize(("small", "large", "error"), [(*hop, 1e-12 if hop[0] == "T" else 2e-3) for hop in SWIN_HOPS])
+@pytest.mark.parametrize(("small", "large", "error"), [("T", "S", 1e-12), ("S", "B", 2e-3)])
 def test_centred_keeps_swins_up_to_what_patch_merging_mixes(small: str, large: str, error: float) -> None:
     """T→S only deepens, which is exact; where the width grows, merged neighbours' means add to a LayerNorm's
     variance.
@@ -84,13 +83,9 @@ def test_duplicate_is_exact_where_widths_double() -> None:
             assert max(error for error, _ in result.values()) < EXACT
 
 
-def test_duplicate_is_exact_for_doubled_vit_and_swin() -> None:
-    """ViT-T→S doubles the image tower; a Swin of doubled widths includes patch merging and position tables."""
+def test_duplicate_is_exact_from_vit_t_to_s() -> None:
+    """The image tower doubles, 192 → 384 and 3 → 6 heads."""
     assert drift(*hop("CoM-ViT-T-16", "CoM-ViT-S-16"), "duplicate")["image"][0] < EXACT
-    small, large = hop("CoM-Swin-T", "CoM-Swin-L")
-    result = drift(small, large, "duplicate")
-    assert result["image"][0] < EXACT
-    assert result["text"][0] < EXACT
 
 
 def test_duplicate_drifts_a_little_where_widths_do_not_divide() -> None:

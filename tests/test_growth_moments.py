@@ -79,7 +79,7 @@ def test_centred_moments_are_the_real_gradients(changes: dict[str, Any]) -> None
         if stream is not None:
             scale = old[layer_scale(source)] if layer_scale(source) in old else torch.ones(len(ours))
             if stream == 0:
-                ours, theirs = ((value.T / scale).T for value in (ours, theirs))
+                ours, theirs = (value / scale.reshape(-1, *[1] * (value.ndim - 1)) for value in (ours, theirs))
             ours, theirs = (value - value.mean(stream, keepdim=True) for value in (ours, theirs))
         assert torch.allclose(ours, theirs, atol=1e-12, rtol=1e-9), name
         checked += 1

@@ -1,12 +1,16 @@
 """Building a model of a family with random weights: no download, no trace in the caller's random state."""
 
+from collections.abc import Callable
+from contextlib import nullcontext
 from functools import lru_cache
 from typing import Any
 
+import timm
 import torch
 from open_clip.model import CLIP, CustomTextCLIP, set_model_preprocess_cfg
 from open_clip.transform import PreprocessCfg
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from raychain.families.registry import model_config
 
@@ -16,9 +20,10 @@ def build(
 ) -> CLIP | CustomTextCLIP:
     """A freshly initialised fp32 open_clip model.
 
-    The same name, image size and seed give the same weights on every device (they are drawn on the CPU and moved),
-    and the global random state is left as it was. `image_size` (pixels) replaces the config's. On `device="meta"`
-    nothing is allocated and `seed` means nothing: shapes only, in well under a second.
+    The same name, image size and seed give the same weights on every device (they are drawn on the CPU and moved).
+    The global random state is neither used nor changed, so another thread may train meanwhile. `image_size` (pixels)
+    replaces the config's. On `device="meta"` nothing is allocated and `seed` means nothing: shapes only, in well
+    under a second.
 
     Raises UnknownModelError (see `model_config`), and ValueError where the image size does not fit the image tower.
     """
@@ -34,11 +39,8 @@ def build_config(
     custom_text = config.pop("custom_text", False)
     model_class = CustomTextCLIP if custom_text else CLIP
     on_meta = device.type == "meta"
-    with torch.random.fork_rng(devices=[]), torch.device("meta" if on_meta else "cpu"):
-        torch.default_generator.manual_seed(seed)
+    with nullcontext() if on_meta else _Seeded(seed), torch.device("meta" if on_meta else "cpu"):
         model = model_class(**config)
-    if image_size is not None and "timm_model_name" in config["vision_cfg"]:
-        model.visual.set_input_size(image_size)
     set_model_preprocess_cfg(model, {**vars(PreprocessCfg()), "size": model.visual.image_size})
     return model if on_meta else model.to(device)
 
@@ -50,13 +52,62 @@ def parameter_count(name: str) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+class _Seeded(TorchFunctionMode):
+    """Random functions of this thread draw from a generator of their own instead of the process's.
+
+    Initialisers take no generator, and seeding the global one would disturb every other thread.
+    """
+
+    _DRAWS: frozenset[Callable[..., Any]] = frozenset(
+        [
+            torch.Tensor.normal_,
+            torch.Tensor.uniform_,
+            torch.Tensor.random_,
+            torch.Tensor.bernoulli_,
+            torch.normal,
+            torch.rand,
+            torch.randn,
+            torch.randint,
+            torch.randperm,
+            torch.bernoulli,
+            # Initialisers that overriding stops at, so that their inner draws are not seen here.
+            nn.init.uniform_,
+            nn.init.normal_,
+            nn.init.trunc_normal_,
+            nn.init.xavier_uniform_,
+            nn.init.xavier_normal_,
+            nn.init.kaiming_uniform_,
+            nn.init.kaiming_normal_,
+            nn.init.orthogonal_,
+        ]
+    )
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        options = dict(kwargs or {})
+        if func in self._DRAWS and options.get("generator") is None:
+            options["generator"] = self.generator
+        return func(*args, **options)
+
+
 def _with_image_size(config: dict[str, Any], image_size: int | None) -> dict[str, Any]:
     vision: dict[str, Any] = dict(config["vision_cfg"])
-    if image_size is not None:
+    if image_size is not None and "timm_model_name" in vision:
+        native = timm.get_pretrained_cfg(vision["timm_model_name"], allow_unregistered=False)
+        if native is not None and native.input_size[-1] != image_size:
+            raise ValueError(
+                f"image size {image_size} does not fit {vision['timm_model_name']}, which open_clip builds for "
+                f"{native.input_size[-1]} pixels: give that, or the timm model of the size you want."
+            )
+    elif image_size is not None:
         patch = vision.get("patch_size", 16)
-        if "timm_model_name" not in vision and (image_size <= 0 or image_size % patch):
+        if image_size <= 0 or image_size % patch:
             raise ValueError(
                 f"image size {image_size} does not fit patches of {patch} pixels: give a multiple of {patch}."
             )
-        vision["image_size"] = image_size
-    return {**config, "vision_cfg": vision}
+    return {**config, "vision_cfg": {**vision, **({"image_size": image_size} if image_size is not None else {})}}

@@ -47,9 +47,9 @@ class GrowthReport:
 def grow(small: nn.Module, large: nn.Module, *, width: str, depth: str) -> GrowthReport:
     """Writes `large`'s parameters in place, from `small`'s and its own random ones.
 
-    Both are open_clip CLIP or CustomTextCLIP models; the arithmetic is float64, the result has `large`'s dtype and
-    device. `width` and `depth` name operators of WIDTH_OPERATORS and DEPTH_OPERATORS. Towers of different
-    architectures (a ViT and a Swin) stay at their random init, which the report says.
+    Both are open_clip CLIP or CustomTextCLIP models; the result has `large`'s dtype and device. `width` and `depth`
+    name operators of WIDTH_OPERATORS and DEPTH_OPERATORS. Towers of different architectures (a ViT and a Swin) stay
+    at their random init, which the report says.
 
     Raises GrowthError as `check` does, before anything is written.
     """
@@ -78,30 +78,32 @@ def cells(
     small: Mapping[str, torch.Tensor],
     large: Mapping[str, torch.Tensor],
 ) -> Iterator[tuple[Match, Cell]]:
-    """Every match with what its operator needs, in float64 on the large tensor's device.
+    """Every match with what its operator needs, on the large tensor's device, in its precision or float32 if that is
+    more.
 
     `small` and `large` are the models' tensors; `sources` holds what should grow, under the small model's names:
     `small` itself or the moments of some of its parameters (the others are passed over).
     """
     by_place = {(match.small.key, match.small.layer): match.small for match in plan.matches}
 
-    def split(tensor: torch.Tensor, parameter: Parameter, device: torch.device) -> torch.Tensor:
-        return tensor.to(device, torch.float64).reshape(parameter.shape)
+    def split(tensor: torch.Tensor, parameter: Parameter, target: torch.Tensor, copy: bool = False) -> torch.Tensor:
+        dtype = torch.promote_types(target.dtype, torch.float32)
+        return tensor.to(target.device, dtype, copy=copy).reshape(parameter.shape)
 
     for match in plan.matches:
         if match.small.name not in sources:
             continue
         target, layer = large[match.large.name], match.small.layer
 
-        def lookup(key: str, layer: Layer | None = layer, device: torch.device = target.device) -> torch.Tensor:
+        def lookup(key: str, layer: Layer | None = layer, target: torch.Tensor = target) -> torch.Tensor:
             parameter = by_place[key, layer]
-            return split(small[parameter.name], parameter, device)
+            return split(small[parameter.name], parameter, target)
 
         cell = Cell(
             parameter=match.large,
             axes=match.axes,
-            value=split(sources[match.small.name], match.small, target.device),
-            init=split(target, match.large, target.device),
+            value=split(sources[match.small.name], match.small, target),
+            init=split(target, match.large, target, copy=True),
             small_shape=tuple(small[match.small.name].shape),
             large_shape=tuple(target.shape),
             lookup=lookup,

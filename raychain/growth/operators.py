@@ -9,6 +9,9 @@ from raychain.growth.embed import Embed
 from raychain.growth.reference import Reference
 from raychain.growth.width import WidthOperator
 
+DEFAULT_WIDTH = "centred"
+DEFAULT_DEPTH = "identity"
+
 WIDTH_OPERATORS: Mapping[str, WidthOperator] = {
     "centred": Centred(),
     "duplicate": Duplicate(),

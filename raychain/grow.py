@@ -1,0 +1,212 @@
+"""`raychain grow`: grows one checkpoint into a larger model and says how far its function moved."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from io import BytesIO
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import numpy as np
+import torch
+import typer
+from open_clip.model import get_model_preprocess_cfg, set_model_preprocess_cfg
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from PIL import Image, UnidentifiedImageError
+from torch import nn
+
+from raychain import command
+from raychain.errors import InputError, nearest
+from raychain.families import UnknownModelError, build, model_config, model_names
+from raychain.families.checkpoints import Checkpoint, CheckpointError, read_checkpoint
+from raychain.families.tokenizing import make_tokenizer
+from raychain.feed import members
+from raychain.feed.shards import expand
+from raychain.growth import DEPTH_OPERATORS, WIDTH_OPERATORS, GrowthError, GrowthReport, check
+from raychain.growth import grow as grow_modules
+from raychain.growth.drift import TowerDrift, measure_drift, random_inputs
+from raychain.growth.operators import DEFAULT_DEPTH, DEFAULT_WIDTH
+from raychain.storage import resolve
+from raychain.training.artifact import write_artifact
+
+command(__name__)
+
+CAPTION_KEYS = ("txt", "json.captions")
+
+
+class Grown(NamedTuple):
+    """A grown checkpoint: where it is, how it grew, and how far each tower's function moved."""
+
+    folder: Path
+    report: GrowthReport
+    drift: dict[str, TowerDrift]
+
+
+def grow(small: nn.Module, large: nn.Module, *, width: str = DEFAULT_WIDTH, depth: str = DEFAULT_DEPTH) -> GrowthReport:
+    """Writes `large`'s parameters in place, from `small`'s and its own random ones (`raychain.growth.grow`).
+
+    Both are open_clip models. Raises GrowthError naming what cannot grow, before anything is written.
+    """
+    return grow_modules(small, large, width=width, depth=depth)
+
+
+def grow_checkpoint(
+    small: str | Path,
+    to: str,
+    out: str | Path,
+    *,
+    width: str = DEFAULT_WIDTH,
+    depth: str = DEFAULT_DEPTH,
+    source: str | None = None,
+    seed: int = 0,
+    data: str | None = None,
+    samples: int = 4,
+) -> Grown:
+    """Grows the checkpoint `small` into the model named `to` and writes it to the new folder `out`.
+
+    `small` is a folder or a file as `read_checkpoint` takes it; `source` names its architecture where the file does
+    not. `seed` draws the large model's random parameters. The drift is measured on `samples` random inputs, or on the
+    first samples of the shards that `data` names. Unmodified open_clip loads the result as `local-dir:OUT`.
+
+    Raises InputError for anything that is wrong with the arguments, before anything is written.
+    """
+    folder = _new_folder(out)
+    checkpoint = _read(small, source)
+    config, size = _target(checkpoint, to)
+    try:
+        check(checkpoint.model, build(to, seed=seed, image_size=size, device="meta"), width=width, depth=depth)
+    except GrowthError as error:
+        raise InputError(
+            "raychain grow", f"{small} → {to}", f"a pair that {width} + {depth} can grow", str(error)
+        ) from None
+    inputs = _read_inputs(checkpoint, data, samples) if data else random_inputs(checkpoint.model, samples, seed)
+    model = build(to, seed=seed, image_size=size)
+    report = grow(checkpoint.model, model, width=width, depth=depth)
+    drift = measure_drift(checkpoint.model, model, *inputs)
+    preprocessing = {**get_model_preprocess_cfg(checkpoint.model), "size": model.visual.image_size}
+    set_model_preprocess_cfg(model, preprocessing)
+    del checkpoint
+    folder.mkdir(parents=True, exist_ok=True)
+    write_artifact(folder, model, config, _pixels(model))
+    return Grown(folder, report, drift)
+
+
+def grow_command(
+    small: Annotated[Path, typer.Argument(help="Checkpoint: open_clip folder, .safetensors or .pt file.")],
+    to: Annotated[str, typer.Option("--to", help="Model to grow into.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder to write; must be new or empty.")],
+    width: Annotated[str, typer.Option(help=f"Width operator: {', '.join(WIDTH_OPERATORS)}.")] = DEFAULT_WIDTH,
+    depth: Annotated[str, typer.Option(help=f"Depth operator: {', '.join(DEPTH_OPERATORS)}.")] = DEFAULT_DEPTH,
+    source: Annotated[str | None, typer.Option("--from", help="SMALL's model, where a file does not say.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the new random parameters.")] = 0,
+    data: Annotated[str | None, typer.Option(help="Shards to measure the drift on; default random input.")] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Inputs to measure the drift on.")] = 4,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")] = False,
+) -> None:
+    """Grow the checkpoint SMALL into a larger model, and report how far its function moved."""
+    options: dict[str, Any] = {"width": width, "depth": depth, "source": source, "seed": seed}
+    grown = grow_checkpoint(small, to, out, **options, data=data, samples=samples)
+    if as_json:
+        drift = {tower: dataclasses.asdict(measured) for tower, measured in grown.drift.items()}
+        inputs = data or "random"
+        print(json.dumps({"folder": str(grown.folder), **grown.report.as_dict(), "drift": drift, "inputs": inputs}))
+    else:
+        _print(grown, data)
+
+
+def _print(grown: Grown, data: str | None) -> None:
+    report = grown.report
+    print(f"{grown.folder}: {report.inherited} of {report.total} tensors inherited ({report.width}, {report.depth})")
+    for name, tower in report.towers.items():
+        if not tower.grown:
+            print(f"  {name}: left at its random start, {tower.small} does not grow into {tower.large}")
+            continue
+        widths = ", ".join(f"{s.partition('.')[2]} {a} → {b}" for s, (a, b) in tower.widths.items() if a != b)
+        for stack, layers in tower.layers.items():
+            kept = len({source.layer for source in layers})
+            widths += f"{', ' if widths else ''}{stack.partition('.')[2]} {kept} → {len(layers)}"
+        print(f"  {name}: {widths}")
+    print(f"drift on {data or 'random input'}:")
+    for name, drift in grown.drift.items():
+        print(
+            f"  {name}: cosine {drift.cosine:.6f} (worst {drift.worst_cosine:.6f}), "
+            f"relative error {drift.relative_error:.1e}"
+        )
+
+
+def _new_folder(out: str | Path) -> Path:
+    folder = Path(out).expanduser()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError("--out", out, "a new or empty folder", "give another folder, or remove this one")
+    parent = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    try:
+        (probe := parent / ".raychain-grow").touch()
+        probe.unlink()
+    except OSError as error:
+        raise InputError("--out", out, f"a folder that can be written ({error})", "give another folder") from None
+    return folder
+
+
+def _read(small: str | Path, source: str | None) -> Checkpoint:
+    try:
+        return read_checkpoint(small, source)
+    except UnknownModelError as error:
+        fix = nearest(source or "", model_names(), "name an architecture that raychain or open_clip knows")
+        raise InputError("--from", source or small, str(error), fix) from None
+    except CheckpointError as error:
+        allowed = "a folder with open_clip_config.json and weights, or a .safetensors or .pt file of a state dict"
+        fix = "name the file's architecture with --from" if source is None else "check that --from is the file's model"
+        raise InputError("SMALL", small, allowed, f"{error}; {fix}") from None
+
+
+def _target(checkpoint: Checkpoint, to: str) -> tuple[dict[str, Any], int | None]:
+    """The large model's config and image size: the small model's, unless the large one's trunk has its own."""
+    try:
+        config = model_config(to)
+    except UnknownModelError as error:
+        raise InputError("--to", to, str(error), nearest(to, model_names(), "give one of these")) from None
+    if "timm_model_name" in config["vision_cfg"]:
+        return config, None
+    size = _pixels(checkpoint.model)
+    try:
+        build(to, seed=0, image_size=size, device="meta")
+    except ValueError:
+        return config, None
+    return config, size
+
+
+def _pixels(model: Any) -> int:
+    size = model.visual.image_size
+    return int(size if isinstance(size, int) else size[0])
+
+
+def _read_inputs(checkpoint: Checkpoint, data: str, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first pictures and captions of the shards, preprocessed for the checkpoint's model."""
+    preprocessing = PreprocessCfg(**get_model_preprocess_cfg(checkpoint.model))
+    transform, (tokenize, _) = image_transform_v2(preprocessing, is_train=False), make_tokenizer(checkpoint.config)
+    images: list[torch.Tensor] = []
+    texts: list[str] = []
+    for address in expand([data], "--data"):
+        filesystem, path = resolve(address)
+        with filesystem.open_input_file(path) as file:
+            for sample in islice(members.samples(file, members.Wanted(CAPTION_KEYS)), count - len(images)):
+                try:
+                    picture = Image.open(BytesIO(members.picture(sample))).convert("RGB")
+                except (UnidentifiedImageError, OSError):
+                    continue
+                images.append(transform(picture))
+                texts += members.captions(sample, CAPTION_KEYS)[:1]
+        if len(images) >= count:
+            break
+    if not images or not texts:
+        raise InputError("--data", data, f"shards with {members.Wanted(CAPTION_KEYS)}", "give other shards")
+    return torch.stack(images), torch.from_numpy(np.asarray(tokenize(texts))).long()
+
+
+if __name__ == "__main__":
+    from raychain.run import main
+
+    main(grow_command, Path(sys.argv[0]).stem)
