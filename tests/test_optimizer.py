@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from raychain.config.experiment import Train
-from raychain.training.optimizer import learning_rate, make_optimizer, parameter_groups
+from raychain.families import model_config
+from raychain.training.optimizer import adam_constants, learning_rate, make_optimizer, parameter_groups
 
 
 class Small(nn.Module):
@@ -35,14 +36,32 @@ def test_matrices_decay_and_gains_biases_and_logit_scale_do_not() -> None:
 
 def test_the_optimizer_takes_the_recipe_and_leaves_frozen_parameters() -> None:
     model = Small()
-    optimizer = make_optimizer(model, Train(lr=0.1, betas=(0.8, 0.9), eps=1e-4))
+    optimizer = make_optimizer(model, weight_decay=0.1, betas=(0.8, 0.9), eps=1e-4)
     assert optimizer.defaults["betas"] == (0.8, 0.9)
     assert optimizer.defaults["eps"] == 1e-4
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     sum(p.sum() for p in model.parameters()).backward()
+    for group in optimizer.param_groups:
+        group["lr"] = 0.1
     optimizer.step()
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name]) == (name == "frozen")
+
+
+@pytest.mark.parametrize(
+    ("model", "recipe", "expected"),
+    [
+        ("CoM-ViT-T-16", Train(), ((0.9, 0.98), 1e-6)),
+        ("vit_small_patch16_224", Train(), ((0.9, 0.98), 1e-6)),
+        ("CoM-Swin-T", Train(), ((0.9, 0.999), 1e-8)),
+        ("RN50", Train(), ((0.9, 0.999), 1e-8)),
+        ("CoM-Swin-T", Train(betas=(0.8, 0.9), eps=1e-4), ((0.8, 0.9), 1e-4)),
+    ],
+)
+def test_adam_constants_follow_the_image_tower_unless_given(
+    model: str, recipe: Train, expected: tuple[tuple[float, float], float]
+) -> None:
+    assert adam_constants(recipe, model_config(model)) == expected
 
 
 def rates(schedule: str, warmup: int = 10, total: int = 100) -> list[float]:

@@ -23,6 +23,7 @@ from raychain.feed.shards import Shard, expand, survey
 from raychain.growth import DEPTH_OPERATORS, WIDTH_OPERATORS, GrowthError, check
 from raychain.planning.macs import forward_macs, stage_macs
 from raychain.storage import Folder, is_local
+from raychain.training.optimizer import adam_constants
 from raychain.training.stage import STAGE_RECORD
 from raychain.training.task import ChainTask, StageTask
 
@@ -185,7 +186,8 @@ def _stages(
                 "at least one optimiser step",
                 "lengthen it or lower global_batch",
             )
-        warmup = (stage.warmup or recipe.warmup).steps(**lengths, stage_steps=steps)
+        grown = experiment.transfer if index else None
+        warmup = (stage.warmup or (grown and grown.warmup) or recipe.warmup).steps(**lengths, stage_steps=steps)
         if warmup >= steps:
             raise InputError(
                 f"chain.{index}", f"{warmup} warm-up steps of {steps}", "a warm-up shorter than the stage",
@@ -193,7 +195,9 @@ def _stages(
             )  # fmt: skip
         config = model_config(stage.model)
         image_size = experiment.data.image_size or int(config["vision_cfg"]["image_size"])
-        lr = stage.lr or recipe.lr
+        lr = stage.lr or recipe.lr * (grown.lr_scale if grown else 1)
+        betas, eps = adam_constants(recipe, config)
+        precision = recipe.precision or ("bf16" if experiment.compute.gpus_per_worker else "fp32")
         key = _digest(
             {
                 "schema": SCHEMA,
@@ -203,8 +207,12 @@ def _stages(
                 "steps": steps,
                 "warmup": warmup,
                 "lr": lr,
-                "recipe": recipe.model_dump(mode="json", exclude={"warmup", "lr", "log_every"}),
-                "transfer": experiment.transfer.model_dump(mode="json") if index else None,
+                "adam": [betas, eps],
+                "precision": precision,
+                "recipe": recipe.model_dump(
+                    mode="json", include={"global_batch", "schedule", "weight_decay", "clip_norm"}
+                ),
+                "transfer": grown.model_dump(mode="json", exclude={"warmup", "lr_scale"}) if grown else None,
                 "seed": recipe.seed + index,
                 "previous": key,
             }
@@ -212,7 +220,7 @@ def _stages(
         folder = f"{index}-{re.sub(r'[^A-Za-z0-9._-]', '_', stage.model)}"
         record = out.read_json(f"stages/{folder}/{STAGE_RECORD}")
         student = forward_macs(stage.model, image_size)
-        teacher = experiment.chain[index - 1].model if index and experiment.transfer.distill else None
+        teacher = experiment.chain[index - 1].model if grown and grown.distill else None
         stages.append(
             StageTask(
                 index=index,
@@ -222,6 +230,9 @@ def _stages(
                 steps=steps,
                 warmup=warmup,
                 lr=lr,
+                betas=betas,
+                eps=eps,
+                precision=precision,
                 image_size=image_size,
                 eval_every=max(1, every.steps(**lengths)) if every else 0,
                 epochs=round(steps * recipe.global_batch / epoch_samples, 4),

@@ -77,9 +77,9 @@ class Stage(Component):
     epochs: Epochs
     """Length of the stage: a number of epochs, or "N steps", "N samples"."""
     lr: float | None = Field(None, gt=0)
-    """Peak learning rate of this stage instead of `train.lr`."""
+    """Peak learning rate of this stage, whatever `train` and `transfer` say."""
     warmup: Warmup | None = None
-    """Warm-up of this stage instead of `train.warmup`."""
+    """Warm-up of this stage, whatever `train` and `transfer` say."""
 
 
 class Distill(Component):
@@ -93,10 +93,16 @@ class Distill(Component):
 class Transfer(Component):
     """What a stage takes from the one before it."""
 
-    width: str = "embed"
+    width: str = "centred"
     """Growth operator for widths."""
-    depth: str = "interleave"
+    depth: str = "identity"
     """Growth operator for layers."""
+    optimizer: Literal["grow", "reset"] = "grow"
+    """AdamW's moments: grown with the weights, or from zero."""
+    lr_scale: float = Field(1.0, gt=0)
+    """Peak learning rate of grown stages as a multiple of `train.lr`."""
+    warmup: Warmup | None = None
+    """Warm-up of grown stages instead of `train.warmup`."""
     distill: Distill | None = Distill()
     """null: no distillation."""
 
@@ -114,12 +120,15 @@ class Train(Component):
     """Learning rate after the warm-up: cosine to zero, or constant."""
     weight_decay: float = Field(0.1, ge=0)
     """On matrices and tables; gains, biases and logit_scale have none."""
-    betas: tuple[Beta, Beta] = (0.9, 0.98)
-    eps: float = Field(1e-6, gt=0)
+    betas: tuple[Beta, Beta] | None = None
+    """AdamW's. Absent: (0.9, 0.98) for vision transformers, (0.9, 0.999) for other image towers."""
+    eps: float | None = Field(None, gt=0)
+    """AdamW's. Absent: 1e-6 for vision transformers, 1e-8 for other image towers."""
     clip_norm: float | None = Field(1.0, gt=0)
     """Gradient norm is clipped to this; null: not clipped."""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """Autocast of the forward pass; weights and optimiser are fp32."""
+    precision: Literal["bf16", "fp32"] | None = None
+    """Autocast of the forward pass; weights and optimiser are fp32. Absent: bf16 on GPUs, fp32 on CPUs, many of which
+    have no bf16 arithmetic and emulate it ten times slower."""
     seed: Seed = 0
     log_every: int = Field(20, ge=1)
     """Steps between lines of metrics.jsonl."""
@@ -162,7 +171,7 @@ class Evaluate(Component):
     retrieval: OneOrMore | None = None
     """Shards of pictures with captions."""
     every: Every | None = None
-    """Also measure during a stage: "1 epochs", "500 steps"."""
+    """Also measure during a stage: "1 epochs", "500 steps"; a grown stage then before its first step too."""
 
 
 class Checkpoint(Component):

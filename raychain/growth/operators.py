@@ -6,6 +6,7 @@ from raychain.growth.centred import Centred
 from raychain.growth.depth import DepthOperator, identity, interleave, stack
 from raychain.growth.duplicate import Duplicate
 from raychain.growth.embed import Embed
+from raychain.growth.none import Nothing
 from raychain.growth.reference import Reference
 from raychain.growth.width import WidthOperator
 
@@ -17,6 +18,7 @@ WIDTH_OPERATORS: Mapping[str, WidthOperator] = {
     "duplicate": Duplicate(),
     "duplicate-uneven": Duplicate(uneven=0.5),
     "embed": Embed(),
+    "none": Nothing(),
     "reference": Reference(),
 }
 DEPTH_OPERATORS: Mapping[str, DepthOperator] = {"identity": identity, "interleave": interleave, "stack": stack}

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
 from raychain.config.experiment import Train
+
+_TIMM_VITS = ("vit_", "deit", "eva", "beit")
 
 
 def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, object]]:
@@ -21,10 +24,21 @@ def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: fl
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
 
 
-def make_optimizer(module: nn.Module, recipe: Train) -> torch.optim.AdamW:
-    """Fused AdamW over the module's parameters."""
-    groups = parameter_groups(module.named_parameters(), recipe.weight_decay)
-    return torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, eps=recipe.eps, fused=True)
+def adam_constants(recipe: Train, model_cfg: Mapping[str, Any]) -> tuple[tuple[float, float], float]:
+    """betas and eps of a stage: the recipe's, else by its image tower (open_clip's defaults and CoM-PT's)."""
+    vision = model_cfg["vision_cfg"]
+    timm_name = vision.get("timm_model_name")
+    vit = timm_name.startswith(_TIMM_VITS) if timm_name else isinstance(vision.get("layers", 12), int)
+    betas, eps = ((0.9, 0.98), 1e-6) if vit else ((0.9, 0.999), 1e-8)
+    return recipe.betas or betas, recipe.eps or eps
+
+
+def make_optimizer(
+    module: nn.Module, *, weight_decay: float, betas: tuple[float, float], eps: float
+) -> torch.optim.AdamW:
+    """Fused AdamW over the module's parameters; the loop sets the learning rate before every step."""
+    groups = parameter_groups(module.named_parameters(), weight_decay)
+    return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, fused=True)
 
 
 def learning_rate(step: int, *, peak: float, warmup: int, total: int, schedule: str) -> float:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -20,11 +20,11 @@ from raychain.families.tokenizing import make_tokenizer
 from raychain.feed.cache import ShardCache, Spec
 from raychain.feed.loader import Feed, Loader
 from raychain.feed.members import Wanted
-from raychain.growth import grow
+from raychain.growth import Moments, grow, grow_moments, read_moments, write_moments
 from raychain.objectives.contrastive import world_size
 from raychain.objectives.distillation import Projector
 from raychain.storage import Folder
-from raychain.training.artifact import load_model, write_artifact
+from raychain.training.artifact import load_model, load_moments, write_artifact
 from raychain.training.checkpoint import Checkpoints
 from raychain.training.control import Control, Wish
 from raychain.training.loop import StageLoop
@@ -34,6 +34,13 @@ from raychain.training.student import Student, preprocessing_of
 from raychain.training.task import ChainTask, StageTask
 
 STAGE_RECORD = "stage.json"
+
+
+class Trained(NamedTuple):
+    """A finished stage's model, and AdamW's moments at its end."""
+
+    model: nn.Module
+    moments: Moments | None
 
 
 class ChainWorker:
@@ -58,7 +65,7 @@ class ChainWorker:
 
     def run(self) -> bool:
         """Trains every stage that is not published; True when the chain is complete, False when it was stopped."""
-        teacher: nn.Module | None = None
+        teacher: Trained | None = None
         ready: Future[tuple[nn.Module, Loader]] | None = None
         todo = [stage for stage in self.task.stages if not self._published(stage)]
         for stage in todo:
@@ -91,9 +98,10 @@ class ChainWorker:
         dist.broadcast_object_list(box, 0, device=self.device)
         return box[0]
 
-    def _load(self, stage: StageTask) -> nn.Module:
+    def _load(self, stage: StageTask) -> Trained:
         with tempfile.TemporaryDirectory(prefix="raychain-") as scratch:
-            return load_model(self.out.fetch(f"stages/{stage.folder}", Path(scratch) / "stage")).to(self.device)
+            folder = self.out.fetch(f"stages/{stage.folder}", Path(scratch) / "stage")
+            return Trained(load_model(folder).to(self.device), load_moments(folder))
 
     def _prepare(self, stage: StageTask, start: int = 0) -> tuple[nn.Module, Loader]:
         """The stage's fresh model and its started loader; runs beside the training of the stage before."""
@@ -123,21 +131,25 @@ class ChainWorker:
         stage: StageTask,
         model: nn.Module,
         loader: Loader,
-        teacher_model: nn.Module | None,
+        previous: Trained | None,
         following: StageTask | None,
-    ) -> tuple[nn.Module | None, Future[tuple[nn.Module, Loader]] | None]:
+    ) -> tuple[Trained | None, Future[tuple[nn.Module, Loader]] | None]:
         transfer, recipe, started = self.experiment.transfer, self.experiment.train, time.time()
         teacher, projector = None, None
         model = model.to(self.device)
-        if teacher_model is not None:
-            grow(teacher_model, model, width=transfer.width, depth=transfer.depth)
+        if previous:
+            grow(previous.model, model, width=transfer.width, depth=transfer.depth)
             if transfer.distill:
-                teacher = Student(teacher_model).to(self.device).eval().requires_grad_(False)
+                teacher = Student(previous.model).to(self.device).eval().requires_grad_(False)
                 with torch.random.fork_rng(devices=[]):
                     torch.manual_seed(recipe.seed + stage.index)
                     projector = Projector(_embed_dim(stage.model), _embed_dim(self.task.stages[stage.index - 1].model))
         student = Student(model, projector).to(self.device)
-        state = TrainState(student, make_optimizer(student, recipe), Counters())
+        optimizer = make_optimizer(student, weight_decay=recipe.weight_decay, betas=stage.betas, eps=stage.eps)
+        state = TrainState(student, optimizer, Counters())
+        if previous and previous.moments and transfer.optimizer == "grow" and not loader.start:
+            operators = {"width": transfer.width, "depth": transfer.depth}
+            write_moments(model, optimizer, grow_moments(previous.model, model, previous.moments, **operators))
         checkpoints = Checkpoints(self.out, stage.folder, stage.key, self.experiment.checkpoint.keep)
         if loader.start:
             checkpoints.load(loader.start, state)
@@ -159,10 +171,11 @@ class ChainWorker:
         def wishes(step: int) -> Wish:
             every = self.experiment.checkpoint.every
             due = step % every.amount == 0 if every.unit == "steps" else time.monotonic() - saved[0] >= every.amount
+            saved[0] = time.monotonic() if due else saved[0]
             return (Wish.STOP if self.stopping() else Wish.NONE) | (Wish.SAVE if due else Wish.NONE)
 
         def save() -> None:
-            begun, saved[0] = time.time(), time.monotonic()
+            begun = time.time()
             if self.rank == 0:
                 checkpoints.save(state, wait=self.stopping())
                 self._span(f"checkpoint {state.counters.step}", "checkpoint", begun, stage)
@@ -176,7 +189,7 @@ class ChainWorker:
             self.emit,
             wishes,
             save,
-            lambda: self._evaluate(stage, model, state.counters.step),
+            lambda: self.evaluate(stage, model, state.counters.step),
         )
         ready = self.prepare.submit(self._prepare, following) if following else None
         complete = loop.run(state, teacher, loader, self.control, self.last_step)
@@ -184,15 +197,17 @@ class ChainWorker:
         self._span(stage.model, "stage", started, stage)
         if not complete:
             return None, ready
-        metrics = self._evaluate(stage, model, state.counters.step)
+        metrics = self.evaluate(stage, model, state.counters.step)
+        moments = read_moments(model, optimizer)
         if self.rank == 0:
-            self._publish(stage, state, metrics)
+            self._publish(stage, state, moments, metrics)
             checkpoints.clear()
         if world_size() > 1:
             dist.barrier()
-        return model, ready
+        return Trained(model, moments), ready
 
-    def _evaluate(self, stage: StageTask, model: nn.Module, step: int) -> dict[str, float]:
+    def evaluate(self, stage: StageTask, model: nn.Module, step: int) -> dict[str, float]:
+        """The metrics of the stage's model after `step` steps; every rank calls it."""
         if self.task.zero_shot is None and self.task.retrieval is None:
             return {}
         started = time.time()
@@ -214,7 +229,7 @@ class ChainWorker:
         self._span(f"evaluate {stage.model}", "evaluation", started, stage)
         return metrics
 
-    def _publish(self, stage: StageTask, state: TrainState, metrics: dict[str, float]) -> None:
+    def _publish(self, stage: StageTask, state: TrainState, moments: Moments, metrics: dict[str, float]) -> None:
         started, counters, transfer = time.time(), state.counters, self.experiment.transfer
         record = {
             "index": stage.index,
@@ -236,7 +251,12 @@ class ChainWorker:
         }
         with tempfile.TemporaryDirectory(prefix="raychain-") as scratch:
             files = write_artifact(
-                Path(scratch), state.student.model, model_config(stage.model), stage.image_size, state.student.projector
+                Path(scratch),
+                state.student.model,
+                model_config(stage.model),
+                stage.image_size,
+                projector=state.student.projector,
+                moments=moments,
             )
             (Path(scratch) / STAGE_RECORD).write_text(json.dumps({**record, "files": files}, indent=2) + "\n")
             self.out.publish(Path(scratch), f"stages/{stage.folder}", STAGE_RECORD)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from raychain.config.experiment import Experiment
 from raychain.evaluation.data import RetrievalData, ZeroShotData
@@ -23,6 +24,9 @@ class StageTask:
     steps: int
     warmup: int
     lr: float
+    betas: tuple[float, float]
+    eps: float
+    precision: Literal["bf16", "fp32"]
     image_size: int
     eval_every: int
     """Steps between evaluations during the stage; 0: none."""
