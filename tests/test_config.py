@@ -80,7 +80,7 @@ def test_an_unknown_key_is_refused_with_the_nearest_known_one(
         ({"chain": [{"model": "x", "epochs": "10 %"}]}, "chain.0.epochs"),
         ({"data": {"train": []}}, "data.train"),
         ({"data": {"train": "x", "captions": {"keys": []}}}, "data.captions.keys"),
-        ({"data": {"train": "x", "crop": [0.9, 0.5]}}, "data"),
+        ({"data": {"train": "x", "crop": [0.9, 0.5]}}, "data.crop"),
         ({"train": {"global_batch": 1}}, "train.global_batch"),
         ({"train": {"warmup": 100}}, "train.warmup"),
         ({"train": {"lr": float("nan")}}, "train.lr"),
@@ -152,7 +152,7 @@ def test_overrides_change_values_lists_and_what_is_absent(file: str) -> None:
     assert experiment.train.clip_norm is None
     assert [str(stage.epochs) for stage in experiment.chain] == ["3 epochs", "7 epochs"]
     assert experiment.chain[0].model == "CoM-micro-L"
-    assert experiment.data.train == ("a.tar", "b.tar")
+    assert [source.shards for source in experiment.data.train] == [("a.tar",), ("b.tar",)]
     assert experiment.data.captions.keys == ("json.a",)
     assert experiment.transfer.distill is not None
     assert experiment.transfer.distill.alpha == 0.5
@@ -246,3 +246,16 @@ def test_sizes_are_bytes(text: object, size: int) -> None:
 def test_what_is_no_size_is_refused(value: object) -> None:
     with pytest.raises(ValueError, match="200GiB"):
         parse_bytes(value)
+
+
+def test_a_stage_reads_the_chains_data_but_for_its_own_keys() -> None:
+    chain = [
+        {"model": "a", "epochs": 1},
+        {"model": "b", "epochs": 1, "data": {"train": [{"shards": "y", "weight": 2}, "z"], "crop": None}},
+    ]
+    data = {"train": "x", "samples": 5, "image_size": 32, "crop": [0.5, 1.0]}
+    experiment = validate({"name": "n", "data": data, "chain": chain})
+    assert experiment.stage_data(0) == experiment.data
+    own = experiment.stage_data(1)
+    assert [(source.shards, source.weight) for source in own.train] == [(("y",), 2.0), (("z",), 1.0)]
+    assert (own.samples, own.image_size, own.crop) == (None, 32, None)

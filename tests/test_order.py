@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raychain.feed.order import Order, Rows, draw_captions, rank_slice
+from raychain.feed.order import BLOCK, Mixture, Order, Rows, draw_captions, rank_slice
 
 counts = st.lists(st.integers(0, 12), min_size=1, max_size=7).filter(any).map(tuple)
 orders = st.builds(Order, counts, seed=st.integers(0, 2**63 - 1), window=st.integers(1, 4), shuffle=st.booleans())
@@ -44,11 +44,55 @@ def test_rank_slices_joined_are_the_global_batch(order: Order, batch: int, world
 @given(orders, st.integers(0, 60))
 @settings(max_examples=50)
 def test_the_coming_windows_hold_the_samples_up_to_their_ends(order: Order, position: int) -> None:
-    for end, shards in islice(order.coming(position), 6):
-        assert end >= position  # equal for a window of empty shards
-        rows = order.rows(position, end)
+    for start, stop, shards in islice(order.coming(position), 6):
+        assert start <= position <= stop  # equal for a window of empty shards
+        rows = order.rows(position, stop)
         assert set(rows.shard.tolist()) <= set(shards)
-        position = end
+        position = stop
+
+
+@st.composite
+def mixtures(draw: st.DrawFn) -> Mixture:
+    parts = tuple(draw(st.lists(orders, min_size=1, max_size=3)))
+    weights = tuple(draw(st.sampled_from([0.5, 1.0, 2.0, 3.7])) for _ in parts)
+    return Mixture(parts, weights, draw(st.integers(0, 2**32)))
+
+
+@given(mixtures(), st.integers(0, 5000), st.integers(1, 3000))
+@settings(max_examples=60, deadline=None)
+def test_a_mixture_read_from_the_middle_is_the_same_stream(mixture: Mixture, start: int, size: int) -> None:
+    stream = triples(mixture.rows(0, start + size))
+    assert triples(mixture.rows(start, start + size)) == stream[start:]
+
+
+@given(mixtures(), st.integers(BLOCK, 8 * BLOCK))
+@settings(max_examples=60, deadline=None)
+def test_a_mixture_keeps_its_shares_and_each_source_its_own_order(mixture: Mixture, size: int) -> None:
+    stream = triples(mixture.rows(0, size))
+    total = sum(w * o.samples for w, o in zip(mixture.weights, mixture.orders, strict=True))
+    offset = 0
+    for weight, order in zip(mixture.weights, mixture.orders, strict=True):
+        own = [(s - offset, r, p) for s, r, p in stream if offset <= s < offset + len(order.counts)]
+        assert own == triples(order.rows(0, len(own)))
+        assert abs(len(own) - size * weight * order.samples / total) <= BLOCK / 2
+        whole = [s for s, _, _ in stream[: size // BLOCK * BLOCK] if offset <= s < offset + len(order.counts)]
+        assert abs(len(whole) - len(stream[: size // BLOCK * BLOCK]) * weight * order.samples / total) <= 1
+        offset += len(order.counts)
+
+
+@given(mixtures(), st.integers(0, 3000))
+@settings(max_examples=40, deadline=None)
+def test_the_coming_windows_of_a_mixture_hold_its_samples(mixture: Mixture, position: int) -> None:
+    size = 700
+    windows = []
+    for window in mixture.coming(position):
+        if window.start >= position + size and len(windows) > 20:
+            break
+        windows.append(window)
+    assert [w.start for w in windows] == sorted(w.start for w in windows)
+    for place in range(position, position + size, 50):
+        held = {s for w in windows if w.start <= place < w.stop for s in w.shards}
+        assert set(mixture.rows(place, place + 1).shard.tolist()) <= held
 
 
 def test_seeds_and_passes_give_different_orders() -> None:

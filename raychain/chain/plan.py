@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from raychain.config.experiment import Baseline, Experiment
+from raychain.config.experiment import Baseline, Data, Experiment
 from raychain.demo import DemoError, is_current, make_demo
 from raychain.errors import InputError, nearest
 from raychain.evaluation.data import resolve_retrieval, resolve_zero_shot
 from raychain.families import UnknownModelError, build, model_config, model_names, parameter_count
+from raychain.families.tokenizing import make_tokenizer
+from raychain.feed.cache import Spec
+from raychain.feed.loader import Feed
 from raychain.feed.members import Wanted
-from raychain.feed.order import Order
+from raychain.feed.order import Mixture, Order, Stream
 from raychain.feed.shards import Shard, expand, survey
 from raychain.growth import DEPTH_OPERATORS, WIDTH_OPERATORS, GrowthError, check
 from raychain.planning.macs import forward_macs, stage_macs
@@ -34,18 +38,17 @@ SCHEMA = 1
 def check_experiment(experiment: Experiment, address: str | None = None) -> None:
     """Everything that can be wrong without looking at data. Raises InputError."""
     for i, stage in enumerate(experiment.chain):
+        image_size = experiment.stage_data(i).image_size
         try:
             model_config(stage.model)
-            forward_macs(stage.model, experiment.data.image_size)
+            forward_macs(stage.model, image_size)
         except UnknownModelError as error:
             fix = nearest(
                 stage.model, model_names(), "python -c 'import raychain.families as f; print(f.model_names())'"
             )
             raise InputError(f"chain.{i}.model", stage.model, str(error), fix) from None
         except ValueError as error:
-            raise InputError(
-                "data.image_size", experiment.data.image_size, f"a size {stage.model} takes", str(error)
-            ) from None
+            raise InputError("data.image_size", image_size, f"a size {stage.model} takes", str(error)) from None
     for field, known in (("width", WIDTH_OPERATORS), ("depth", DEPTH_OPERATORS)):
         given = getattr(experiment.transfer, field)
         if given not in known:
@@ -61,7 +64,7 @@ def _check_growth(experiment: Experiment, i: int) -> None:
     if parameter_count(large) < parameter_count(small):
         sizes = f"{small} ({parameter_count(small):,} parameters) → {large} ({parameter_count(large):,})"
         raise InputError(f"chain.{i}.model", sizes, "models in growing order", "order the chain from small to large")
-    size, transfer = experiment.data.image_size, experiment.transfer
+    size, transfer = _image_size(experiment, i), experiment.transfer
     try:
         models = [build(name, seed=0, image_size=size, device="meta") for name in (small, large)]
         check(*models, width=transfer.width, depth=transfer.depth)
@@ -109,36 +112,20 @@ def make_task(experiment: Experiment, out: str, *, on_progress: Callable[[int, i
             make_demo(Path(demo.out), names=demo.names, pictures=demo.pictures, seed=demo.seed, on_progress=on_progress)
         except DemoError as error:
             raise InputError("data.demo", demo.out, "a folder for demo shards", str(error)) from None
-    wanted = Wanted(experiment.data.captions.keys)
     try:
         (cache / "counts").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError("preload.cache", cache, "a folder that can be written", str(error)) from None
-    shards = tuple(survey(expand(experiment.data.train, "data.train"), wanted, cache, "data.train"))
-    evaluate = experiment.evaluate
+    evaluate, keys = experiment.evaluate, experiment.data.captions.keys
     zero_shot = resolve_zero_shot(evaluate.zero_shot, cache) if evaluate.zero_shot else None
-    keys = experiment.data.captions.keys
     retrieval = resolve_retrieval(evaluate.retrieval, keys, cache) if evaluate.retrieval else None
-    order = Order(tuple(s.samples for s in shards), experiment.train.seed, experiment.data.shuffle_window)
-    if experiment.train.global_batch > order.samples:
-        raise InputError(
-            "train.global_batch",
-            experiment.train.global_batch,
-            f"at most the {order.samples} samples of data.train",
-            "lower it or add data",
-        )
-    measured = _digest([zero_shot.digest if zero_shot else None, retrieval.digest if retrieval else None])
-    epoch_samples = experiment.data.samples or order.samples
     return ChainTask(
         experiment=experiment,
         out=Folder(out).path if is_local(out) else out,
-        stages=_stages(experiment, shards, epoch_samples, Folder(out)),
-        shards=shards,
-        order=order,
-        epoch_samples=epoch_samples,
+        stages=_stages(experiment, _readings(experiment, cache), Folder(out)),
         zero_shot=zero_shot,
         retrieval=retrieval,
-        evaluation=measured,
+        evaluation=_digest([zero_shot.digest if zero_shot else None, retrieval.digest if retrieval else None]),
         threads=max(1, int(worker_cpus(experiment))),
     )
 
@@ -147,16 +134,57 @@ def dry_plan(experiment: Experiment) -> dict[str, Any]:
     """What `--dry-run` shows: every stage's steps and MACs. Demo shards that are not there yet are not rendered."""
     demo, out = experiment.data.demo, f"{experiment.storage.rstrip('/')}/{experiment.name}"
     if demo and not is_current(Path(demo.out), names=demo.names, pictures=demo.pictures, seed=demo.seed):
-        samples = experiment.data.samples or demo.pictures
-        stages = _stages(experiment, (), samples, Folder(out))
+        reading = Reading((), Order((demo.pictures,), experiment.train.seed))
+        stages = _stages(experiment, [reading] * len(experiment.chain), Folder(out))
     else:
-        task = make_task(experiment, out)
-        samples, stages = task.epoch_samples, task.stages
-    shown = ("model", "params", "epochs", "steps", "warmup", "lr", "macs", "published")
-    return {
-        "epoch_samples": samples,
-        "stages": [{name: getattr(stage, name) for name in shown} for stage in stages],
-    }
+        stages = make_task(experiment, out).stages
+    shown = ("model", "params", "epoch_samples", "epochs", "steps", "warmup", "lr", "macs", "published")
+    return {"stages": [{name: getattr(stage, name) for name in shown} for stage in stages]}
+
+
+class Reading(NamedTuple):
+    """The shards of a stage and the order of their samples."""
+
+    shards: tuple[Shard, ...]
+    order: Stream
+
+
+def _readings(experiment: Experiment, cache: Path) -> list[Reading]:
+    """Each stage's data, found and counted once where stages share it. Raises InputError."""
+    known: dict[Data, Reading] = {}
+    readings = []
+    for index in range(len(experiment.chain)):
+        data = experiment.stage_data(index)
+        if data not in known:
+            own = "train" in experiment.chain[index].data.model_fields_set
+            known[data] = _reading(experiment, data, cache, f"chain.{index}.data.train" if own else "data.train")
+        readings.append(known[data])
+    return readings
+
+
+def _reading(experiment: Experiment, data: Data, cache: Path, where: str) -> Reading:
+    wanted, seed = Wanted(data.captions.keys), experiment.train.seed
+    found = [tuple(survey(expand(source.shards, where), wanted, cache, where)) for source in data.train]
+    weights = tuple(source.weight for source in data.train)
+    counts = [tuple(shard.samples for shard in source) for source in found]
+    order: Stream
+    if set(weights) == {1.0}:
+        order = Order(tuple(itertools.chain(*counts)), seed, data.shuffle_window)
+    else:
+        order = Mixture(tuple(Order(c, seed + i, data.shuffle_window) for i, c in enumerate(counts)), weights, seed)
+    if experiment.train.global_batch > order.samples:
+        raise InputError(
+            "train.global_batch",
+            experiment.train.global_batch,
+            f"at most the {order.samples} samples of an epoch of {where}",
+            "lower it or add data",
+        )
+    return Reading(tuple(itertools.chain(*found)), order)
+
+
+def _image_size(experiment: Experiment, index: int) -> int:
+    given = experiment.stage_data(index).image_size
+    return given or int(model_config(experiment.chain[index].model)["vision_cfg"]["image_size"])
 
 
 def worker_cpus(experiment: Experiment) -> float:
@@ -165,19 +193,13 @@ def worker_cpus(experiment: Experiment) -> float:
     return given if given is not None else max(1, (os.cpu_count() or 1) // experiment.compute.workers)
 
 
-def _stages(
-    experiment: Experiment, shards: tuple[Shard, ...], epoch_samples: int, out: Folder
-) -> tuple[StageTask, ...]:
+def _stages(experiment: Experiment, readings: Sequence[Reading], out: Folder) -> tuple[StageTask, ...]:
     recipe, stages, key = experiment.train, [], ""
-    lengths = {"epoch_samples": epoch_samples, "global_batch": recipe.global_batch}
     every = experiment.evaluate.every
-    data = {
-        "shards": [s.identity for s in shards],
-        "captions": experiment.data.captions.model_dump(mode="json"),
-        "crop": experiment.data.crop,
-        "window": experiment.data.shuffle_window,
-    }
-    for index, stage in enumerate(experiment.chain):
+    for index, (stage, reading) in enumerate(zip(experiment.chain, readings, strict=True)):
+        data = experiment.stage_data(index)
+        epoch_samples = data.samples or reading.order.samples
+        lengths = {"epoch_samples": epoch_samples, "global_batch": recipe.global_batch}
         steps = stage.epochs.steps(**lengths)
         if steps < 1:
             raise InputError(
@@ -194,21 +216,30 @@ def _stages(
                 f'set chain.{index}.warmup, for example "10 %"',
             )  # fmt: skip
         config = model_config(stage.model)
-        image_size = experiment.data.image_size or int(config["vision_cfg"]["image_size"])
+        image_size = _image_size(experiment, index)
+        spec = Spec(Wanted(data.captions.keys), image_size, make_tokenizer(config)[1], data.crop is not None)
         lr = stage.lr or recipe.lr * (grown.lr_scale if grown else 1)
         betas, eps = adam_constants(recipe, config)
         precision = recipe.precision or ("bf16" if experiment.compute.gpus_per_worker else "fp32")
+        average = max(1, recipe.average.steps(**lengths, stage_steps=steps)) if recipe.average else 0
         key = _digest(
             {
                 "schema": SCHEMA,
                 "model": config,
                 "image_size": image_size,
-                "data": data,
+                "data": {
+                    "shards": [shard.identity for shard in reading.shards],
+                    "weights": [source.weight for source in data.train],
+                    "captions": data.captions.model_dump(mode="json"),
+                    "crop": data.crop,
+                    "window": data.shuffle_window,
+                },
                 "steps": steps,
                 "warmup": warmup,
                 "lr": lr,
                 "adam": [betas, eps],
                 "precision": precision,
+                "average": average,
                 "recipe": recipe.model_dump(
                     mode="json", include={"global_batch", "schedule", "weight_decay", "clip_norm"}
                 ),
@@ -233,7 +264,9 @@ def _stages(
                 betas=betas,
                 eps=eps,
                 precision=precision,
-                image_size=image_size,
+                average=average,
+                feed=Feed(reading.shards, reading.order, spec, data.captions.per_image, data.crop),
+                epoch_samples=epoch_samples,
                 eval_every=max(1, every.steps(**lengths)) if every else 0,
                 epochs=round(steps * recipe.global_batch / epoch_samples, 4),
                 params=parameter_count(stage.model),
@@ -241,7 +274,7 @@ def _stages(
                     student,
                     forward_macs(teacher, image_size) if teacher else None,
                     steps * recipe.global_batch,
-                    experiment.data.captions.per_image,
+                    data.captions.per_image,
                 ),
                 published=isinstance(record, dict) and record.get("key") == key,
             )
@@ -252,11 +285,11 @@ def _stages(
 def totals(task: ChainTask, wall_s: float) -> dict[str, Any]:
     """`totals` of run.json: the chain's MACs against the baseline's."""
     experiment = task.experiment
-    lengths = {"epoch_samples": task.epoch_samples, "global_batch": experiment.train.global_batch}
-    last = task.stages[-1]
+    first, last = task.stages[0], task.stages[-1]
+    lengths = {"epoch_samples": first.epoch_samples, "global_batch": experiment.train.global_batch}
     baseline = experiment.baseline or Baseline(model=last.model, epochs=experiment.chain[0].epochs)
     samples = baseline.epochs.steps(**lengths) * experiment.train.global_batch
-    alone = stage_macs(forward_macs(baseline.model, last.image_size), None, samples, experiment.data.captions.per_image)
+    alone = stage_macs(forward_macs(baseline.model, last.image_size), None, samples, last.feed.per_image)
     macs = sum(stage.macs for stage in task.stages)
     return {
         "macs": macs,

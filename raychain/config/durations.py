@@ -96,6 +96,7 @@ Epochs = Annotated[
     Duration, BeforeValidator(lambda v: _above_zero(parse_duration(v, default_unit="epochs"))), _text, _schema
 ]
 Warmup = Annotated[Duration, BeforeValidator(lambda v: parse_duration(v, percent=True)), _text, _schema]
+Horizon = Annotated[Duration, BeforeValidator(lambda v: _above_zero(parse_duration(v, percent=True))), _text, _schema]
 Every = Annotated[Duration, BeforeValidator(lambda v: _above_zero(parse_duration(v))), _text, _schema]
 Interval = Annotated[Duration, BeforeValidator(parse_interval), _text, _schema]
 Bytes = Annotated[int, BeforeValidator(parse_bytes)]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from raychain.config.durations import Bytes, Duration, Epochs, Every, Interval, Warmup
+from raychain.config.durations import Bytes, Duration, Epochs, Every, Horizon, Interval, Warmup
 
 
 class Component(BaseModel):
@@ -21,6 +21,15 @@ OneOrMore = Annotated[
 """Strings; a single one need not be in a list."""
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _area_range(crop: tuple[float, float]) -> tuple[float, float]:
+    if not 0 < crop[0] <= crop[1] <= 1:
+        raise ValueError("allowed is [low, high] with 0 < low <= high <= 1")
+    return crop
+
+
+AreaRange = Annotated[tuple[float, float], AfterValidator(_area_range)]
 
 
 class Demo(Component):
@@ -45,11 +54,28 @@ class Captions(Component):
     every epoch."""
 
 
+class Source(Component):
+    """Shards that are drawn from at a rate of their own."""
+
+    shards: OneOrMore
+    weight: float = Field(1.0, gt=0)
+    """How often each of its samples comes in an epoch: 2 is twice, 0.5 every other epoch."""
+
+
+def _sources(value: Any) -> Any:
+    values = value if isinstance(value, list | tuple) else [value]
+    return tuple({"shards": (entry,)} if isinstance(entry, str) else entry for entry in values)
+
+
+Sources = Annotated[tuple[Source, ...], BeforeValidator(_sources), Field(min_length=1)]
+
+
 class Data(Component):
     """Training pictures: webdataset tar shards in img2dataset's layout."""
 
-    train: OneOrMore
-    """Shard addresses: paths, s3:// or gs://, with braces and globs; one or a list."""
+    train: Sources
+    """Shard addresses: paths, s3:// or gs://, with braces and globs; one, a list, or a list of sources
+    `{shards: …, weight: 2}`."""
     demo: Demo | None = None
     """Render demo shards first."""
     samples: int | None = Field(None, ge=1)
@@ -57,16 +83,20 @@ class Data(Component):
     captions: Captions = Captions()
     image_size: int | None = Field(None, ge=8)
     """Pixels a side; the model's own when absent."""
-    crop: tuple[float, float] | None = None
+    crop: AreaRange | None = None
     """Area range of a random resized crop a step, such as [0.9, 1.0]; centre crop when absent."""
     shuffle_window: int = Field(8, ge=1)
     """Shards whose samples are shuffled together (the shards' order is shuffled too)."""
 
-    @model_validator(mode="after")
-    def _crop_range(self) -> Data:
-        if self.crop and not 0 < self.crop[0] <= self.crop[1] <= 1:
-            raise ValueError("crop: allowed is [low, high] with 0 < low <= high <= 1")
-        return self
+
+class StageData(Component):
+    """The keys of `data` in which a stage differs from the rest of the chain."""
+
+    train: Sources | None = None
+    samples: int | None = Field(None, ge=1)
+    captions: Captions | None = None
+    image_size: int | None = Field(None, ge=8)
+    crop: AreaRange | None = None
 
 
 class Stage(Component):
@@ -80,6 +110,9 @@ class Stage(Component):
     """Peak learning rate of this stage, whatever `train` and `transfer` say."""
     warmup: Warmup | None = None
     """Warm-up of this stage, whatever `train` and `transfer` say."""
+    data: StageData = StageData()
+    """What this stage reads instead of `data`: other pictures, captions, resolution. Position embeddings, the
+    teacher's too, are interpolated to a new resolution."""
 
 
 class Distill(Component):
@@ -124,6 +157,10 @@ class Train(Component):
     """AdamW's. Absent: (0.9, 0.98) for vision transformers, (0.9, 0.999) for other image towers."""
     eps: float | None = Field(None, gt=0)
     """AdamW's. Absent: 1e-6 for vision transformers, 1e-8 for other image towers."""
+    average: Horizon | None = Duration(10, "%")
+    """Measure, publish and grow the exponential moving average of the weights over about this long ("N steps", "N %" of
+    the stage); null: the last weights. With it a grown stage never falls below its teacher while the learning rate
+    rises (experiments/growth)."""
     clip_norm: float | None = Field(1.0, gt=0)
     """Gradient norm is clipped to this; null: not clipped."""
     precision: Literal["bf16", "fp32"] | None = None
@@ -206,3 +243,12 @@ class Experiment(Component):
     """Absent: the last model trained alone for the first stage's epochs."""
     storage: str = "runs"
     """Folder or address under which run folders are made."""
+
+    def stage_data(self, index: int) -> Data:
+        """What stage `index` reads: `data` with the stage's own keys in place of its."""
+        own = self.chain[index].data
+        given = {name: getattr(own, name) for name in own.model_fields_set}
+        changes = {name: value for name, value in given.items() if value is not None or name == "crop"}
+        if "train" in changes and "samples" not in changes:
+            changes["samples"] = None
+        return self.data.model_copy(update=changes)

@@ -7,7 +7,13 @@ from typing import Any
 
 import timm
 import torch
-from open_clip.model import CLIP, CustomTextCLIP, set_model_preprocess_cfg
+from open_clip.model import (
+    CLIP,
+    CustomTextCLIP,
+    get_model_preprocess_cfg,
+    resize_pos_embed,
+    set_model_preprocess_cfg,
+)
 from open_clip.transform import PreprocessCfg
 from torch import nn
 from torch.overrides import TorchFunctionMode
@@ -43,6 +49,30 @@ def build_config(
         model = model_class(**config)
     set_model_preprocess_cfg(model, {**vars(PreprocessCfg()), "size": model.visual.image_size})
     return model if on_meta else model.to(device)
+
+
+def at_image_size(model: nn.Module, config: dict[str, Any], image_size: int) -> nn.Module:
+    """The model of `config` for pictures of `image_size` pixels: itself, or a copy on its device whose position
+    embeddings are interpolated (bicubic, as open_clip loads checkpoints of another resolution).
+
+    Raises ValueError where the image size does not fit the image tower.
+    """
+    clip: Any = model
+    if _pixels(clip) == image_size:
+        return model
+    state = dict(model.state_dict())
+    device = clip.logit_scale.device
+    resized: Any = build_config(config, seed=0, image_size=image_size).to(device)
+    resize_pos_embed(state, resized)
+    resized.load_state_dict(state)
+    preprocessing = get_model_preprocess_cfg(clip)
+    set_model_preprocess_cfg(resized, {**preprocessing, "size": resized.visual.image_size})
+    return resized
+
+
+def _pixels(clip: Any) -> int:
+    size = clip.visual.image_size
+    return int(size if isinstance(size, int) else size[0])
 
 
 @lru_cache(maxsize=64)

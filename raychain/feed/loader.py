@@ -5,7 +5,6 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ import torch
 from PIL import Image
 
 from raychain.feed.cache import ShardCache, Spec, Table, Tokenize
-from raychain.feed.order import Order, Rows, draw_captions, mix, rank_slice
+from raychain.feed.order import Rows, Stream, Window, draw_captions, mix, rank_slice
 from raychain.feed.shards import Shard
 
 AHEAD = 4
@@ -42,7 +41,7 @@ class Feed:
     """What a stage reads: shards in an order, with the recipe that turns a row into a picture and captions."""
 
     shards: tuple[Shard, ...]
-    order: Order
+    order: Stream
     spec: Spec
     per_image: int
     crop: tuple[float, float] | None = None
@@ -119,18 +118,18 @@ class Loader:
     def _work(self) -> None:
         try:
             coming = self.feed.order.coming(self.start * self.global_batch)
-            ahead: deque[tuple[int, tuple[int, ...]]] = deque()
+            ahead: list[Window] = []
             for step in range(self.start, self.stop):
                 stop = (step + 1) * self.global_batch
-                while len(ahead) < 2 or ahead[-2][0] < stop:  # the windows this batch needs and one more
+                # The windows this batch needs, and of each source one more.
+                while sum(window.start >= stop for window in ahead) < self.feed.order.sources:
                     ahead.append(next(coming))
-                    self._prepare(ahead[-1][1])
+                    self._prepare(ahead[-1].shards)
                 rows = self.feed.order.rows(step * self.global_batch, stop)
                 if not self._put(self._batch(step, Rows(*(column[self.slice] for column in rows)))):
                     return
-                while ahead[0][0] <= stop:
-                    ahead.popleft()
-                needed = {shard for _, shards in ahead for shard in shards}
+                ahead = [window for window in ahead if window.stop > stop]
+                needed = {shard for window in ahead for shard in window.shards}
                 for shard in self._tables.keys() - needed:
                     del self._tables[shard]
             self._put(None)

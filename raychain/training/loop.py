@@ -148,6 +148,8 @@ class StageLoop:
         state.optimizer.zero_grad()
         with torch.no_grad():
             state.student.model.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
+        if state.average is not None:
+            state.average.update_parameters(state.student.model)
         return losses
 
     @contextlib.contextmanager

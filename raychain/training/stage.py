@@ -15,16 +15,16 @@ import torch.distributed as dist
 from torch import nn
 
 from raychain.evaluation.measure import evaluate
-from raychain.families import build, model_config
+from raychain.families import at_image_size, build, model_config
 from raychain.families.tokenizing import make_tokenizer
-from raychain.feed.cache import ShardCache, Spec
-from raychain.feed.loader import Feed, Loader
-from raychain.feed.members import Wanted
+from raychain.feed.cache import ShardCache
+from raychain.feed.loader import Loader
 from raychain.growth import Moments, grow, grow_moments, read_moments, write_moments
 from raychain.objectives.contrastive import world_size
 from raychain.objectives.distillation import Projector
 from raychain.storage import Folder
 from raychain.training.artifact import load_model, load_moments, write_artifact
+from raychain.training.average import make_average
 from raychain.training.checkpoint import Checkpoints
 from raychain.training.control import Control, Wish
 from raychain.training.loop import StageLoop
@@ -103,16 +103,24 @@ class ChainWorker:
             folder = self.out.fetch(f"stages/{stage.folder}", Path(scratch) / "stage")
             return Trained(load_model(folder).to(self.device), load_moments(folder))
 
+    def _at_image_size(self, previous: Trained, stage: StageTask) -> Trained:
+        """The stage before, for this stage's pictures. Interpolated position embeddings have no moments."""
+        name = self.task.stages[stage.index - 1].model
+        model = at_image_size(previous.model, model_config(name), stage.image_size)
+        if model is previous.model or previous.moments is None:
+            return Trained(model, previous.moments)
+        step, *moments = previous.moments.step, previous.moments.exp_avg, previous.moments.exp_avg_sq
+        shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        kept = [{name: value for name, value in m.items() if value.shape == shapes[name]} for m in moments]
+        return Trained(model, Moments(step, *kept))
+
     def _prepare(self, stage: StageTask, start: int = 0) -> tuple[nn.Module, Loader]:
         """The stage's fresh model and its started loader; runs beside the training of the stage before."""
         started = time.time()
         model = build(stage.model, seed=self.experiment.train.seed + stage.index, image_size=stage.image_size)
-        tokenize, tokenizer = make_tokenizer(model_config(stage.model))
-        data = self.experiment.data
-        spec = Spec(Wanted(data.captions.keys), stage.image_size, tokenizer, data.crop is not None)
-        feed = Feed(self.task.shards, self.task.order, spec, data.captions.per_image, data.crop)
+        tokenize, _ = make_tokenizer(model_config(stage.model))
         loader = Loader(
-            feed,
+            stage.feed,
             self.cache,
             tokenize,
             global_batch=self.experiment.train.global_batch,
@@ -138,6 +146,7 @@ class ChainWorker:
         teacher, projector = None, None
         model = model.to(self.device)
         if previous:
+            previous = self._at_image_size(previous, stage)
             grow(previous.model, model, width=transfer.width, depth=transfer.depth)
             if transfer.distill:
                 teacher = Student(previous.model).to(self.device).eval().requires_grad_(False)
@@ -146,7 +155,8 @@ class ChainWorker:
                     projector = Projector(_embed_dim(stage.model), _embed_dim(self.task.stages[stage.index - 1].model))
         student = Student(model, projector).to(self.device)
         optimizer = make_optimizer(student, weight_decay=recipe.weight_decay, betas=stage.betas, eps=stage.eps)
-        state = TrainState(student, optimizer, Counters())
+        average = make_average(model, stage.average, trained=previous is not None) if stage.average else None
+        state = TrainState(student, optimizer, Counters(), average)
         if previous and previous.moments and transfer.optimizer == "grow" and not loader.start:
             operators = {"width": transfer.width, "depth": transfer.depth}
             write_moments(model, optimizer, grow_moments(previous.model, model, previous.moments, **operators))
@@ -162,7 +172,7 @@ class ChainWorker:
                 "steps": stage.steps,
                 "start_step": loader.start,
                 "global_batch": recipe.global_batch,
-                "epoch_samples": self.task.epoch_samples,
+                "epoch_samples": stage.epoch_samples,
                 "world_size": world_size(),
             }
         )
@@ -189,7 +199,7 @@ class ChainWorker:
             self.emit,
             wishes,
             save,
-            lambda: self.evaluate(stage, model, state.counters.step),
+            lambda: self.evaluate(stage, state.model, state.counters.step),
         )
         ready = self.prepare.submit(self._prepare, following) if following else None
         complete = loop.run(state, teacher, loader, self.control, self.last_step)
@@ -197,14 +207,14 @@ class ChainWorker:
         self._span(stage.model, "stage", started, stage)
         if not complete:
             return None, ready
-        metrics = self.evaluate(stage, model, state.counters.step)
+        metrics = self.evaluate(stage, state.model, state.counters.step)
         moments = read_moments(model, optimizer)
         if self.rank == 0:
             self._publish(stage, state, moments, metrics)
             checkpoints.clear()
         if world_size() > 1:
             dist.barrier()
-        return Trained(model, moments), ready
+        return Trained(state.model, moments), ready
 
     def evaluate(self, stage: StageTask, model: nn.Module, step: int) -> dict[str, float]:
         """The metrics of the stage's model after `step` steps; every rank calls it."""
@@ -252,7 +262,7 @@ class ChainWorker:
         with tempfile.TemporaryDirectory(prefix="raychain-") as scratch:
             files = write_artifact(
                 Path(scratch),
-                state.student.model,
+                state.model,
                 model_config(stage.model),
                 stage.image_size,
                 projector=state.student.projector,

@@ -6,8 +6,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from raychain.training.student import Student
+
+ADAM = ("step", "exp_avg", "exp_avg_sq")
+AVERAGE = "average"
 
 
 @dataclass
@@ -28,15 +33,23 @@ class TrainState:
     student: Student
     optimizer: torch.optim.Optimizer
     counters: Counters
+    average: AveragedModel | None = None
+
+    @property
+    def model(self) -> nn.Module:
+        """What is measured and published: the averaged open_clip model, or the student's own."""
+        return self.average.module if self.average is not None else self.student.model
 
     def snapshot(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, Any]]:
-        """Copies on the CPU: weights by name, AdamW moments by `moment/name`, counters."""
+        """Copies on the CPU: weights by name, AdamW moments and averaged weights by `moment/name`, counters."""
         weights = {name: _copy(value) for name, value in self.student.state_dict().items()}
         moments = {
             f"{moment}/{name}": _copy(value)
             for name, parameter in self.student.named_parameters()
             for moment, value in self.optimizer.state.get(parameter, {}).items()
         }
+        if self.average is not None:
+            moments |= {f"{AVERAGE}/{name}": _copy(value) for name, value in self.average.module.state_dict().items()}
         return weights, moments, asdict(self.counters)
 
     def restore(
@@ -46,7 +59,7 @@ class TrainState:
         self.student.load_state_dict(weights)
         state: dict[Any, dict[str, torch.Tensor]] = {}
         for name, parameter in self.student.named_parameters():
-            found = {key.partition("/")[0]: value for key, value in moments.items() if key.partition("/")[2] == name}
+            found = {kind: moments[f"{kind}/{name}"] for kind in ADAM if f"{kind}/{name}" in moments}
             if found:
                 state[parameter] = {
                     moment: value.to(parameter.device) if value.ndim or self.optimizer.defaults["fused"] else value
@@ -55,6 +68,10 @@ class TrainState:
         self.optimizer.state.clear()
         self.optimizer.state.update(state)
         self.counters = Counters(**counters)
+        if self.average is not None:
+            averaged = {n.removeprefix(f"{AVERAGE}/"): v for n, v in moments.items() if n.startswith(f"{AVERAGE}/")}
+            self.average.module.load_state_dict(averaged)
+            self.average.n_averaged.fill_(self.counters.step + 1)
 
 
 def _copy(value: torch.Tensor) -> torch.Tensor:

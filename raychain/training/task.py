@@ -7,8 +7,7 @@ from typing import Literal
 
 from raychain.config.experiment import Experiment
 from raychain.evaluation.data import RetrievalData, ZeroShotData
-from raychain.feed.order import Order
-from raychain.feed.shards import Shard
+from raychain.feed.loader import Feed
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,12 @@ class StageTask:
     betas: tuple[float, float]
     eps: float
     precision: Literal["bf16", "fp32"]
-    image_size: int
+    average: int
+    """Optimiser steps that the averaged weights look back; 0: no average."""
+    feed: Feed
+    """What it reads, in which order and resolution."""
+    epoch_samples: int
+    """Samples of one epoch."""
     eval_every: int
     """Steps between evaluations during the stage; 0: none."""
     epochs: float
@@ -37,6 +41,11 @@ class StageTask:
     published: bool
     """Finished already: the stage folder in the run folder holds this key."""
 
+    @property
+    def image_size(self) -> int:
+        """Pixels a side."""
+        return self.feed.spec.image_size
+
 
 @dataclass(frozen=True)
 class ChainTask:
@@ -45,9 +54,6 @@ class ChainTask:
     experiment: Experiment
     out: str
     stages: tuple[StageTask, ...]
-    shards: tuple[Shard, ...]
-    order: Order
-    epoch_samples: int
     zero_shot: ZeroShotData | None
     retrieval: RetrievalData | None
     evaluation: str

@@ -1,0 +1,263 @@
+"""Which growth operator should be the default? `python experiments/growth/compare.py` answers with README.md's tables.
+
+One small model a seed is trained, grown in every way into the same larger one, and that is trained for 800 steps. Each
+run is one process with one thread. Finished runs are kept in `runs/growth`, so the same command continues.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import open_clip
+import torch
+
+from raychain.chain.plan import check_experiment, make_task
+from raychain.config import Experiment
+from raychain.config.loading import validate
+from raychain.evaluation.data import resolve_retrieval, resolve_zero_shot
+from raychain.training.stage import STAGE_RECORD, ChainWorker
+from raychain.training.task import ChainTask, StageTask
+
+HERE = Path(__file__).resolve().parent
+TEACHER, STUDENT = "CoM-micro-T", "CoM-micro-S-deep"
+TEACHER_STEPS, STEPS, BATCH = 5_000, 800, 64
+MEASURED = (0, 10, 30, 50, 100, 200, 400, 600, 800)
+SHOWN = (0, 50, 200, 800)
+SPLITS = ("validation", "test")
+
+
+class Variant(NamedTuple):
+    """One way to grow, and to train on."""
+
+    width: str
+    depth: str
+    distill: bool = True
+    optimizer: str = "grow"
+    lr_scale: float = 1.0
+    warmup: str = "10 %"
+    average: str | None = None
+
+    @property
+    def name(self) -> str:
+        distill = "distilled" if self.distill else "alone"
+        restart = f"lr{self.lr_scale:g}-warm{self.warmup.split()[0]}-avg{(self.average or '0').split()[0]}"
+        return f"{self.width}_{self.depth}-{distill}-{self.optimizer}-{restart}"
+
+
+OPERATORS = (
+    ("reference", "interleave"),
+    ("embed", "interleave"),
+    ("duplicate", "identity"),
+    ("centred", "identity"),
+    ("centred", "stack"),
+)
+STATES = tuple((distill, optimizer) for distill in (True, False) for optimizer in ("grow", "reset"))
+GRID = tuple(Variant(*operator, *state) for operator in OPERATORS for state in STATES)
+CONTROLS = tuple(Variant("none", "identity", distill, "reset") for distill in (True, False))
+DEFAULT = Variant("centred", "identity", average="10 %")
+RESTARTS = (
+    Variant("centred", "identity"),
+    Variant("centred", "identity", lr_scale=0.25),
+    Variant("centred", "identity", lr_scale=0.1),
+    Variant("centred", "identity", warmup="30 %"),
+    DEFAULT,
+    DEFAULT._replace(lr_scale=0.5),
+    DEFAULT._replace(optimizer="reset"),
+    DEFAULT._replace(distill=False),
+    DEFAULT._replace(width="embed", depth="interleave"),
+)
+
+
+def experiment(variant: Variant, seed: int, data: Path) -> Experiment:
+    """The chain of one run."""
+    transfer = {**variant._asdict(), "distill": {} if variant.distill else None}
+    average = transfer.pop("average")
+    return validate(
+        {
+            "name": variant.name,
+            "data": {"train": str(data / "train"), "captions": {"keys": ["txt", "json.captions"]}},
+            "chain": [
+                {"model": TEACHER, "epochs": f"{TEACHER_STEPS} steps"},
+                {"model": STUDENT, "epochs": f"{STEPS} steps"},
+            ],
+            "transfer": transfer,
+            "train": {"global_batch": BATCH, "warmup": "10 %", "seed": seed, "average": average},
+            "compute": {"cpus_per_worker": 1},
+            "preload": {"cache": str(data / "cache")},
+            "evaluate": {"every": "10 steps"},
+        }
+    )
+
+
+class Probe(ChainWorker):
+    """A worker that measures on both splits, at the steps of MEASURED and at the end of each stage."""
+
+    def __init__(self, task: ChainTask, splits: dict[str, ChainTask]) -> None:
+        super().__init__(task, torch.device("cpu"), lambda _: None, lambda: False)
+        self.splits, self.chain_task = splits, task
+        self.measures: dict[str, dict[int, dict[str, float]]] = {split: {} for split in splits}
+
+    def evaluate(self, stage: StageTask, model: torch.nn.Module, step: int) -> dict[str, float]:
+        if step not in MEASURED and step != stage.steps:
+            return {}
+        for split, task in self.splits.items():
+            self.task = task
+            self.measures[split][step] = super().evaluate(stage, model, step)
+        self.task = self.chain_task
+        return self.measures["test"][step]
+
+
+def train(variant: Variant, seed: int, data: Path, runs: Path) -> None:
+    """Trains one variant, or the teacher of this seed if it is not there yet, and keeps what was measured."""
+    done, teacher = runs / f"{variant.name}-seed{seed}.json", runs / f"teacher-{seed}"
+    if done.exists():
+        return
+    torch.set_num_threads(1)
+    open_clip.add_model_config(HERE / "models")
+    config = experiment(variant, seed, data)
+    check_experiment(config)
+    with tempfile.TemporaryDirectory(dir=runs) as out:
+        stage = Path(out) / "stages" / f"0-{TEACHER}"
+        if teacher.exists():
+            shutil.copytree(teacher, stage)
+        task = make_task(config, out)
+        if not teacher.exists():
+            probe = Probe(dataclasses.replace(task, stages=task.stages[:1]), _splits(task, data))
+            probe.run()
+            _write(runs / f"teacher-{seed}.json", {"macs": task.stages[0].macs, "measures": probe.measures})
+            stage.rename(teacher)
+            return
+        # One teacher for all, whether or not the student's weights are averaged.
+        record = json.loads((stage / STAGE_RECORD).read_text())
+        (stage / STAGE_RECORD).write_text(json.dumps(record | {"key": task.stages[0].key}))
+        started = time.perf_counter()
+        probe = Probe(task, _splits(task, data))
+        probe.run()
+        seconds = round(time.perf_counter() - started, 1)
+        result = {**variant._asdict(), "seed": seed, "macs": task.stages[1].macs, "seconds": seconds}
+        _write(done, result | {"measures": probe.measures})
+
+
+def _splits(task: ChainTask, data: Path) -> dict[str, ChainTask]:
+    """The task with each split of the demo data as what is measured."""
+    cache, keys = Path(task.experiment.preload.cache), task.experiment.data.captions.keys
+    return {
+        split: dataclasses.replace(
+            task,
+            zero_shot=resolve_zero_shot(str(data / "zero_shot" / split), cache),
+            retrieval=resolve_retrieval([str(data / split)], keys, cache),
+        )
+        for split in SPLITS
+    }
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    scratch = path.with_suffix(".tmp")
+    scratch.write_text(json.dumps(content, indent=1))
+    scratch.replace(path)
+
+
+def score(metrics: dict[str, float]) -> float:
+    """Mean of zero-shot top-1 and the mean of both directions' recall at 1, in percent."""
+    return metrics["zero_shot_top1"] / 2 + (metrics["i2t_r1"] + metrics["t2i_r1"]) / 4
+
+
+class Row(NamedTuple):
+    """What the seeds of one variant gave on one split, in points of `score`."""
+
+    variant: Variant
+    seeds: int
+    shown: list[tuple[float, float]]
+    """(mean, spread) at each step of SHOWN; the spread is largest minus smallest."""
+    loss: tuple[float, float]
+    """How far a seed fell below its teacher at the worst of MEASURED: mean and worst; negative: never below."""
+    macs: int
+
+
+def rows(variants: Iterable[Variant], split: str, seeds: int, runs: Path) -> list[Row]:
+    """The finished variants, in the order given."""
+    found = []
+    for variant in variants:
+        curves, losses, macs = [], [], 0
+        for seed in range(seeds):
+            path = runs / f"{variant.name}-seed{seed}.json"
+            if not path.exists():
+                continue
+            result = json.loads(path.read_text())
+            curve = {int(step): score(metrics) for step, metrics in result["measures"][split].items()}
+            teacher = json.loads((runs / f"teacher-{seed}.json").read_text())["measures"][split]
+            curves.append(curve)
+            losses.append(score(teacher[str(TEACHER_STEPS)]) - min(curve.values()))
+            macs = result["macs"]
+        if curves:
+            shown = [_spread([curve[step] for curve in curves]) for step in SHOWN]
+            found.append(Row(variant, len(curves), shown, (statistics.mean(losses), max(losses)), macs))
+    return found
+
+
+def _spread(values: list[float]) -> tuple[float, float]:
+    return statistics.mean(values), max(values) - min(values)
+
+
+def table(found: Iterable[Row]) -> Iterator[str]:
+    """Markdown of one table."""
+    yield (
+        "| width + depth | distilled | moments | lr × | warm-up | averaged over | "
+        + " | ".join("grown" if step == 0 else f"{step} steps" for step in SHOWN)
+        + " | below teacher, mean (worst) | seeds |"
+    )
+    yield "|---" * (8 + len(SHOWN)) + "|"
+    for row in found:
+        v = row.variant
+        cells = [f"{v.width} + {v.depth}", "yes" if v.distill else "no", v.optimizer, f"{v.lr_scale:g}", v.warmup]
+        cells += [v.average or "–", *(f"{mean:.1f} ± {spread / 2:.1f}" for mean, spread in row.shown)]
+        yield "| " + " | ".join([*cells, f"{row.loss[0]:.1f} ({row.loss[1]:.1f})", str(row.seeds)]) + " |"
+
+
+def report(seeds: int, runs: Path) -> str:
+    """All tables, Markdown."""
+    lines = []
+    for split in SPLITS:
+        teachers = [json.loads(path.read_text()) for path in sorted(runs.glob("teacher-?.json"))[:seeds]]
+        mean, spread = _spread([score(t["measures"][split][str(TEACHER_STEPS)]) for t in teachers])
+        lines += [f"### {split.capitalize()} split: teacher {mean:.1f} ± {spread / 2:.1f}", "", "Operators:", ""]
+        lines += [*table(rows((*CONTROLS, *GRID), split, seeds, runs)), "", "Restarts:", ""]
+        lines += [*table(rows(RESTARTS, split, seeds, runs)), ""]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Trains what is missing, then writes results.json and prints the tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--data", type=Path, default=Path("data/demo"))
+    parser.add_argument("--runs", type=Path, default=Path("runs/growth"))
+    options = parser.parse_args()
+    options.runs.mkdir(parents=True, exist_ok=True)
+    make_demo(options.data)
+    seeds, variants = range(options.seeds), list(dict.fromkeys((*RESTARTS, *CONTROLS, *GRID)))
+    pool = ProcessPoolExecutor(options.jobs, mp_context=multiprocessing.get_context("spawn"))
+    with pool:
+        for batch in ([(variants[0], seed) for seed in seeds], itertools.product(seeds, variants)):
+            jobs = {pool.submit(train, v, seed, options.data, options.runs): f"{v.name}, seed {seed}"
+                    for v, seed in (batch if isinstance(batch, list) else ((v, s) for s, v in batch))}  # fmt: skip
+            for number, job in enumerate(as_completed(jobs), 1):
+                job.result()
+                print(f"{number}/{len(jobs)} {jobs[job]}", file=sys.stderr, flush=True)
+    tables = report(options.seeds, options.runs)
+    results = [json.loads(path.read_text()) for path in sorted(options.runs.glob("*-seed?.json"))]
+    machine = f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}, torch {torch.__version__}"
+    _write(HERE / "results.json", {"machine": machine, "date": time.strftime("%Y-%m-%d"), "runs": results})
+    print(tables)
+
+
+if __name__ == "__main__":
+    main()
