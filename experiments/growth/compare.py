@@ -6,12 +6,20 @@ run is one process with one thread. Finished runs are kept in `runs/growth`, so 
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import itertools
 import json
+import multiprocessing
+import os
+import platform
 import shutil
+import statistics
+import sys
 import tempfile
 import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +29,7 @@ import torch
 from raychain.chain.plan import check_experiment, make_task
 from raychain.config import Experiment
 from raychain.config.loading import validate
+from raychain.demo import make_demo
 from raychain.evaluation.data import resolve_retrieval, resolve_zero_shot
 from raychain.training.stage import STAGE_RECORD, ChainWorker
 from raychain.training.task import ChainTask, StageTask
@@ -243,15 +252,15 @@ def main() -> None:
     options = parser.parse_args()
     options.runs.mkdir(parents=True, exist_ok=True)
     make_demo(options.data)
-    seeds, variants = range(options.seeds), list(dict.fromkeys((*RESTARTS, *CONTROLS, *GRID)))
-    pool = ProcessPoolExecutor(options.jobs, mp_context=multiprocessing.get_context("spawn"))
-    with pool:
-        for batch in ([(variants[0], seed) for seed in seeds], itertools.product(seeds, variants)):
-            jobs = {pool.submit(train, v, seed, options.data, options.runs): f"{v.name}, seed {seed}"
-                    for v, seed in (batch if isinstance(batch, list) else ((v, s) for s, v in batch))}  # fmt: skip
+    seeds, variants = range(options.seeds), dict.fromkeys((*RESTARTS, *CONTROLS, *GRID))
+    teachers = [(seed, DEFAULT) for seed in seeds]
+    with ProcessPoolExecutor(options.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for todo in (teachers, list(itertools.product(seeds, variants))):
+            jobs = {pool.submit(train, variant, seed, options.data, options.runs): (variant.name, seed)
+                    for seed, variant in todo}  # fmt: skip
             for number, job in enumerate(as_completed(jobs), 1):
                 job.result()
-                print(f"{number}/{len(jobs)} {jobs[job]}", file=sys.stderr, flush=True)
+                print(f"{number}/{len(jobs)}", *jobs[job], file=sys.stderr, flush=True)
     tables = report(options.seeds, options.runs)
     results = [json.loads(path.read_text()) for path in sorted(options.runs.glob("*-seed?.json"))]
     machine = f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}, torch {torch.__version__}"
