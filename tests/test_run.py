@@ -167,3 +167,31 @@ def test_a_diverging_run_fails_naming_the_step_and_keeps_the_first_stage(ray_ses
     assert run["stages"][0]["status"] == "trained"
     tree["chain"][1]["lr"] = 1e-3
     assert [s["status"] for s in raychain.run(validate(tree))["stages"]] == ["reused", "trained"]
+
+
+def test_a_stage_of_its_own_source_and_resolution_is_preloaded_while_the_one_before_trains(
+    ray_session, tree, demo, tmp_path
+):
+    tree["chain"] = [
+        {"model": "CoM-micro-S", "epochs": "900 steps"},
+        {
+            "model": "CoM-micro-M",
+            "epochs": "12 steps",
+            "data": {"train": str(demo / "validation"), "image_size": 48, "captions": {"per_image": 1}},
+        },
+    ]
+    tree["train"]["global_batch"] = 16
+    tree["preload"] = {"cache": str(tmp_path / "cache")}
+    tree["evaluate"] = {}
+    run = raychain.run(validate(tree))
+    out = tmp_path / "runs" / "tiny"
+    config = json.loads((out / run["stages"][1]["checkpoint"] / "open_clip_config.json").read_text())
+    assert config["model_cfg"]["vision_cfg"]["image_size"] == 48
+    bars = json.loads((out / "trace.json").read_text())["traceEvents"]
+    first = {
+        bar["name"]: bar for bar in bars if bar.get("ph") == "X" and bar["name"] in ("CoM-micro-S", "build CoM-micro-M")
+    }
+    preloads = [bar for bar in bars if bar.get("cat") == "preload" and bar["args"]["stage"] == 1]
+    assert len(preloads) == len(list((demo / "validation").glob("*.tar")))
+    end = first["CoM-micro-S"]["ts"] + first["CoM-micro-S"]["dur"]
+    assert all(bar["ts"] + bar["dur"] < end for bar in [*preloads, first["build CoM-micro-M"]])

@@ -60,15 +60,10 @@ class Variant(NamedTuple):
         return f"{self.width}_{self.depth}-{distill}-{self.optimizer}-{restart}"
 
 
-OPERATORS = (
-    ("reference", "interleave"),
-    ("embed", "interleave"),
-    ("duplicate", "identity"),
-    ("centred", "identity"),
-    ("centred", "stack"),
-)
 STATES = tuple((distill, optimizer) for distill in (True, False) for optimizer in ("grow", "reset"))
-GRID = tuple(Variant(*operator, *state) for operator in OPERATORS for state in STATES)
+CANDIDATES = (("embed", "interleave"), ("duplicate", "identity"), ("centred", "identity"))
+OTHERS = (("reference", "interleave"), ("centred", "stack"))
+GRID = tuple(Variant(*operator, *state) for operator in (*CANDIDATES, *OTHERS) for state in STATES)
 CONTROLS = tuple(Variant("none", "identity", distill, "reset") for distill in (True, False))
 DEFAULT = Variant("centred", "identity", average="10 %")
 RESTARTS = (
@@ -252,12 +247,13 @@ def main() -> None:
     options = parser.parse_args()
     options.runs.mkdir(parents=True, exist_ok=True)
     make_demo(options.data)
-    seeds, variants = range(options.seeds), dict.fromkeys((*RESTARTS, *CONTROLS, *GRID))
-    teachers = [(seed, DEFAULT) for seed in seeds]
+    seeds = range(options.seeds)
+    first = dict.fromkeys((*RESTARTS, *(variant for variant in GRID if variant[:2] in CANDIDATES)))
+    rest = [variant for variant in (*GRID, *CONTROLS) if variant not in first]
     with ProcessPoolExecutor(options.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for todo in (teachers, list(itertools.product(seeds, variants))):
+        for variants in ([DEFAULT], first, rest):
             jobs = {pool.submit(train, variant, seed, options.data, options.runs): (variant.name, seed)
-                    for seed, variant in todo}  # fmt: skip
+                    for seed, variant in itertools.product(seeds, variants)}  # fmt: skip
             for number, job in enumerate(as_completed(jobs), 1):
                 job.result()
                 print(f"{number}/{len(jobs)}", *jobs[job], file=sys.stderr, flush=True)

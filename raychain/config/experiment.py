@@ -197,6 +197,9 @@ class Preload(Component):
     """Folder on a local disk of each node."""
     budget: Bytes = 64 * 2**30
     """Bytes the cache may hold; the least recently used shards go first."""
+    cpus: float | None = Field(None, ge=0)
+    """Cores of each node that may decode ahead, at the lowest priority. Absent: a quarter of the node's, at least one.
+    0: nothing is prepared for the next stage before the current one ends."""
 
 
 class Evaluate(Component):

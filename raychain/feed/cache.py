@@ -105,6 +105,21 @@ class ShardCache:
                     self._make(path, shard, spec, tokenize)
         raise OSError(f"{path} vanishes as soon as it is made: preload.budget ({self.budget} bytes) is too small")
 
+    def size(self, shard: Shard, spec: Spec) -> int:
+        """Bytes of the shard's file; estimated from its samples while it is not there."""
+        try:
+            return self.path(shard, spec).stat().st_size
+        except FileNotFoundError:
+            return shard.samples * 3 * spec.image_size**2
+
+    def touch(self, shard: Shard, spec: Spec) -> bool:
+        """Marks the shard's file as just used; False if it is not there."""
+        try:
+            os.utime(self.path(shard, spec))
+        except FileNotFoundError:
+            return False
+        return True
+
     def _make(self, path: Path, shard: Shard, spec: Spec, tokenize: Tokenize) -> None:
         started, scratch = time.monotonic(), path.with_suffix(".tmp")
         try:

@@ -45,7 +45,7 @@ def write_artifact(
         tensors = {f"exp_avg/{name}": value for name, value in moments.exp_avg.items()}
         tensors |= {f"exp_avg_sq/{name}": value for name, value in moments.exp_avg_sq.items()}
         save_file(_plain(tensors) | {"step": torch.tensor(moments.step)}, folder / OPTIMIZER)
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+    return {path.name: _sha256(path) for path in sorted(folder.iterdir())}
 
 
 def load_model(folder: Path) -> nn.Module:
@@ -68,6 +68,11 @@ def load_moments(folder: Path) -> Moments | None:
         moment, _, name = key.partition("/")
         split[moment][name] = value
     return Moments(step, **split)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _state(module: nn.Module) -> dict[str, torch.Tensor]:

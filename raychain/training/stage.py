@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,6 +21,7 @@ from raychain.families import at_image_size, build, model_config
 from raychain.families.tokenizing import make_tokenizer
 from raychain.feed.cache import ShardCache
 from raychain.feed.loader import Loader
+from raychain.feed.preload import first_windows
 from raychain.growth import Moments, grow, grow_moments, read_moments, write_moments
 from raychain.objectives.contrastive import world_size
 from raychain.objectives.distillation import Projector
@@ -34,6 +37,8 @@ from raychain.training.student import Student, preprocessing_of
 from raychain.training.task import ChainTask, StageTask
 
 STAGE_RECORD = "stage.json"
+POLL_S = 0.2
+"""How often the next stage looks whether its shards are there."""
 
 
 class Trained(NamedTuple):
@@ -52,6 +57,8 @@ class ChainWorker:
         device: torch.device,
         emit: Callable[[dict[str, Any]], None],
         stopping: Callable[[], bool],
+        *,
+        preloading: bool = False,
     ) -> None:
         self.task, self.device, self.stopping = task, device, stopping
         self.rank = dist.get_rank() if world_size() > 1 else 0
@@ -60,28 +67,48 @@ class ChainWorker:
         self.out = Folder(task.out)
         self.cache = ShardCache(self.experiment.preload.cache, self.experiment.preload.budget)
         self.control = Control()
-        self.prepare = ThreadPoolExecutor(1, thread_name_prefix="next-stage")
         self.last_step: float | None = None
+        self.preloading = preloading
+        """Something on this node fetches the next stage's first shards: its loader starts when they are there."""
+        self.hurry = threading.Event()
+        """The next stage is due: its loader starts whether they are there or not."""
+        self._background = ThreadPoolExecutor(2, thread_name_prefix="stage")
+        self._ready: Future[tuple[nn.Module, Loader]] | None = None
+        self._publishing: Future[None] | None = None
+        self._running: tuple[StageTask, TrainState, Loader] | None = None
+
+    @property
+    def position(self) -> tuple[int, int, float] | None:
+        """The stage that is trained, its steps done, and the seconds its loader has made the loop wait."""
+        if self._running is None:
+            return None
+        stage, state, loader = self._running
+        return stage.index, state.counters.step, loader.wait_s
 
     def run(self) -> bool:
         """Trains every stage that is not published; True when the chain is complete, False when it was stopped."""
-        teacher: Trained | None = None
-        ready: Future[tuple[nn.Module, Loader]] | None = None
+        previous: Trained | None = None
         todo = [stage for stage in self.task.stages if not self._published(stage)]
-        for stage in todo:
-            if stage.index and teacher is None:
-                teacher = self._load(self.task.stages[stage.index - 1])
-            following = next((s for s in todo if s.index == stage.index + 1), None)
-            model, loader = ready.result() if ready else self._prepare(stage, self._resume_step(stage))
-            ready = None
-            with loader:
-                student, ready = self._train(stage, model, loader, teacher, following)
-            if student is None:
-                if ready:
-                    ready.result()[1].close()
-                return False
-            teacher = student
-        return True
+        try:
+            for stage in todo:
+                if stage.index and previous is None:
+                    previous = self._load(self.task.stages[stage.index - 1])
+                following = next((s for s in todo if s.index == stage.index + 1), None)
+                ready, self._ready = self._ready, None
+                model, loader = ready.result() if ready else self._prepare(stage, self._resume_step(stage))
+                with loader:
+                    start = self._start(stage, model, loader, previous)
+                    previous = None  # its moments are needed no more
+                    previous = self._train(stage, *start, loader, following)
+                if previous is None:
+                    return False
+            return True
+        finally:
+            self.hurry.set()
+            if self._ready and not self._ready.cancel():
+                with contextlib.suppress(Exception):
+                    self._ready.result()[1].close()
+            self._wait_for_publication()
 
     def _published(self, stage: StageTask) -> bool:
         record = self.out.read_json(f"stages/{stage.folder}/{STAGE_RECORD}")
@@ -134,15 +161,19 @@ class ChainWorker:
         self._span("build " + stage.model, "build", started, stage)
         return model, loader
 
-    def _train(
-        self,
-        stage: StageTask,
-        model: nn.Module,
-        loader: Loader,
-        previous: Trained | None,
-        following: StageTask | None,
-    ) -> tuple[Trained | None, Future[tuple[nn.Module, Loader]] | None]:
-        transfer, recipe, started = self.experiment.transfer, self.experiment.train, time.time()
+    def _prepare_early(self, stage: StageTask) -> tuple[nn.Module, Loader]:
+        """`_prepare`, once the node's cache holds what the stage's loader begins with or the stage is due."""
+        shards = first_windows(stage.feed)
+        while not self.hurry.wait(POLL_S):
+            if self.preloading and all(self.cache.touch(stage.feed.shards[s], stage.feed.spec) for s in shards):
+                break
+        return self._prepare(stage)
+
+    def _start(
+        self, stage: StageTask, model: nn.Module, loader: Loader, previous: Trained | None
+    ) -> tuple[TrainState, Student | None]:
+        """The stage's state, grown from the stage before or restored, and its teacher."""
+        transfer, recipe = self.experiment.transfer, self.experiment.train
         teacher, projector = None, None
         model = model.to(self.device)
         if previous:
@@ -157,12 +188,24 @@ class ChainWorker:
         optimizer = make_optimizer(student, weight_decay=recipe.weight_decay, betas=stage.betas, eps=stage.eps)
         average = make_average(model, stage.average, trained=previous is not None) if stage.average else None
         state = TrainState(student, optimizer, Counters(), average)
-        if previous and previous.moments and transfer.optimizer == "grow" and not loader.start:
+        if loader.start:
+            self._checkpoints(stage).load(loader.start, state)
+        elif previous and previous.moments and transfer.optimizer == "grow":
             operators = {"width": transfer.width, "depth": transfer.depth}
             write_moments(model, optimizer, grow_moments(previous.model, model, previous.moments, **operators))
-        checkpoints = Checkpoints(self.out, stage.folder, stage.key, self.experiment.checkpoint.keep)
-        if loader.start:
-            checkpoints.load(loader.start, state)
+        return state, teacher
+
+    def _train(
+        self,
+        stage: StageTask,
+        state: TrainState,
+        teacher: Student | None,
+        loader: Loader,
+        following: StageTask | None,
+    ) -> Trained | None:
+        """Runs the stage's steps, measures and publishes it; None if it was stopped."""
+        started, checkpoints = time.time(), self._checkpoints(stage)
+        self._running = (stage, state, loader)
         self.emit(
             {
                 "event": "stage_start",
@@ -171,7 +214,7 @@ class ChainWorker:
                 "params": stage.params,
                 "steps": stage.steps,
                 "start_step": loader.start,
-                "global_batch": recipe.global_batch,
+                "global_batch": self.experiment.train.global_batch,
                 "epoch_samples": stage.epoch_samples,
                 "world_size": world_size(),
             }
@@ -182,6 +225,8 @@ class ChainWorker:
             every = self.experiment.checkpoint.every
             due = step % every.amount == 0 if every.unit == "steps" else time.monotonic() - saved[0] >= every.amount
             saved[0] = time.monotonic() if due else saved[0]
+            if self._publishing and self._publishing.done():
+                self._wait_for_publication()
             return (Wish.STOP if self.stopping() else Wish.NONE) | (Wish.SAVE if due else Wish.NONE)
 
         def save() -> None:
@@ -192,8 +237,8 @@ class ChainWorker:
 
         loop = StageLoop(
             stage,
-            recipe,
-            transfer.distill,
+            self.experiment.train,
+            self.experiment.transfer.distill,
             self.device,
             world_size(),
             self.emit,
@@ -201,20 +246,30 @@ class ChainWorker:
             save,
             lambda: self.evaluate(stage, state.model, state.counters.step),
         )
-        ready = self.prepare.submit(self._prepare, following) if following else None
+        self.hurry.clear()
+        self._ready = self._background.submit(self._prepare_early, following) if following else None
         complete = loop.run(state, teacher, loader, self.control, self.last_step)
         self.last_step = time.time()
+        self.hurry.set()
         self._span(stage.model, "stage", started, stage)
         if not complete:
-            return None, ready
+            return None
         metrics = self.evaluate(stage, state.model, state.counters.step)
-        moments = read_moments(model, optimizer)
+        moments = read_moments(state.student.model, state.optimizer)
         if self.rank == 0:
-            self._publish(stage, state, moments, metrics)
-            checkpoints.clear()
-        if world_size() > 1:
-            dist.barrier()
-        return Trained(state.model, moments), ready
+            self._wait_for_publication()
+            # Nothing changes the stage's tensors any more, so the next one can train while they are written.
+            self._publishing = self._background.submit(self._publish, stage, state, moments, metrics, checkpoints)
+        return Trained(state.model, moments)
+
+    def _checkpoints(self, stage: StageTask) -> Checkpoints:
+        return Checkpoints(self.out, stage.folder, stage.key, self.experiment.checkpoint.keep)
+
+    def _wait_for_publication(self) -> None:
+        """Raises what kept the stage before from being published."""
+        publishing, self._publishing = self._publishing, None
+        if publishing:
+            publishing.result()
 
     def evaluate(self, stage: StageTask, model: nn.Module, step: int) -> dict[str, float]:
         """The metrics of the stage's model after `step` steps; every rank calls it."""
@@ -239,7 +294,14 @@ class ChainWorker:
         self._span(f"evaluate {stage.model}", "evaluation", started, stage)
         return metrics
 
-    def _publish(self, stage: StageTask, state: TrainState, moments: Moments, metrics: dict[str, float]) -> None:
+    def _publish(
+        self,
+        stage: StageTask,
+        state: TrainState,
+        moments: Moments,
+        metrics: dict[str, float],
+        checkpoints: Checkpoints,
+    ) -> None:
         started, counters, transfer = time.time(), state.counters, self.experiment.transfer
         record = {
             "index": stage.index,
@@ -270,6 +332,7 @@ class ChainWorker:
             )
             (Path(scratch) / STAGE_RECORD).write_text(json.dumps({**record, "files": files}, indent=2) + "\n")
             self.out.publish(Path(scratch), f"stages/{stage.folder}", STAGE_RECORD)
+        checkpoints.clear()
         self._span(f"export {stage.model}", "export", started, stage)
         self.emit({"event": "stage_end", "stage": stage.index, "record": record})
 

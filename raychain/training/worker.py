@@ -13,6 +13,7 @@ import ray
 import ray.train.torch
 import torch
 
+from raychain.training.preloading import preloading
 from raychain.training.stage import ChainWorker
 from raychain.training.task import ChainTask
 
@@ -95,7 +96,10 @@ def train_chain(config: dict[str, Any]) -> bool:
     handler = _Warnings(link)
     logging.getLogger("raychain").addHandler(handler)
     try:
-        return ChainWorker(task, device, link.emit, lambda: link.stopping).run()
+        preloads = task.experiment.preload.cpus != 0
+        worker = ChainWorker(task, device, link.emit, lambda: link.stopping, preloading=preloads)
+        with preloading(task, worker, link.emit):
+            return worker.run()
     finally:
         logging.getLogger("raychain").removeHandler(handler)
         link.close()

@@ -1,0 +1,102 @@
+"""A preloader a node: a Ray actor beside the workers, told by one of them where the training loop is."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import ray
+import ray.train
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from raychain.families import model_config
+from raychain.families.tokenizing import make_tokenizer
+from raychain.feed.cache import ShardCache
+from raychain.feed.preload import Preloader, Source
+from raychain.training.stage import ChainWorker
+from raychain.training.task import ChainTask
+
+REPORT_S = 0.5
+
+
+class PreloadActor:
+    """A node's Preloader in a process of its own, which runs when no other wants the core."""
+
+    def __init__(self, task: ChainTask) -> None:
+        preload = task.experiment.preload
+        cpus = preload.cpus if preload.cpus is not None else max(1.0, (os.cpu_count() or 1) / 4)
+        sources = [
+            Source(stage.feed, make_tokenizer(model_config(stage.model))[0], task.experiment.train.global_batch)
+            for stage in task.stages
+        ]
+        _run_when_idle()
+        self.preloader = Preloader(sources, ShardCache(preload.cache, preload.budget), cpus)
+
+    def report(self, stage: int, step: int, waiting: float) -> list[dict[str, Any]]:
+        """See Preloader.report."""
+        return self.preloader.report(stage, step, waiting)
+
+
+def _run_when_idle() -> None:
+    """Lowest priority for this thread and those it starts. Ray's workers themselves run at nice 15, next to which 19
+    would be no difference; Linux has a class below.
+    """
+    if hasattr(os, "SCHED_IDLE"):
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    else:
+        os.nice(19)
+
+
+class PreloadLink:
+    """Starts this node's preloader and keeps it informed from a thread of the worker.
+
+    If the actor is lost, the loaders fetch for themselves.
+    """
+
+    def __init__(self, task: ChainTask, worker: ChainWorker, emit: Callable[[dict[str, Any]], None]) -> None:
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        actor: Any = ray.remote(num_cpus=0)(PreloadActor)
+        self._actor = actor.options(scheduling_strategy=here).remote(task)
+        self._worker, self._emit = worker, emit
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="preload-link", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Ends the actor."""
+        self._closed.set()
+        self._thread.join(REPORT_S)
+        ray.kill(self._actor)
+
+    def _work(self) -> None:
+        last: tuple[int, float, float] = (-1, time.monotonic(), 0.0)
+        while not self._closed.wait(REPORT_S):
+            position = self._worker.position
+            if position is None:
+                continue
+            (stage, step, waited), now = position, time.monotonic()
+            fraction = (waited - last[2]) / (now - last[1]) if stage == last[0] else 0.0
+            last = (stage, now, waited)
+            try:
+                spans = ray.get(self._actor.report.remote(stage, step, fraction))
+            except ray.exceptions.RayError:
+                if not self._closed.is_set():
+                    self._emit({"event": "warning", "message": "a preloader died; the loaders fetch for themselves"})
+                self._worker.preloading = False
+                self._worker.hurry.set()
+                return
+            for span in spans:
+                self._emit({"event": "span", **span})
+
+
+def preloading(
+    task: ChainTask, worker: ChainWorker, emit: Callable[[dict[str, Any]], None]
+) -> contextlib.AbstractContextManager[Any]:
+    """The link of the one worker of each node that keeps the node's preloader; a null context for the others."""
+    if task.experiment.preload.cpus == 0 or ray.train.get_context().get_local_rank():
+        return contextlib.nullcontext()
+    return contextlib.closing(PreloadLink(task, worker, emit))
