@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from raychain.feed.cache import ShardCache, Spec, Table, Tokenize
-from raychain.feed.order import Rows, Stream, Window, draw_captions, mix, rank_slice
+from raychain.feed.order import Rows, Stream, Window, draw_captions, extend, mix, rank_slice
 from raychain.feed.shards import Shard
 
 AHEAD = 4
@@ -121,10 +121,8 @@ class Loader:
             ahead: list[Window] = []
             for step in range(self.start, self.stop):
                 stop = (step + 1) * self.global_batch
-                # The windows this batch needs, and of each source one more.
-                while sum(window.start >= stop for window in ahead) < self.feed.order.sources:
-                    ahead.append(next(coming))
-                    self._prepare(ahead[-1].shards)
+                for window in extend(ahead, coming, stop, self.feed.order.sources):
+                    self._prepare(window.shards)
                 rows = self.feed.order.rows(step * self.global_batch, stop)
                 if not self._put(self._batch(step, Rows(*(column[self.slice] for column in rows)))):
                     return

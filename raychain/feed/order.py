@@ -40,6 +40,17 @@ class Window(NamedTuple):
     shards: tuple[int, ...]
 
 
+def extend(ahead: list[Window], coming: Iterator[Window], stop: int, sources: int) -> list[Window]:
+    """`ahead` with what comes: every window that begins before `stop`, and of each source one more (on average).
+
+    That is what a loader holds to read up to `stop`. Returns the windows added.
+    """
+    known = len(ahead)
+    while sum(window.start >= stop for window in ahead) < sources:
+        ahead.append(next(coming))
+    return ahead[known:]
+
+
 class Stream(Protocol):
     """An endless, random-access stream of samples."""
 

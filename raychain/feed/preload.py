@@ -8,16 +8,15 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, NamedTuple
 
 from raychain.feed.cache import ShardCache, Tokenize
 from raychain.feed.loader import Feed
+from raychain.feed.order import Window, extend
 
 log = logging.getLogger("raychain.feed")
 
-AHEAD = 2
-"""Windows of each source that a loader holds, and one more than it reads from."""
 SHARE_OF_BUDGET = 0.8
 """The part of the cache that may be filled ahead; the rest is for what loaders and evaluation fetch themselves."""
 IDLE_S = 0.5
@@ -47,30 +46,28 @@ def wanted(sources: Sequence[Source], stage: int, step: int, *, following: bool 
     The windows the current stage's loaders read and the next ones, then (with `following`) the first windows of the
     next stage, then what the current stage reads until it has seen every shard again.
     """
-    current = _coming(sources, stage, step)
-    seen: set[Item] = set()
-    first = list(islice(current, AHEAD * sources[stage].feed.order.sources))
-    after = []
+    current = sources[stage].feed.order.coming(step * sources[stage].global_batch)
+    soon = [Item(stage, shard) for shard in _held(sources[stage].feed, current, step * sources[stage].global_batch)]
     if following and stage + 1 < len(sources):
-        after = list(islice(_coming(sources, stage + 1, 0), AHEAD * sources[stage + 1].feed.order.sources))
-    shards = len(sources[stage].feed.shards)
-    rest = islice(current, shards)
-    for items in (*first, *after, *rest):
-        for item in items:
-            if item not in seen:
-                seen.add(item)
-                yield item
-
-
-def _coming(sources: Sequence[Source], stage: int, step: int) -> Iterator[list[Item]]:
-    source = sources[stage]
-    for window in source.feed.order.coming(step * source.global_batch):
-        yield [Item(stage, shard) for shard in window.shards if source.feed.order.counts[shard]]
+        soon += [Item(stage + 1, shard) for shard in first_windows(sources[stage + 1].feed)]
+    later = islice(current, len(sources[stage].feed.shards))
+    rest = (
+        Item(stage, shard) for window in later for shard in window.shards if sources[stage].feed.order.counts[shard]
+    )
+    seen: set[Item] = set()
+    for item in chain(soon, rest):
+        if item not in seen:
+            seen.add(item)
+            yield item
 
 
 def first_windows(feed: Feed) -> list[int]:
     """The shards that a loader of the feed holds before its first batch."""
-    windows = islice(feed.order.coming(0), AHEAD * feed.order.sources)
+    return _held(feed, feed.order.coming(0), 0)
+
+
+def _held(feed: Feed, coming: Iterator[Window], position: int) -> list[int]:
+    windows = extend([], coming, position + 1, feed.order.sources)
     return list(dict.fromkeys(s for window in windows for s in window.shards if feed.order.counts[s]))
 
 
