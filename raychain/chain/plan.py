@@ -22,6 +22,7 @@ from raychain.feed.order import Order
 from raychain.feed.shards import Shard, expand, survey
 from raychain.growth import DEPTH_OPERATORS, WIDTH_OPERATORS, GrowthError, check
 from raychain.planning.macs import forward_macs, stage_macs
+from raychain.reporting.health import DataHealth
 from raychain.storage import Folder, is_local
 from raychain.training.optimizer import adam_constants
 from raychain.training.stage import STAGE_RECORD
@@ -115,6 +116,7 @@ def make_task(experiment: Experiment, out: str, *, on_progress: Callable[[int, i
     except OSError as error:
         raise InputError("preload.cache", cache, "a folder that can be written", str(error)) from None
     shards = tuple(survey(expand(experiment.data.train, "data.train"), wanted, cache, "data.train"))
+    check_health(DataHealth(shards, experiment.data.max_bad_fraction))
     evaluate = experiment.evaluate
     zero_shot = resolve_zero_shot(evaluate.zero_shot, cache) if evaluate.zero_shot else None
     keys = experiment.data.captions.keys
@@ -141,6 +143,13 @@ def make_task(experiment: Experiment, out: str, *, on_progress: Callable[[int, i
         evaluation=measured,
         threads=max(1, int(worker_cpus(experiment))),
     )
+
+
+def check_health(health: DataHealth) -> None:
+    """InputError if more of the training data is unusable than `data.max_bad_fraction` allows."""
+    if health.exceeded:
+        fix = "replace or leave out these shards, or raise data.max_bad_fraction (raychain data check lists everything)"
+        raise InputError("data.train", health.describe(), f"at most {health.limit:.3g} of the samples", fix)
 
 
 def dry_plan(experiment: Experiment) -> dict[str, Any]:

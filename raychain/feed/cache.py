@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from raychain.feed.decode import Spec, Tokenize, decode
+from raychain.feed.decode import Spec, Tokenize, bad_in, decode
 from raychain.feed.shards import Shard
 
 log = logging.getLogger("raychain.feed")
@@ -26,6 +26,7 @@ class Table:
     def __init__(self, path: Path) -> None:
         self.data = pa.ipc.open_file(pa.memory_map(str(path))).read_all().combine_chunks()
         self.size = self.data.num_rows
+        self.bad = bad_in(self.data.schema)
         captions = self._column("captions")
         self.caption_offset = captions.offsets.to_numpy()
         self.label = self._column("label").to_numpy()

@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import io
-import logging
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import IO
+from typing import IO, Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from raychain.feed import members, shards
+from raychain.feed.health import BOMB, UNREADABLE, Bad, Tally, Unusable, tally
 from raychain.feed.shards import Shard
 
-log = logging.getLogger("raychain.feed")
-
+_BAD = b"raychain.bad"
+Picture = TypeVar("Picture")
 Tokenize = Callable[[Sequence[str]], np.ndarray]
 """Captions → token ids, integer [captions, context length], padded."""
 
-FORMAT = 1
+FORMAT = 2
 STORED_BEYOND_CROP = 1.15
 """With random crops the whole picture is kept, its shorter side this much larger than the crop's output."""
 
@@ -45,31 +46,32 @@ class Spec:
 
 
 def decode(shard: Shard, spec: Spec, tokenize: Tokenize, pixels: IO[bytes]) -> pa.Table:
-    """The decoded shard; its pixels, gigabytes for thousands of large pictures, lie in the scratch file `pixels`."""
+    """The decoded shard; its pixels, gigabytes for thousands of large pictures, lie in the scratch file `pixels`.
+
+    Samples that turn out unusable have no row; the schema's metadata tells of them (`bad_in`).
+    Raises OSError for a shard that cannot be read, has changed since it was surveyed, or has no usable sample at all.
+    """
     keys: list[str] = []
     sizes: list[tuple[int, int]] = []
     labels: list[int] = []
     texts: list[list[str]] = []
-    broken: list[str] = []
+    bad: list[Bad] = []
     for sample in shards.read(shard, spec.wanted):
         try:
-            image = resize(members.picture(sample), spec.image_size, spec.cropped)
-            captions = members.captions(sample, spec.wanted.captions)
-            label = int(sample["cls"]) if spec.wanted.label else -1
-            if spec.wanted.captions and not captions:
-                raise ValueError("no caption")
-        except Exception as error:  # damaged pictures raise nearly anything in Pillow
-            broken.append(f"{sample['key']} ({error})")
+            captions, label = members.annotation(sample, spec.wanted)
+            image = picture(resize, members.picture(sample), spec.image_size, spec.cropped)
+        except Unusable as error:
+            bad.append(Bad(error.kind, sample["key"], error.detail))
             continue
         keys.append(sample["key"])
         pixels.write(image.tobytes())
         sizes.append(image.shape[:2])
         labels.append(label)
         texts.append(captions)
-    if broken:
-        log.warning("%s: %d unusable samples skipped: %s", shard.address, len(broken), ", ".join(broken[:5]))
+    if len(keys) + len(bad) != shard.samples:
+        raise OSError(f"{shard.address} has changed: {shard.samples} samples were counted, {len(keys) + len(bad)} read")
     if not keys:
-        raise OSError(f"{shard.address}: none of its {shard.samples} samples can be read")
+        raise OSError(f"{shard.address}: none of its {shard.samples} samples can be used: {tally(bad)}")
     pixels.flush()
     ends = np.cumsum([0, *(h * w * 3 for h, w in sizes)], dtype=np.int64)
     images = [None, pa.py_buffer(ends), pa.py_buffer(np.memmap(pixels, mode="r"))]
@@ -83,8 +85,26 @@ def decode(shard: Shard, spec: Spec, tokenize: Tokenize, pixels: IO[bytes]) -> p
             "width": pa.array([w for _, w in sizes], pa.int32()),
             "label": pa.array(labels, pa.int32()),
             "captions": pa.ListArray.from_arrays(offsets, tokens),
-        }
+        },
+        metadata={_BAD: json.dumps(tally(bad).as_dict())},
     )
+
+
+def bad_in(schema: pa.Schema) -> Tally:
+    """The samples that a decoded shard lacks."""
+    return Tally.from_dict(json.loads(schema.metadata[_BAD]))
+
+
+def picture(decoder: Callable[..., Picture], *arguments: Any) -> Picture:
+    """What `decoder` returns. Raises Unusable whatever that raises: for damaged pictures Pillow raises nearly all."""
+    try:
+        return decoder(*arguments)
+    except Image.DecompressionBombError as error:
+        raise Unusable(BOMB, str(error)) from None
+    except UnidentifiedImageError:  # whose own message holds a memory address
+        raise Unusable(UNREADABLE, "no picture that Pillow knows") from None
+    except Exception as error:
+        raise Unusable(UNREADABLE, str(error)) from None
 
 
 def _tokens(texts: list[str], tokenize: Tokenize) -> pa.Array:
