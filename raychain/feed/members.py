@@ -9,7 +9,17 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from raychain.config.captions import caption_key
-from raychain.feed.health import DUPLICATE, EMPTY_PICTURE, NO_CAPTION, NO_LABEL, NO_PICTURE, TEXT, Bad, Unusable
+from raychain.feed.health import (
+    DUPLICATE,
+    EMPTY_PICTURE,
+    NO_CAPTION,
+    NO_LABEL,
+    NO_PICTURE,
+    TEXT,
+    TRUNCATED,
+    Bad,
+    Unusable,
+)
 from raychain.feed.sentences import sentences
 from raychain.feed.tar import walk
 
@@ -80,7 +90,8 @@ def samples(
             bad(EMPTY_PICTURE, key)
         else:
             current[extension] = None if names_only else content()
-    if not skip and _usable(current, wanted, bad):
+    cut = last is not None and last.kind == TRUNCATED  # which is why the last sample lacks something
+    if not skip and _usable(current, wanted, bad if not cut else lambda *_: None):
         yield current
 
 
