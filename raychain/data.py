@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -62,11 +63,14 @@ def check_command(
         except ValueError as error:
             raise InputError("--captions", key, str(error), "correct the key") from None
     addresses, found = expand(shards, "SHARDS"), []
-    with CountingLine("shards checked") as line:
-        for checked in check_shards(addresses, keys, workers or default_workers()):
-            found.append(checked)
-            bad = sum(len(shard.bad) for shard in found)
-            line.show(len(found), len(addresses), f"{bad:,} bad samples" if bad else "")
+    try:
+        with CountingLine("shards checked") as line:
+            for checked in check_shards(addresses, keys, workers or default_workers()):
+                found.append(checked)
+                bad = sum(len(shard.bad) for shard in found)
+                line.show(len(found), len(addresses), f"{bad:,} bad samples" if bad else "")
+    except BrokenProcessPool:
+        raise RunFailed("a checking process was killed, for want of memory perhaps: try fewer --workers") from None
     place = {address: i for i, address in enumerate(addresses)}
     found.sort(key=lambda shard: place[shard.address])
     result = summary(found) | {"max_bad_fraction": max_bad_fraction}

@@ -81,10 +81,8 @@ def test_checking_bad_shards_is_status_1_and_lists_them(data, tmp_path):
         "unsafe name": 1,
     }
     assert (result["samples"], result["usable"], result["missing_captions"]) == (9, 5, 1)
-    assert {(Path(item["shard"]).name, item["key"]) for item in result["bad_samples"]} >= {
-        ("a.tar", "x"),
-        ("a.tar", "y"),
-    }
+    named = {(Path(item["shard"]).name, item["key"]) for item in result["bad_samples"]}
+    assert named >= {("a.tar", "x"), ("a.tar", "y"), ("a.tar", "../z")}
     status, out, _ = data("check", tmp_path / "*.tar", "--max-bad-fraction", 0.5, "--workers", 1)
     assert status == 0
     assert "a.tar: x – no picture that Pillow knows" in " ".join(out.split())

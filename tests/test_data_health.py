@@ -87,9 +87,7 @@ def test_a_run_on_damaged_shards_reports_them_and_stops_above_the_limit(ray_sess
     tree["data"] |= {"train": str(tmp_path / "*.tar"), "max_bad_fraction": 0.001}
     tree |= {"chain": [{"model": "CoM-micro-S", "epochs": "8 steps"}], "evaluate": {}}
     expected = {"truncated shard": 1, "unreadable picture": 3}
-    with pytest.raises(
-        RunFailed, match=r"data\.max_bad_fraction is 0\.001.*00000\.tar: 000000000 \(unreadable picture"
-    ):
+    with pytest.raises(RunFailed, match=r"max_bad_fraction is 0\.001.*00000\.tar: 000000000 \(unreadable picture"):
         raychain.run(validate(tree))
     failed = json.loads((tmp_path / "runs/tiny/run.json").read_text())
     assert (failed["status"], failed["data_health"]["bad"]) == ("failed", expected)

@@ -79,7 +79,8 @@ def build(
                           "image_size": options.image_size})  # fmt: skip
     entries, done, failures = table.entries(), 0, 0
     stats = []
-    with contextlib.closing(_Fetchers(table.folder, options)) as fetchers:
+    with warnings.catch_warnings(), contextlib.closing(_Fetchers(table.folder, options)) as fetchers:
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # large, and within Pillow's limit
         for shard, first in enumerate(range(0, rows, options.samples_per_shard)):
             part = list(islice(entries, options.samples_per_shard))
             kept = _finished(folder, shard, options.retry_failed)
@@ -116,9 +117,7 @@ def pack_picture(encoded: bytes, size: int | None) -> Packed:
 
 
 def _pack_picture(encoded: bytes, size: int | None) -> Packed:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # large, and within Pillow's limit
-        image: Image.Image = Image.open(io.BytesIO(encoded))
+    image: Image.Image = Image.open(io.BytesIO(encoded))
     extension = EXTENSIONS.get(image.format or "")
     image.load()
     if extension and (size is None or min(image.size) <= size):
