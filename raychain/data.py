@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from raychain.errors import InputError, RunFailed
+from raychain.errors import InputError, Interrupted, RunFailed
 from raychain.run import guarded
 
 data = typer.Typer(
@@ -110,6 +110,8 @@ def build_command(
     try:
         with CountingLine("rows") as line:
             result = build(opened, out, options, lambda n, of, bad: line.show(n, of, f"{bad:,} failed" if bad else ""))
+    except KeyboardInterrupt:  # Typer's own answer would not say that the work is kept
+        raise Interrupted from None
     except OSError as error:
         raise RunFailed(f"{out} cannot be written: {error}") from None
     print(json.dumps(result, indent=2) if as_json else _built(result, FAILED))

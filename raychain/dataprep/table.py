@@ -64,6 +64,9 @@ def open_table(address: str, image: str | None = None, captions: Sequence[str] =
         if given is not None and given not in names:
             raise InputError(option, given, ", ".join(names), nearest(given, names, "name one of these columns"))
     image = image or _recognised(names, IMAGE_COLUMNS, "--image-column")
+    if not isinstance(first[image], str | None):
+        held = type(first[image]).__name__
+        raise InputError("--image-column", f"{image}, which holds {held}", "paths or URLs", "name another column")
     return PictureTable(address, image, tuple(captions) or (_recognised(names, CAPTION_COLUMNS, "--caption-column"),))
 
 
