@@ -309,6 +309,10 @@ def test_a_tally_keeps_the_first_of_each_kind_and_survives_json() -> None:
     assert str(counted) == "10 a, 1 b: 0 (a), 1 (a), 2 (a), x (b: why)"
 
 
+def test_names_cannot_write_to_the_terminal() -> None:
+    assert str(Bad("a", "x\x1b[2Jy\n", "z")) == "x�[2Jy� (a: z)"
+
+
 def test_read_reports_too(tmp_path: Path) -> None:
     found = surveyed(shard_of(tmp_path / "x.tar", pair("x")))
     told: list[Bad] = []

@@ -32,7 +32,8 @@ class Bad(NamedTuple):
     detail: str = ""
 
     def __str__(self) -> str:
-        return f"{self.key} ({self.kind}{': ' if self.detail else ''}{self.detail})"
+        text = f"{self.key} ({self.kind}{': ' if self.detail else ''}{self.detail})"
+        return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)  # terminals obey the others
 
 
 class Unusable(Exception):  # noqa: N818 - the name says what the sample is
