@@ -15,7 +15,7 @@ from raychain.errors import InputError, Interrupted, RunFailed
 
 command(__name__)
 
-KEPT = "What was trained is kept; the same command continues."
+KEPT = "What is done is kept; the same command continues."
 
 
 def run(

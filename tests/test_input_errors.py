@@ -35,8 +35,25 @@ CASES = {
     "no gpu here": (["--set", "compute.gpus_per_worker=1"], ["compute", "--address"]),
     "no zero-shot folder": (["--set", "evaluate.zero_shot=/nowhere"], ["evaluate.zero_shot", "/nowhere"]),
     "warm-up too long": (["--set", "train.warmup=1000 steps"], ["chain.0", "1000 warm-up steps of 24"]),
+    "unknown caption suffix": (["--set", "data.captions.keys=[txt|word]"], ["data.captions.keys", "txt|sentences"]),
+    "bad fraction": (["--set", "data.max_bad_fraction=2"], ["data.max_bad_fraction"]),
     "wrong image size": (["--set", "data.image_size=41"], ["data.image_size", "41"]),
 }  # fmt: skip
+
+
+def test_too_much_unusable_data_is_found_before_ray_starts(tree, tmp_path, capsys, monkeypatch):
+    for path in sorted((Path(tree["data"]["train"])).glob("*.tar")):
+        with path.open("rb") as whole, (tmp_path / path.name).open("wb") as half:
+            half.write(whole.read(path.stat().st_size // 2))
+    tree["data"] |= {"train": str(tmp_path), "max_bad_fraction": 0.001}
+    file = tmp_path / "tiny.yaml"
+    file.write_text(yaml.safe_dump(tree))
+    code, message = status(capsys, monkeypatch, str(file))
+    assert code == 2
+    assert "2 truncated shard" in message
+    assert "00000.tar" in message
+    assert "data.max_bad_fraction" in message
+    assert status(capsys, monkeypatch, str(file), "--set", "data.max_bad_fraction=0.1", "--dry-run")[0] == 0
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -16,7 +16,7 @@ import pytest
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from raychain.reporting import runlog, wording
+from raychain.reporting import counting, runlog, wording
 from raychain.reporting.environment import environment
 from raychain.reporting.events import CATEGORIES, event
 from raychain.reporting.progress import Progress
@@ -306,3 +306,14 @@ def test_numbers_have_three_significant_digits(value, text):
 @pytest.mark.parametrize(("value", "text"), [(12, "12.0"), (999e3, "999 K"), (1e15, "1.00 P"), (2e28, "20,000 Y")])
 def test_macs_have_their_unit(value, text):
     assert wording.macs(value) == text
+
+
+def test_a_counting_line_is_printed_at_a_low_rate_where_there_is_no_terminal(capsys, monkeypatch):
+    with counting.CountingLine("rows") as line:
+        for done in range(100):
+            line.show(done, 1000)
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setattr(counting, "PLAIN_EVERY_S", 0)
+    with counting.CountingLine("rows") as line:
+        line.show(1000, 2000, "3 failed")
+    assert capsys.readouterr() == ("", "rows: 1,000 of 2,000, 3 failed\n")

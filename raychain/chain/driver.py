@@ -20,8 +20,9 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from raychain.chain.plan import totals, worker_cpus
 from raychain.errors import Interrupted, RunFailed
 from raychain.reporting.environment import environment
+from raychain.reporting.health import DataHealth
 from raychain.reporting.progress import Progress
-from raychain.reporting.runlog import RunLog
+from raychain.reporting.runlog import RUN, RunLog
 from raychain.storage import Folder
 from raychain.training.stage import STAGE_RECORD
 from raychain.training.task import ChainTask
@@ -42,20 +43,28 @@ def run_chain(task: ChainTask, *, address: str | None = None, verbose: bool = Fa
         "config": task.experiment.model_dump(mode="json"),
         "environment": environment(),
     }
-    log = RunLog(out, header, records)
+    health = DataHealth(task.shards, task.experiment.data.max_bad_fraction, out.read_json(RUN))
+    log = RunLog(out, header | {"data_health": health.record()}, records)
+    if health.exceeded:
+        log.finish("failed", totals(task, time.time() - started))
+        raise RunFailed(health.describe())
     if all(records):
         log.finish("succeeded", totals(task, time.time() - started))
         return log.run
     _set_aside(out, task)
     try:
         with Progress(len(task.stages)) as progress, _session(task, address, verbose):
-            complete = _execute(task, [log.handle, progress.handle], verbose)
+            complete = _execute(task, [health.handle, log.handle, progress.handle], verbose, lambda: health.exceeded)
+        if health.exceeded:
+            raise RunFailed(health.describe())
     except BaseException as error:
+        log.note("data_health", health.record())
         status = "interrupted" if isinstance(error, KeyboardInterrupt | Interrupted) else "failed"
         log.finish(status, totals(task, time.time() - started))
         if isinstance(error, KeyboardInterrupt):
             raise Interrupted from None
         raise
+    log.note("data_health", health.record())
     log.finish("succeeded" if complete else "interrupted", totals(task, time.time() - started))
     if not complete:
         raise Interrupted
@@ -99,7 +108,13 @@ def _session(task: ChainTask, address: str | None, verbose: bool) -> Iterator[No
         ray.shutdown()
 
 
-def _execute(task: ChainTask, handlers: Sequence[Callable[[dict[str, Any]], None]], verbose: bool) -> bool:
+def _execute(
+    task: ChainTask,
+    handlers: Sequence[Callable[[dict[str, Any]], None]],
+    verbose: bool,
+    spoilt: Callable[[], bool],
+) -> bool:
+    """Trains on Ray until the chain is complete (True), or a signal or `spoilt` had the workers save and return."""
     compute = task.experiment.compute
     mailbox: Any = ray.remote(num_cpus=0)(Mailbox).remote()
     resources: dict[str, float] = {"CPU": worker_cpus(task.experiment)}
@@ -138,6 +153,8 @@ def _execute(task: ChainTask, handlers: Sequence[Callable[[dict[str, Any]], None
             while thread.is_alive():
                 thread.join(POLL_S)
                 _drain(mailbox, handlers)
+                if spoilt():
+                    mailbox.request_stop.remote()
         _drain(mailbox, handlers)
     finally:
         storage.delete(name)

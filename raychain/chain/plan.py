@@ -26,6 +26,7 @@ from raychain.feed.order import Mixture, Order, Stream
 from raychain.feed.shards import Shard, expand, survey
 from raychain.growth import DEPTH_OPERATORS, WIDTH_OPERATORS, GrowthError, check
 from raychain.planning.macs import forward_macs, stage_macs
+from raychain.reporting.health import DataHealth
 from raychain.storage import Folder, is_local
 from raychain.training.optimizer import adam_constants
 from raychain.training.stage import STAGE_RECORD
@@ -119,7 +120,7 @@ def make_task(experiment: Experiment, out: str, *, on_progress: Callable[[int, i
     evaluate, keys = experiment.evaluate, experiment.data.captions.keys
     zero_shot = resolve_zero_shot(evaluate.zero_shot, cache) if evaluate.zero_shot else None
     retrieval = resolve_retrieval(evaluate.retrieval, keys, cache) if evaluate.retrieval else None
-    return ChainTask(
+    task = ChainTask(
         experiment=experiment,
         out=Folder(out).path if is_local(out) else out,
         stages=_stages(experiment, _readings(experiment, cache), Folder(out)),
@@ -128,6 +129,15 @@ def make_task(experiment: Experiment, out: str, *, on_progress: Callable[[int, i
         evaluation=_digest([zero_shot.digest if zero_shot else None, retrieval.digest if retrieval else None]),
         threads=max(1, int(worker_cpus(experiment))),
     )
+    check_health(DataHealth(task.shards, experiment.data.max_bad_fraction))
+    return task
+
+
+def check_health(health: DataHealth) -> None:
+    """InputError if more of the training data is unusable than `data.max_bad_fraction` allows."""
+    if health.exceeded:
+        fix = "replace or leave out these shards, or raise data.max_bad_fraction (raychain data check lists everything)"
+        raise InputError("data.train", health.describe(), f"at most {health.limit:.3g} of the samples", fix)
 
 
 def dry_plan(experiment: Experiment) -> dict[str, Any]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
+from raychain.config.captions import caption_key
 from raychain.config.durations import Bytes, Duration, Epochs, Every, Horizon, Interval, Warmup
 
 
@@ -48,10 +49,18 @@ class Captions(Component):
     """Where a picture's captions stand and how many are used a step (LaCLIP)."""
 
     keys: OneOrMore = ("txt",)
-    """Members that hold captions: `txt` (one caption), `json.KEY` (a string or a list of strings)."""
+    """Members that hold captions: `txt` (one caption), `json.KEY` (a string or a list of strings). With `|sentences`,
+    as in `json.description|sentences`, every sentence of a text is a caption of its own."""
     per_image: int = Field(1, ge=1)
     """Captions of an image in the loss. Above 1 the first key's caption is always one of them, the rest are drawn anew
     every epoch."""
+
+    @field_validator("keys")
+    @classmethod
+    def _known_forms(cls, keys: tuple[str, ...]) -> tuple[str, ...]:
+        for key in keys:
+            caption_key(key)
+        return keys
 
 
 class Source(Component):
@@ -87,6 +96,8 @@ class Data(Component):
     """Area range of a random resized crop a step, such as [0.9, 1.0]; centre crop when absent."""
     shuffle_window: int = Field(8, ge=1)
     """Shards whose samples are shuffled together (the shards' order is shuffled too)."""
+    max_bad_fraction: float = Field(0.01, ge=0, le=1)
+    """Share of samples that may be unusable (`raychain data check` counts them); above it the run stops."""
 
 
 class StageData(Component):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from raychain.errors import InputError
 from raychain.feed import shards
+from raychain.feed.health import STRUCTURAL
 from raychain.feed.members import Wanted
 from raychain.feed.shards import Shard
 from raychain.storage import Folder, resolve
@@ -110,6 +111,10 @@ def resolve_retrieval(patterns: Sequence[str], caption_keys: Sequence[str], cach
 def _survey(patterns: Sequence[str], wanted: Wanted, cache_dir: str | Path, where: str) -> tuple[Shard, ...]:
     addresses = shards.expand(patterns, where)
     found = shards.survey(addresses, wanted, Path(cache_dir).expanduser(), where)
+    for shard in found:  # training can do without a few samples; what is measured must not depend on the copy at hand
+        if damage := [bad for bad in shard.bad.examples if bad.kind in STRUCTURAL]:
+            fix = f"replace or remove the shard ({damage[0]})"
+            raise InputError(where, shard.address, "a complete tar file", fix)
     return tuple(shard for shard in found if shard.samples)
 
 

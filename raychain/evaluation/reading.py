@@ -8,6 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
 
+from raychain.feed import health
 from raychain.feed.cache import ShardCache, Spec, Table, Tokenize
 from raychain.feed.order import rank_slice
 from raychain.feed.shards import Shard
@@ -53,13 +54,19 @@ def tables(
     pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
     try:
         for share in shares([shard.samples for shard in shards], rank, world):
-            ahead.append((share, pool.submit(cache.table, shards[share.shard], spec, tokenize)))
+            ahead.append((share, pool.submit(_read, shards[share.shard], spec, cache, tokenize)))
             if len(ahead) > threads:
                 yield _taken(*ahead.popleft())
         while ahead:
             yield _taken(*ahead.popleft())
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _read(shard: Shard, spec: Spec, cache: ShardCache, tokenize: Tokenize) -> Table:
+    table = cache.table(shard, spec, tokenize)
+    health.name(shard.address, table.bad)
+    return table
 
 
 def _taken(share: Share, table: Future[Table]) -> tuple[Table, range]:

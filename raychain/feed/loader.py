@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
@@ -13,7 +13,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from raychain.feed import health
 from raychain.feed.cache import ShardCache, Spec, Table, Tokenize
+from raychain.feed.health import Tally
 from raychain.feed.order import Rows, Stream, Window, draw_captions, extend, mix, rank_slice
 from raychain.feed.shards import Shard
 
@@ -50,7 +52,10 @@ class Feed:
 class Loader:
     """Iterates over the batches of steps `start` … `stop` for `rank` of `world`. Starts working when made.
 
-    Use as a context manager, or call `close`. `wait_s` is the time the consumer spent waiting so far.
+    Use as a context manager, or call `close`. `wait_s` is the time the consumer spent waiting so far. A sample that
+    turned out unusable when its shard was decoded is replaced by another of the same shard: the order counts samples as
+    surveyed, and its row r is row r modulo the rows there are. So batches keep their size, and every rank makes the
+    same choice. `report` hears of such shards whenever one is read; by default they are named in the log, once.
     """
 
     def __init__(
@@ -66,9 +71,10 @@ class Loader:
         world: int = 1,
         threads: int = 1,
         pin: bool = False,
+        report: Callable[[Shard, Tally], None] = lambda shard, bad: health.name(shard.address, bad),
     ) -> None:
         self.feed, self.cache, self.tokenize = feed, cache, tokenize
-        self.global_batch, self.start, self.stop = global_batch, start, stop
+        self.global_batch, self.start, self.stop, self.report = global_batch, start, stop, report
         self.slice = rank_slice(global_batch, rank, world)
         self.rank, self.world, self.pin, self.wait_s = rank, world, pin, 0.0
         self._tables: dict[int, Future[Table]] = {}
@@ -142,9 +148,13 @@ class Loader:
             if shard not in self._tables and self.feed.order.counts[shard]:
                 if self._closed.is_set():
                     raise CancelledError
-                self._tables[shard] = self._pool.submit(
-                    self.cache.table, self.feed.shards[shard], self.feed.spec, self.tokenize
-                )
+                self._tables[shard] = self._pool.submit(self._read, self.feed.shards[shard])
+
+    def _read(self, shard: Shard) -> Table:
+        table = self.cache.table(shard, self.feed.spec, self.tokenize)
+        if table.bad:
+            self.report(shard, table.bad)
+        return table
 
     def _put(self, item: Batch | BaseException | None) -> bool:
         while not self._closed.is_set():

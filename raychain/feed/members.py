@@ -4,19 +4,31 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-from webdataset.tariterators import base_plus_ext
+from raychain.config.captions import caption_key
+from raychain.feed.health import (
+    DUPLICATE,
+    EMPTY_PICTURE,
+    NO_CAPTION,
+    NO_LABEL,
+    NO_PICTURE,
+    TEXT,
+    TRUNCATED,
+    Bad,
+    Unusable,
+)
+from raychain.feed.sentences import sentences
+from raychain.feed.tar import walk
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a sample must hold besides a picture: captions (`txt`, `json.KEY`) or a class label (`cls`)."""
+    """What a sample must hold besides a picture: captions (`data.captions.keys`) or a class label (`cls`)."""
 
     captions: tuple[str, ...] = ()
     label: bool = False
@@ -28,53 +40,90 @@ class Wanted:
 
     @property
     def extensions(self) -> set[str]:
-        """Member extensions that hold the captions."""
-        return {key.partition(".")[0] for key in self.captions}
+        """Member extensions that hold the captions or the label."""
+        return {caption_key(key).extension for key in self.captions} | ({"cls"} if self.label else set())
 
     def __str__(self) -> str:
-        text = " or ".join(sorted(self.extensions)) if self.captions else "cls"
-        return f"a picture ({', '.join(IMAGES)}) and {text}"
+        return f"a picture ({', '.join(IMAGES)}) and {' or '.join(sorted(self.extensions))}"
 
 
-def samples(file: BinaryIO, wanted: Wanted, *, names_only: bool = False) -> Iterator[dict[str, Any]]:
-    """Samples of an open tar file in order: {`key`, extension: bytes, …} (bytes are None with `names_only`).
+def samples(
+    file: BinaryIO, wanted: Wanted, *, names_only: bool = False, report: Callable[[Bad], None] = lambda _: None
+) -> Iterator[dict[str, Any]]:
+    """Usable samples of an open tar file in order: {`key`, extension: bytes, …} (bytes are None with `names_only`).
 
     A sample is a run of members with one base name; it is usable if it has a picture and one of the wanted members.
-    Raises tarfile.TarError and OSError for a damaged file.
+    `report` hears, once each, of samples that have only one of the two or an empty picture, of names that come again
+    (the first counts), and of what `walk` reports; a sample with a member cut short by the file's end is not used.
+    Raises OSError where the file cannot be read.
     """
     current: dict[str, Any] = {}
-    with tarfile.open(fileobj=file, mode="r:") as tar:
-        for member in tar:
-            key, extension = base_plus_ext(member.name) if member.isfile() else (None, None)
-            if key is None or extension is None:
-                continue
-            if key != current.get("key"):
-                if usable(current, wanted):
-                    yield current
-                current = {"key": key}
-            extension = extension.lower()
-            if names_only:
-                current[extension] = None
-            elif extension in IMAGES or extension in wanted.extensions or (wanted.label and extension == "cls"):
-                handle = tar.extractfile(member)
-                current[extension] = handle.read() if handle else b""
-        file.seek(tar.offset)
-        if file.read(tarfile.BLOCKSIZE).strip(b"\0"):  # tarfile takes a damaged header for the end
-            raise tarfile.ReadError(f"damaged member header at byte {tar.offset}")
-        if usable(current, wanted):
-            yield current
+    skip = False
+    seen: set[str] = set()
+    last: Bad | None = None
+    extensions = wanted.extensions
+
+    def bad(kind: str, key: str, detail: str = "") -> None:
+        nonlocal last
+        if last is None or last[:2] != (kind, key):  # the members of one sample are one
+            last = Bad(kind, key, detail)
+            report(last)
+
+    for key, extension, size, content in walk(file, bad):
+        if extension not in IMAGES and extension not in extensions and content:
+            continue
+        if key != current.get("key"):
+            if not skip and _usable(current, wanted, bad):
+                yield current
+            current, skip = {"key": key}, key in seen
+            seen.add(key)
+            if skip:
+                bad(DUPLICATE, key)
+        if skip:
+            continue
+        if extension in current:
+            bad(DUPLICATE, key)
+        elif content is None:
+            skip = True
+        elif extension in IMAGES and not size:
+            skip = True
+            bad(EMPTY_PICTURE, key)
+        else:
+            current[extension] = None if names_only else content()
+    cut = last is not None and last.kind == TRUNCATED  # which is why the last sample lacks something
+    if not skip and _usable(current, wanted, bad if not cut else lambda *_: None):
+        yield current
 
 
-def usable(sample: dict[str, Any], wanted: Wanted) -> bool:
-    """Whether the sample has a picture and a wanted member."""
-    if not any(image in sample for image in IMAGES):
-        return False
-    return "cls" in sample if wanted.label else any(ext in sample for ext in wanted.extensions)
+def _usable(sample: dict[str, Any], wanted: Wanted, bad: Callable[[str, str], None]) -> bool:
+    """Whether the sample has a picture and a wanted member; one with half of that is reported."""
+    pictured = any(image in sample for image in IMAGES)
+    described = any(extension in sample for extension in wanted.extensions)
+    if pictured and not described:
+        bad(NO_LABEL if wanted.label else NO_CAPTION, sample["key"])
+    elif described and not pictured:
+        bad(NO_PICTURE, sample["key"])
+    return pictured and described
 
 
 def picture(sample: dict[str, Any]) -> bytes:
     """The encoded picture."""
     return next(sample[image] for image in IMAGES if image in sample)
+
+
+def annotation(sample: dict[str, Any], wanted: Wanted) -> tuple[list[str], int]:
+    """A sample's captions, at least one if any are wanted, and its label, -1 if none is. Raises Unusable."""
+    try:
+        found = captions(sample, wanted.captions)
+        "".join(found).encode()  # JSON can spell halves of characters, which no tokeniser takes
+    except (ValueError, RecursionError) as error:
+        raise Unusable(TEXT, str(error)) from None
+    if wanted.captions and not found:
+        raise Unusable(NO_CAPTION)
+    try:
+        return found, int(sample["cls"]) if wanted.label else -1
+    except ValueError:
+        raise Unusable(NO_LABEL, f"{sample['cls'][:20]!r} is no whole number") from None
 
 
 def captions(sample: dict[str, Any], keys: tuple[str, ...]) -> list[str]:
@@ -84,18 +133,18 @@ def captions(sample: dict[str, Any], keys: tuple[str, ...]) -> list[str]:
     """
     found: list[str] = []
     parsed: dict[str, Any] = {}
-    for key in keys:
-        extension, _, path = key.partition(".")
-        if extension not in sample:
+    for key in map(caption_key, keys):
+        if key.extension not in sample:
             continue
-        if not path:
-            found.append(sample[extension].decode())
-            continue
-        if extension not in parsed:
-            parsed[extension] = json.loads(sample[extension])
-        value: Any = parsed[extension]
-        for part in path.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
-        values = value if isinstance(value, list) else [value]
-        found += [v for v in values if isinstance(v, str)]
+        value: Any = sample[key.extension]
+        if not key.path:
+            value = value.decode()
+        else:
+            if key.extension not in parsed:
+                parsed[key.extension] = json.loads(value)
+            value = parsed[key.extension]
+            for part in key.path:
+                value = value.get(part) if isinstance(value, dict) else None
+        texts = [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
+        found += [sentence for text in texts for sentence in sentences(text)] if key.sentences else texts
     return list(dict.fromkeys(text.strip() for text in found if text.strip()))

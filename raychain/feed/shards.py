@@ -5,10 +5,9 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import io
-import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import repeat
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -17,7 +16,8 @@ import braceexpand
 from pyarrow import fs
 
 from raychain.errors import InputError
-from raychain.feed import members
+from raychain.feed import health, members
+from raychain.feed.health import Bad, Tally
 from raychain.storage import Folder, is_local, resolve
 
 PROBE = 65_536
@@ -33,6 +33,8 @@ class Shard:
     size: int
     identity: str
     samples: int
+    bad: Tally = field(default_factory=Tally, compare=False)
+    """What is not among `samples`, as far as the members' names tell."""
 
 
 def expand(patterns: Sequence[str], where: str) -> list[str]:
@@ -79,14 +81,19 @@ def _match(address: str, pattern: str, where: str) -> list[str]:
 def survey(addresses: Sequence[str], wanted: members.Wanted, cache: Path, where: str) -> list[Shard]:
     """Size, identity and count of usable samples of each shard, read in parallel; counts are kept in `cache`.
 
-    Raises InputError for files that are no readable tar or hold no usable sample.
+    What a shard cannot give (samples without a picture or caption, damage) is counted in `Shard.bad` and named in the
+    log. Raises InputError for files that cannot be read, and if no shard has a usable sample.
     """
     with ThreadPoolExecutor(16) as pool:
         shards = list(pool.map(lambda address: _survey(address, wanted, cache, where), addresses))
+    for shard in shards:
+        health.name(shard.address, shard.bad)
     if not any(shard.samples for shard in shards):
+        found = next((str(shard.bad) for shard in shards if shard.bad), "nothing of the kind is in them")
         raise InputError(
-            where, f"{len(shards)} shards without a usable sample", f"samples with {wanted}", "check data.captions.keys"
-        )
+            where, f"{len(shards)} shards without a usable sample ({found})",
+            f"complete tar files of samples with {wanted}", "check data.captions.keys, or replace the shards",
+        )  # fmt: skip
     return shards
 
 
@@ -102,26 +109,30 @@ def _survey(address: str, wanted: members.Wanted, cache: Path, where: str) -> Sh
                 probe.update(file.read(PROBE))
             identity = probe.hexdigest()
             name = f"{identity}-{wanted.digest}.json"
-            if noted := counts.read_json(name):
-                return Shard(address, size, identity, noted["samples"])
+            if (noted := counts.read_json(name)) and "bad" in noted:
+                return Shard(address, size, identity, noted["samples"], Tally.from_dict(noted["bad"]))
             file.seek(0)
             stream = file if is_local(address) else cast(BinaryIO, io.BufferedReader(file, READ_AHEAD))
-            samples = sum(1 for _ in members.samples(stream, wanted, names_only=True))
-    except (OSError, tarfile.TarError, ValueError) as error:
-        raise InputError(where, address, "a complete tar file", f"replace or remove the shard ({error})") from None
+            found: list[Bad] = []
+            samples = sum(1 for _ in members.samples(stream, wanted, names_only=True, report=found.append))
+    except OSError as error:
+        raise InputError(where, address, "a file that can be read", f"replace or remove the shard ({error})") from None
+    bad = health.tally(found)
     try:
-        counts.write_json(name, {"samples": samples})
+        counts.write_json(name, {"samples": samples, "bad": bad.as_dict()})
     except OSError as error:
         raise InputError("preload.cache", counts.address, f"a folder that can be written ({error})",
                          "give another folder") from None  # fmt: skip
-    return Shard(address, size, identity, samples)
+    return Shard(address, size, identity, samples, bad)
 
 
-def read(shard: Shard, wanted: members.Wanted) -> Iterator[dict[str, Any]]:
-    """The usable samples of a shard in file order. Raises OSError, naming the shard, where it is damaged."""
+def read(
+    shard: Shard, wanted: members.Wanted, report: Callable[[Bad], None] = lambda _: None
+) -> Iterator[dict[str, Any]]:
+    """The usable samples of a shard in file order; `report` as for `members.samples`. Raises OSError, naming it."""
     filesystem, path = resolve(shard.address)
     try:
         with filesystem.open_input_file(path) as file:
-            yield from members.samples(file, wanted)
-    except (OSError, tarfile.TarError) as error:
+            yield from members.samples(file, wanted, report=report)
+    except OSError as error:
         raise OSError(f"{shard.address}: {error}") from error

@@ -1,4 +1,5 @@
-"""The event protocol: plain dicts that rank 0 of the workers emits and the driver hands to RunLog and Progress.
+"""The event protocol: plain dicts that rank 0 of the workers emits (`bad_samples`: every rank) and the driver hands to
+RunLog, Progress and DataHealth.
 
 Every event has `event` (its kind, below) and `time` (wall clock, seconds since 1970). Stages count from 0 within the
 chain. Values are plain Python: int, float, str, None, dicts and lists of them. Readers ignore kinds they do not know.
@@ -17,6 +18,8 @@ evaluation   Measurements on held-out data.
     stage, step (optimiser steps done when measured), metrics (name → float; accuracies and recalls in percent)
 stage_end    A stage is over, whatever its status.
     stage, record (the stage's entry in run.json)
+bad_samples  A shard of the training data that was read lacks samples; told again by every rank, stage and epoch.
+    shard (address), identity, bad (as Tally.as_dict gives it)
 warning      Something the user should know that does not stop the run.
     message
 """
@@ -27,7 +30,7 @@ import time
 from typing import Any, Literal
 
 Event = dict[str, Any]
-Kind = Literal["stage_start", "step", "span", "evaluation", "stage_end", "warning"]
+Kind = Literal["stage_start", "step", "span", "evaluation", "stage_end", "bad_samples", "warning"]
 
 CATEGORIES = ("stage", "build", "preload", "evaluation", "checkpoint", "export")
 """What a span can be, in the order of the timeline's rows."""

@@ -14,6 +14,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from raychain.feed.health import Tally
 from raychain.reporting.events import Event
 from raychain.reporting.wording import METRICS, clock, number, percent
 
@@ -29,6 +30,7 @@ class Progress:
         self._live: Live | None = None
         self._starts: dict[int, Event] = {}
         self._shown_at: dict[int, float] = {}
+        self._bad: set[str] = set()
 
     def __enter__(self) -> Self:
         if self.console.is_terminal and not self.console.is_dumb_terminal:
@@ -69,6 +71,10 @@ class Progress:
                 record = event["record"]
                 self._starts.setdefault(event["stage"], {"model": record["model"]})
                 self._print(f"{self._title(event['stage'])}: {_closing(record)}", "bold")
+            case "bad_samples":
+                if event["identity"] not in self._bad:
+                    self._bad.add(event["identity"])
+                    self._print(f"warning: {event['shard']}: skipped {Tally.from_dict(event['bad'])}", "yellow")
             case "warning":
                 self._print(f"warning: {event['message']}", "yellow")
 

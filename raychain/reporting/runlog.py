@@ -77,6 +77,10 @@ class RunLog:
                 self._write_trace()
         self._upload_if_due()
 
+    def note(self, key: str, value: Any) -> None:
+        """Sets a top-level key of run.json, which is written with the next record."""
+        self._run[key] = value
+
     def finish(self, status: str, totals: Mapping[str, Any]) -> None:
         """Writes everything with the final status (succeeded, failed, interrupted) and totals; no event comes after."""
         self._run |= {"status": status, "totals": dict(totals)}

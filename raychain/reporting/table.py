@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from raychain.feed.health import kinds
 from raychain.reporting.wording import MISSING, macs, number, percent
 
 STATUS_STYLES = {"trained": "green", "reused": "cyan", "failed": "red"}
@@ -33,6 +34,10 @@ def result_table(run: Mapping[str, Any], console: Console | None = None) -> None
     for stage in run.get("stages") or ():
         table.add_row(*_row(stage))
     console.print(table)
+    health = run.get("data_health") or {}
+    if health.get("bad"):
+        bad, samples = sum(health["bad"].values()), health["samples"]
+        console.print(f"data: {bad:,} of {samples:,} samples not used: {kinds(health['bad'])}", markup=False)
     console.print(_totals(run.get("totals") or {}), style="bold", highlight=False, markup=False)
 
 

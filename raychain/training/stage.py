@@ -20,8 +20,10 @@ from raychain.evaluation.measure import evaluate
 from raychain.families import at_image_size, build, model_config
 from raychain.families.tokenizing import make_tokenizer
 from raychain.feed.cache import ShardCache
+from raychain.feed.health import Tally
 from raychain.feed.loader import Loader
 from raychain.feed.preload import first_windows
+from raychain.feed.shards import Shard
 from raychain.growth import Moments, grow, grow_moments, read_moments, write_moments
 from raychain.objectives.contrastive import world_size
 from raychain.objectives.distillation import Projector
@@ -63,6 +65,7 @@ class ChainWorker:
         self.task, self.device, self.stopping = task, device, stopping
         self.rank = dist.get_rank() if world_size() > 1 else 0
         self.emit = emit if self.rank == 0 else lambda _: None
+        self.emit_from_any = emit
         self.experiment = task.experiment
         self.out = Folder(task.out)
         self.cache = ShardCache(self.experiment.preload.cache, self.experiment.preload.budget)
@@ -157,6 +160,7 @@ class ChainWorker:
             world=world_size(),
             threads=self.task.threads,
             pin=self.device.type == "cuda",
+            report=self._report,
         )
         self._span("build " + stage.model, "build", started, stage)
         return model, loader
@@ -335,6 +339,11 @@ class ChainWorker:
         checkpoints.clear()
         self._span(f"export {stage.model}", "export", started, stage)
         self.emit({"event": "stage_end", "stage": stage.index, "record": record})
+
+    def _report(self, shard: Shard, bad: Tally) -> None:
+        """Every rank tells of the shards it reads; the driver takes each once."""
+        found = {"shard": shard.address, "identity": shard.identity, "bad": bad.as_dict()}
+        self.emit_from_any({"event": "bad_samples", **found})
 
     def _span(self, name: str, category: str, start: float, stage: StageTask) -> None:
         self.emit(

@@ -8,6 +8,7 @@ from typing import Literal
 from raychain.config.experiment import Experiment
 from raychain.evaluation.data import RetrievalData, ZeroShotData
 from raychain.feed.loader import Feed
+from raychain.feed.shards import Shard
 
 
 @dataclass(frozen=True)
@@ -60,3 +61,8 @@ class ChainTask:
     """Identity of what is measured."""
     threads: int
     """Torch threads a worker."""
+
+    @property
+    def shards(self) -> tuple[Shard, ...]:
+        """The training shards of all stages, each once."""
+        return tuple({shard.identity: shard for stage in self.stages for shard in stage.feed.shards}.values())

@@ -1,0 +1,35 @@
+"""How `data.captions.keys` name captions: `txt`, `json.KEY`, and either with `|sentences`."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from raychain.errors import nearest
+
+SENTENCES = "sentences"
+ALLOWED = f"txt, json.KEY, txt|{SENTENCES} or json.KEY|{SENTENCES}"
+_MEMBER = re.compile(r"[A-Za-z0-9_-]+(\.[^.|]+)*")
+
+
+@dataclass(frozen=True)
+class CaptionKey:
+    """One entry of `data.captions.keys`, taken apart."""
+
+    extension: str
+    """Of the tar member."""
+    path: tuple[str, ...]
+    """Keys from the top of a JSON member down; none: the member is text."""
+    sentences: bool
+    """Each text is a description of several sentences, and every sentence is a caption."""
+
+
+def caption_key(text: str) -> CaptionKey:
+    """`json.a.b|sentences` taken apart. Raises ValueError, which says what is allowed."""
+    member, mark, suffix = text.partition("|")
+    if mark and suffix != SENTENCES:
+        raise ValueError(f"{ALLOWED}; unknown suffix |{suffix}, {nearest(suffix, [SENTENCES], 'remove it')}")
+    if not _MEMBER.fullmatch(member) or member == "json":
+        raise ValueError(ALLOWED)
+    extension, *path = member.split(".")
+    return CaptionKey(extension, tuple(path), bool(mark))

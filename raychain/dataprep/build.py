@@ -1,0 +1,262 @@
+"""Shards packed from a table, in img2dataset's layout: `{shard:05d}.tar` of `{row:09d}.jpg|png|webp`, `.json`, `.txt`.
+
+Row r of the table is sample r whatever happens to the rows before it, so a build gives the same bytes with any number
+of workers, and after any interruption. A shard is finished when its `_stats.json` is there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import tarfile
+import warnings
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from PIL import Image
+
+from raychain.dataprep.fetch import FetchError, fetch
+from raychain.dataprep.table import Entry, PictureTable
+from raychain.errors import InputError
+from raychain.feed.decode import picture
+from raychain.feed.health import Unusable
+from raychain.storage import Folder, is_local
+
+MARKER, FAILED = "build.json", "failed.jsonl"
+FORMAT = 1
+EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
+"""Pillow's name of a format → member extension; pictures of other formats become JPEGs."""
+QUALITY = 95
+"""Of JPEGs that are written anew."""
+AHEAD = 4
+"""Pictures a worker that are fetched before they can be written."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How pictures are fetched and packed."""
+
+    samples_per_shard: int = 10_000
+    image_size: int | None = None
+    """Pixels of the shorter side of pictures that have more; None: the original bytes."""
+    workers: int = 16
+    timeout_s: float = 10.0
+    retries: int = 3
+    retry_failed: bool = False
+    """Pack shards with failures again."""
+
+
+class Packed(NamedTuple):
+    """A packed picture: member extension, content and size in pixels."""
+
+    extension: str
+    content: bytes
+    width: int
+    height: int
+
+
+def build(
+    table: PictureTable,
+    out: str,
+    options: Options,
+    on_progress: Callable[[int, int, int], None] = lambda *_: None,
+) -> dict[str, Any]:
+    """Packs the table into shards in `out`: {`folder`, `shards`, `rows`, `samples`, `bytes`, `failed` (reason → rows)}.
+
+    Shards that an earlier call finished are kept. `on_progress` hears (rows done, rows, failures) as it goes.
+    Raises InputError, before anything is fetched, for a table that cannot be read and a folder with other content;
+    OSError where the folder cannot be written.
+    """
+    rows, digest = _measure(table)
+    folder = _claim(out, {"format": FORMAT, "table": digest, "samples_per_shard": options.samples_per_shard,
+                          "image_size": options.image_size})  # fmt: skip
+    entries, done, failures = table.entries(), 0, 0
+    stats = []
+    with warnings.catch_warnings(), contextlib.closing(_Fetchers(table.folder, options)) as fetchers:
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # large, and within Pillow's limit
+        for shard, first in enumerate(range(0, rows, options.samples_per_shard)):
+            part = list(islice(entries, options.samples_per_shard))
+            kept = _finished(folder, shard, options.retry_failed)
+            if kept is None:
+                for packed in _pack(folder, shard, first, part, fetchers):
+                    failures += packed is None
+                    done += 1
+                    on_progress(done, rows, failures)
+                kept = folder.read_json(_stats_name(shard))
+            else:
+                done += len(part)
+                failures += len(kept["failed"])
+            stats.append(kept)
+    failed = [row for shard in stats for row in shard["failed"]]
+    folder.write(FAILED, "".join(json.dumps(row) + "\n" for row in failed).encode())
+    return {
+        "folder": folder.path,
+        "shards": len(stats),
+        "rows": rows,
+        "samples": sum(shard["samples"] for shard in stats),
+        "bytes": sum(shard["bytes"] for shard in stats),
+        "failed": dict(Counter(row["reason"] for row in failed).most_common()),
+    }
+
+
+def pack_picture(encoded: bytes, size: int | None) -> Packed:
+    """The picture as it goes into a shard: its own bytes, or a JPEG where it must shrink or has another format.
+
+    Raises Unusable for a picture that cannot be decoded.
+    """
+    if not encoded:
+        raise Unusable("empty picture")
+    return picture(_pack_picture, encoded, size)
+
+
+def _pack_picture(encoded: bytes, size: int | None) -> Packed:
+    image: Image.Image = Image.open(io.BytesIO(encoded))
+    extension = EXTENSIONS.get(image.format or "")
+    image.load()
+    if extension and (size is None or min(image.size) <= size):
+        return Packed(extension, encoded, *image.size)
+    if "transparency" in image.info:
+        image = image.convert("RGBA")
+    image = image.convert("RGB")
+    if size is not None and min(image.size) > size:
+        scale = size / min(image.size)
+        width, height = (max(size, round(side * scale)) for side in image.size)
+        image = image.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=3.0)
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=QUALITY)
+    return Packed("jpg", buffer.getvalue(), *image.size)
+
+
+class _Fetchers:
+    """Threads that fetch and check pictures ahead of the one that writes."""
+
+    def __init__(self, folder: str, options: Options) -> None:
+        self.folder, self.options = folder, options
+        self._pool = ThreadPoolExecutor(options.workers, thread_name_prefix="fetch")
+
+    def close(self) -> None:
+        """Drops what has not begun."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def results(self, entries: Sequence[Entry]) -> Iterator[Packed | str]:
+        """For each entry in order its picture, or the reason why there is none."""
+        waiting: deque[Future[Packed | str]] = deque()
+        for entry in entries:
+            waiting.append(self._pool.submit(self._one, entry))
+            if len(waiting) >= AHEAD * self.options.workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+    def _one(self, entry: Entry) -> Packed | str:
+        if not entry.image:
+            return "no picture named"
+        if not entry.captions:
+            return "no caption"
+        try:
+            timeout_s, retries = self.options.timeout_s, self.options.retries
+            encoded = fetch(entry.image, self.folder, timeout_s=timeout_s, retries=retries)
+            return pack_picture(encoded, self.options.image_size)
+        except FetchError as error:
+            return str(error)
+        except Unusable as error:
+            return error.kind
+
+
+def _measure(table: PictureTable) -> tuple[int, str]:
+    """Rows of the table, and a hash of what they say."""
+    digest, rows = hashlib.blake2b(digest_size=16), 0
+    for entry in table.entries():
+        digest.update(json.dumps(entry).encode())
+        rows += 1
+    return rows, digest.hexdigest()
+
+
+def _claim(out: str, made_of: dict[str, Any]) -> Folder:
+    """The folder, marked as this build's. Raises InputError if it holds anything else."""
+    if not is_local(out):
+        raise InputError("--out", out, "a folder of this machine", "build here, then copy the shards")
+    folder = Folder(out)
+    path = Path(folder.path)
+    try:
+        if path.exists() and not path.is_dir():
+            raise InputError("--out", out, "a folder; this is a file", "give another folder")
+        marker = folder.read_json(MARKER)
+        if marker is None and path.exists() and any(path.iterdir()):
+            raise InputError("--out", out, "a new or empty folder, or one of an earlier data build of the same table",
+                             "give another folder")  # fmt: skip
+        if marker is not None and marker != made_of:
+            changed = ", ".join(name for name in made_of if marker.get(name) != made_of[name])
+            raise InputError("--out", f"{out}, built with another {changed}", "the same table and options, to continue",
+                             "give another folder, or remove this one")  # fmt: skip
+        folder.write_json(MARKER, made_of)
+    except OSError as error:
+        raise InputError("--out", out, f"a folder that can be written ({error})", "give another folder") from None
+    return folder
+
+
+def _stats_name(shard: int) -> str:
+    return f"{shard:05d}_stats.json"
+
+
+def _finished(folder: Folder, shard: int, retry_failed: bool) -> dict[str, Any] | None:
+    """The statistics of a shard that need not be packed again."""
+    stats = folder.read_json(_stats_name(shard))
+    if not isinstance(stats, dict) or not folder.exists(f"{shard:05d}.tar"):
+        return None
+    return None if retry_failed and stats["failed"] else stats
+
+
+def _pack(
+    folder: Folder, shard: int, first: int, entries: Sequence[Entry], fetchers: _Fetchers
+) -> Iterator[Packed | None]:
+    """Writes a shard and its statistics, each whole or not at all; yields each picture, or None for a failed row."""
+    target = Path(folder.path) / f"{shard:05d}.tar"
+    scratch = target.with_suffix(".tar.tmp")
+    failed = []
+    with tarfile.open(scratch, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for row, (entry, result) in enumerate(zip(entries, fetchers.results(entries), strict=True), first):
+            if isinstance(result, str):
+                failed.append({"row": row, "image": entry.image, "reason": result})
+                yield None
+                continue
+            _add(tar, f"{row:09d}", entry, result)
+            yield result
+    scratch.replace(target)
+    folder.write_json(
+        _stats_name(shard),
+        {
+            "shard": shard,
+            "rows": len(entries),
+            "samples": len(entries) - len(failed),
+            "bytes": target.stat().st_size,
+            "failed": failed,
+        },
+    )
+
+
+def _add(tar: tarfile.TarFile, key: str, entry: Entry, packed: Packed) -> None:
+    about = {
+        "key": key,
+        "image": entry.image,
+        "caption": entry.captions[0],
+        "captions": entry.captions,
+        "width": packed.width,
+        "height": packed.height,
+        "status": "success",
+    }
+    for extension, content in (
+        (packed.extension, packed.content),
+        ("json", json.dumps(about, ensure_ascii=False).encode("utf-8", "replace")),
+        ("txt", entry.captions[0].encode("utf-8", "replace")),
+    ):
+        info = tarfile.TarInfo(f"{key}.{extension}")  # time and owner stay 0, so that equal rows give equal bytes
+        info.size = len(content)
+        tar.addfile(info, io.BytesIO(content))

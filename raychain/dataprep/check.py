@@ -1,0 +1,121 @@
+"""Every sample of shards read and every picture decoded in full, several shards at once in processes of their own."""
+
+from __future__ import annotations
+
+import io
+import multiprocessing
+import os
+import signal
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from typing import Any
+
+from PIL import Image
+
+from raychain.feed import members
+from raychain.feed.decode import picture
+from raychain.feed.health import NO_CAPTION, Bad, Unusable, tally
+from raychain.feed.members import Wanted
+from raychain.storage import resolve
+
+SHARD = "unreadable shard"
+
+
+@dataclass
+class Checked:
+    """What one shard holds; the counters map a number to how often it occurs."""
+
+    address: str
+    usable: int = 0
+    bad: list[Bad] = field(default_factory=list)
+    widths: Counter[int] = field(default_factory=Counter)
+    heights: Counter[int] = field(default_factory=Counter)
+    captions: Counter[int] = field(default_factory=Counter)
+
+
+def check_shard(address: str, keys: tuple[str, ...]) -> Checked:
+    """Reads a shard whole. What is wrong with it is in `bad`; nothing is raised for it."""
+    found, wanted = Checked(address), Wanted(keys)
+    try:
+        filesystem, path = resolve(address)
+        with filesystem.open_input_file(path) as file:
+            for sample in members.samples(file, wanted, report=found.bad.append):
+                try:
+                    captions, _ = members.annotation(sample, wanted)
+                    width, height = picture(_decoded_size, members.picture(sample))
+                except Unusable as error:
+                    found.bad.append(Bad(error.kind, sample["key"], error.detail))
+                    continue
+                found.usable += 1
+                found.widths[width] += 1
+                found.heights[height] += 1
+                found.captions[len(captions)] += 1
+    except OSError as error:
+        found.bad.append(Bad(SHARD, "", str(error)))
+    return found
+
+
+def check_shards(addresses: Sequence[str], keys: tuple[str, ...], workers: int) -> Iterator[Checked]:
+    """Each shard's findings as they come, from `workers` processes at most; one worker is this process."""
+    if min(workers, len(addresses)) == 1:
+        yield from (check_shard(address, keys) for address in addresses)
+        return
+    context = multiprocessing.get_context("spawn")  # a fork would copy the threads of pyarrow's filesystems
+    interrupt = (signal.SIGINT, signal.SIG_DFL)  # an interrupt at the terminal ends them without a traceback each
+    with ProcessPoolExecutor(
+        min(workers, len(addresses)), mp_context=context, initializer=signal.signal, initargs=interrupt
+    ) as pool:
+        futures: list[Future[Checked]] = [pool.submit(check_shard, address, keys) for address in addresses]
+        try:
+            for future in as_completed(futures):
+                yield future.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def default_workers() -> int:
+    """A process for each core."""
+    return os.cpu_count() or 1
+
+
+def summary(found: Sequence[Checked]) -> dict[str, Any]:
+    """The findings together: `shards`, `samples`, `usable`, `bad` (kind → count), `bad_fraction`, `missing_captions`,
+    `width`, `height` (pixels) and `captions` (a picture) as {min, median, max}, and every bad sample in `bad_samples`.
+    """
+    bad = [(shard.address, item) for shard in found for item in shard.bad]
+    usable = sum(shard.usable for shard in found)
+    counts = tally(item for _, item in bad).counts
+    samples = usable + len(bad)
+    return {
+        "shards": len(found),
+        "samples": samples,
+        "usable": usable,
+        "bad": dict(sorted(counts.items())),
+        "bad_fraction": len(bad) / samples if samples else 1.0,
+        "missing_captions": counts.get(NO_CAPTION, 0),
+        "width": spread(sum((shard.widths for shard in found), Counter[int]())),
+        "height": spread(sum((shard.heights for shard in found), Counter[int]())),
+        "captions": spread(sum((shard.captions for shard in found), Counter[int]())),
+        "bad_samples": [{"shard": address, **item._asdict()} for address, item in bad],
+    }
+
+
+def spread(counts: Counter[int]) -> dict[str, int] | None:
+    """Smallest, median (the lower of two) and largest of numbers given as {number: how often}; None without any."""
+    half, ordered = (counts.total() + 1) // 2, sorted(counts)
+    for number in ordered:
+        half -= counts[number]
+        if half <= 0:
+            return {"min": ordered[0], "median": number, "max": ordered[-1]}
+    return None
+
+
+def _decoded_size(encoded: bytes) -> tuple[int, int]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # large, and within Pillow's limit
+        image = Image.open(io.BytesIO(encoded))
+    image.load()
+    return image.size
