@@ -35,9 +35,9 @@ from raychain.training.stage import STAGE_RECORD, ChainWorker
 from raychain.training.task import ChainTask, StageTask
 
 HERE = Path(__file__).resolve().parent
-TEACHER, STUDENT = "CoM-micro-T-shallow", "CoM-micro-S"
+TEACHER, STUDENT = "CoM-micro-T", "CoM-micro-S-3"
 TEACHER_STEPS, STEPS, BATCH = 5_000, 800, 64
-MEASURED = (0, 25, 50, 100, 200, 400, 600, 800)
+MEASURED = (0, 50, 100, 200, 400, 800)
 SHOWN = (0, 50, 200, 800)
 SPLITS = ("validation", "test")
 
@@ -61,24 +61,26 @@ class Variant(NamedTuple):
 
 
 STATES = tuple((distill, optimizer) for distill in (True, False) for optimizer in ("grow", "reset"))
-CANDIDATES = (
-    ("reference", "interleave"),
+OPERATORS = (
     ("embed", "interleave"),
     ("duplicate", "identity"),
     ("centred", "identity"),
+    ("reference", "interleave"),
 )
-GRID = tuple(Variant(*operator, *state) for operator in CANDIDATES for state in STATES)
-CONTROL = Variant("none", "identity", True, "reset")
-DEFAULT = Variant("centred", "identity", average="10 %")
+GRID = tuple(Variant(*operator, *state) for operator in OPERATORS for state in STATES)
+CONTROLS = tuple(Variant("none", "identity", distill, "reset") for distill in (False, True))
+AVERAGED = Variant("centred", "identity", average="10 %")
 RESTARTS = (
     Variant("centred", "identity"),
+    AVERAGED,
+    AVERAGED._replace(optimizer="reset"),
     Variant("centred", "identity", lr_scale=0.25),
     Variant("centred", "identity", lr_scale=0.1),
-    DEFAULT,
-    DEFAULT._replace(optimizer="reset"),
-    DEFAULT._replace(distill=False),
-    DEFAULT._replace(width="embed", depth="interleave"),
+    AVERAGED._replace(distill=False),
+    AVERAGED._replace(width="embed", depth="interleave"),
 )
+URGENT = (*GRID[:12], *RESTARTS[:3], CONTROLS[0])
+"""Trained first for all seeds."""
 
 
 def experiment(variant: Variant, seed: int, data: Path) -> Experiment:
@@ -97,7 +99,7 @@ def experiment(variant: Variant, seed: int, data: Path) -> Experiment:
             "train": {"global_batch": BATCH, "warmup": "10 %", "seed": seed, "average": average},
             "compute": {"cpus_per_worker": 1},
             "preload": {"cache": str(data / "cache")},
-            "evaluate": {"every": "25 steps"},
+            "evaluate": {"every": "50 steps"},
         }
     )
 
@@ -217,14 +219,18 @@ def table(found: Iterable[Row]) -> Iterator[str]:
     yield (
         "| width + depth | distilled | moments | lr × | warm-up | averaged over | "
         + " | ".join("grown" if step == 0 else f"{step} steps" for step in SHOWN)
-        + " | below teacher, mean (worst) | seeds |"
+        + " | below teacher, mean (worst) | MACs, T | seeds |"
     )
-    yield "|---" * (8 + len(SHOWN)) + "|"
+    yield "|---" * (9 + len(SHOWN)) + "|"
     for row in found:
         v = row.variant
         cells = [f"{v.width} + {v.depth}", "yes" if v.distill else "no", v.optimizer, f"{v.lr_scale:g}", v.warmup]
         cells += [v.average or "–", *(f"{mean:.1f} ± {spread / 2:.1f}" for mean, spread in row.shown)]
-        yield "| " + " | ".join([*cells, f"{row.loss[0]:.1f} ({row.loss[1]:.1f})", str(row.seeds)]) + " |"
+        yield (
+            "| "
+            + " | ".join([*cells, f"{row.loss[0]:.1f} ({row.loss[1]:.1f})", f"{row.macs / 1e12:.2f}", str(row.seeds)])
+            + " |"
+        )
 
 
 def report(seeds: int, runs: Path) -> str:
@@ -234,7 +240,7 @@ def report(seeds: int, runs: Path) -> str:
         teachers = [json.loads(path.read_text()) for path in sorted(runs.glob("teacher-?.json"))[:seeds]]
         mean, spread = _spread([score(t["measures"][split][str(TEACHER_STEPS)]) for t in teachers])
         lines += [f"### {split.capitalize()} split: teacher {mean:.1f} ± {spread / 2:.1f}", "", "Operators:", ""]
-        lines += [*table(rows((CONTROL, *GRID), split, seeds, runs)), "", "Restarts:", ""]
+        lines += [*table(rows((*CONTROLS, *GRID), split, seeds, runs)), "", "Restarts:", ""]
         lines += [*table(rows(RESTARTS, split, seeds, runs)), ""]
     return "\n".join(lines)
 
@@ -250,9 +256,10 @@ def main() -> None:
     options.runs.mkdir(parents=True, exist_ok=True)
     make_demo(options.data)
     seeds = range(options.seeds)
-    variants = dict.fromkeys((*RESTARTS, *GRID, CONTROL))
+    first = dict.fromkeys(URGENT)
+    rest = [variant for variant in dict.fromkeys((*RESTARTS, *GRID, *CONTROLS)) if variant not in first]
     with ProcessPoolExecutor(options.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for todo in ([DEFAULT], variants):
+        for todo in ([AVERAGED], first, rest):
             jobs = {pool.submit(train, variant, seed, options.data, options.runs): (variant.name, seed)
                     for seed, variant in itertools.product(seeds, todo)}  # fmt: skip
             for number, job in enumerate(as_completed(jobs), 1):

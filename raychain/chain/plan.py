@@ -32,7 +32,7 @@ from raychain.training.optimizer import adam_constants
 from raychain.training.stage import STAGE_RECORD
 from raychain.training.task import ChainTask, StageTask
 
-SCHEMA = 1
+SCHEMA = 2
 """Version of the code's training semantics; part of every stage key."""
 
 
