@@ -23,6 +23,7 @@ from raychain.reporting.environment import environment
 from raychain.reporting.health import DataHealth
 from raychain.reporting.progress import Progress
 from raychain.reporting.runlog import RUN, RunLog
+from raychain.reporting.trackers import Trackers
 from raychain.storage import Folder
 from raychain.training.stage import STAGE_RECORD
 from raychain.training.task import ChainTask
@@ -52,20 +53,30 @@ def run_chain(task: ChainTask, *, address: str | None = None, verbose: bool = Fa
         log.finish("succeeded", totals(task, time.time() - started))
         return log.run
     _set_aside(out, task)
+    progress = Progress(len(task.stages))
+    steps = [stage.steps for stage in task.stages]
+    trackers = Trackers(out, task.experiment, task.stages[-1].key, steps, progress.handle)
+
+    def finish(status: str) -> None:
+        log.note("data_health", health.record())
+        final = totals(task, time.time() - started)
+        try:
+            log.finish(status, final)
+        finally:
+            trackers.finish(status, final)
+
     try:
-        with Progress(len(task.stages)) as progress, _session(task, address, verbose):
-            complete = _execute(task, [health.handle, log.handle, progress.handle], verbose, lambda: health.exceeded)
+        handlers = [health.handle, log.handle, trackers.handle, progress.handle]
+        with progress, _session(task, address, verbose):
+            complete = _execute(task, handlers, verbose, lambda: health.exceeded)
         if health.exceeded:
             raise RunFailed(health.describe())
     except BaseException as error:
-        log.note("data_health", health.record())
-        status = "interrupted" if isinstance(error, KeyboardInterrupt | Interrupted) else "failed"
-        log.finish(status, totals(task, time.time() - started))
+        finish("interrupted" if isinstance(error, KeyboardInterrupt | Interrupted) else "failed")
         if isinstance(error, KeyboardInterrupt):
             raise Interrupted from None
         raise
-    log.note("data_health", health.record())
-    log.finish("succeeded" if complete else "interrupted", totals(task, time.time() - started))
+    finish("succeeded" if complete else "interrupted")
     if not complete:
         raise Interrupted
     return log.run

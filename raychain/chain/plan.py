@@ -27,6 +27,7 @@ from raychain.feed.shards import Shard, expand, survey
 from raychain.growth import DEPTH_OPERATORS, WIDTH_OPERATORS, GrowthError, check
 from raychain.planning.macs import forward_macs, stage_macs
 from raychain.reporting.health import DataHealth
+from raychain.reporting.trackers import check_trackers
 from raychain.storage import Folder, is_local
 from raychain.training.optimizer import adam_constants
 from raychain.training.stage import STAGE_RECORD
@@ -58,6 +59,7 @@ def check_experiment(experiment: Experiment, address: str | None = None) -> None
     for i in range(1, len(experiment.chain)):
         _check_growth(experiment, i)
     _check_compute(experiment, address)
+    check_trackers(experiment.track)
 
 
 def _check_growth(experiment: Experiment, i: int) -> None:

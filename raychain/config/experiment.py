@@ -33,6 +33,15 @@ def _area_range(crop: tuple[float, float]) -> tuple[float, float]:
 AreaRange = Annotated[tuple[float, float], AfterValidator(_area_range)]
 
 
+def _tracking_uri(uri: str) -> str:
+    if uri.startswith("file:") or ("://" not in uri and not uri.startswith("databricks")):
+        raise ValueError("allowed is a server or a data base: http://…, sqlite:///mlflow.db (MLflow gave up folders)")
+    return uri
+
+
+TrackingUri = Annotated[str, AfterValidator(_tracking_uri)]
+
+
 class Demo(Component):
     """Render OpenMoji shards into a folder when they are not there yet (`raychain data demo`)."""
 
@@ -233,6 +242,16 @@ class Checkpoint(Component):
     keep: int = Field(2, ge=1)
 
 
+class Track(Component):
+    """Experiment trackers that get the curves too; TensorBoard files are always written."""
+
+    wandb: Annotated[str, Field(pattern=r"^([^/]+/)?[^/]+$")] | None = None
+    """Weights & Biases project, or TEAM/PROJECT (needs raychain[wandb]). WANDB_MODE and W&B's other variables count."""
+    mlflow: TrackingUri | None = None
+    """MLflow tracking URI (needs raychain[mlflow]): http://…, sqlite:///mlflow.db, databricks. run.json shows it:
+    passwords belong in MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD."""
+
+
 class Baseline(Component):
     """The training that the chain is compared with."""
 
@@ -253,6 +272,7 @@ class Experiment(Component):
     preload: Preload = Preload()
     evaluate: Evaluate = Evaluate()
     checkpoint: Checkpoint = Checkpoint()
+    track: Track = Track()
     baseline: Baseline | None = None
     """Absent: the last model trained alone for the first stage's epochs."""
     storage: str = "runs"
