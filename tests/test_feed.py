@@ -22,7 +22,8 @@ from PIL import Image
 
 from raychain.errors import InputError
 from raychain.feed import members, shards
-from raychain.feed.cache import STORED_BEYOND_CROP, ShardCache, Spec, resize
+from raychain.feed.cache import ShardCache, Spec
+from raychain.feed.decode import STORED_BEYOND_CROP, resize
 from raychain.feed.loader import Batch, Feed, Loader, random_crop
 from raychain.feed.members import Wanted
 from raychain.feed.order import Order
