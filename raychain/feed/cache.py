@@ -7,8 +7,11 @@ import fcntl
 import logging
 import mmap
 import os
+import random
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,6 +27,10 @@ log = logging.getLogger("raychain.feed")
 
 PATIENCE_S = 30.0
 """How long a shard that is needed waits for room before it is decoded into memory."""
+PAUSE_S = (0.02, 1.0)
+"""Between two looks for room: at first, and at most."""
+ASKED = 0.95
+"""Share of a file's likely size that is asked for before the shard is decoded: not more than it turns out to take."""
 FRAME = 4096
 """More than the bytes an Arrow file has besides its record batches: magic, schema, and the footer, which repeats it."""
 FRAME_BATCH = 64
@@ -51,19 +58,41 @@ class ShardCache:
         Where others hold the whole budget for PATIENCE_S seconds, the table is made in memory. Raises OSError for a
         shard that cannot be read or does not fit `budget`.
         """
+        deadline, pause = time.monotonic() + PATIENCE_S, PAUSE_S[0]
+        while (table := self.table_now(shard, spec, tokenize)) is None:
+            if time.monotonic() >= deadline:
+                return self._in_memory(shard, spec, tokenize)
+            time.sleep(pause * random.uniform(0.5, 1))
+            pause = min(2 * pause, PAUSE_S[1])
+        return table
+
+    def table_now(self, shard: Shard, spec: Spec, tokenize: Tokenize) -> Table | None:
+        """As `table`, but None where others hold too much of the budget."""
         path = self.path(shard, spec)
         while True:
             if (table := self._open(path)) is not None:
                 return table
             try:
-                with self._make(path, shard, spec, tokenize, PATIENCE_S) as file:
+                with self._make(path, shard, spec, tokenize) as file:
                     fcntl.flock(file, fcntl.LOCK_SH)
                     if os.fstat(file.fileno()).st_nlink:  # not removed while the lock changed hands
                         return self._map(file, path.stem)
             except _MadeElsewhere:
                 continue
             except NoRoomError:
-                return self._in_memory(path.stem, shard, spec, tokenize)
+                return None
+
+    @contextlib.contextmanager
+    def turn(self, closed: threading.Event) -> Iterator[None]:
+        """Only one process or thread of the node has its turn. Raises CancelledError when `closed` is set meanwhile."""
+        with (self.root / "turn.lock").open("w") as file:
+            while True:
+                with contextlib.suppress(BlockingIOError):
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                if closed.wait(PAUSE_S[0]):
+                    raise CancelledError
+            yield
 
     def ensure(self, shard: Shard, spec: Spec, tokenize: Tokenize, *, spare: float | None = None) -> int:
         """Makes the shard's file if it is not there and room can be made now, and does not hold it.
@@ -76,7 +105,7 @@ class ShardCache:
             _used(path)
             return 0
         try:
-            with self._make(path, shard, spec, tokenize, 0, spare) as file:
+            with self._make(path, shard, spec, tokenize, spare) as file:
                 return os.fstat(file.fileno()).st_size
         except (_MadeElsewhere, NoRoomError):
             return 0
@@ -104,13 +133,13 @@ class ShardCache:
         with file:
             try:
                 table = self._map(file, path.stem)
+                with contextlib.suppress(FileNotFoundError):  # another reader found it damaged
+                    _used(path)
+                return table
             except (DamagedError, pa.ArrowException, ValueError, KeyError, AttributeError) as error:
-                log.warning("%s is damaged (%s): it is made again", path, error)
-                self._room.remove(path, file)
-                return None
-            with contextlib.suppress(FileNotFoundError):  # another reader found it damaged
-                _used(path)
-            return table
+                log.warning("%s is damaged (%s): it is made again", path, str(error))
+            self._room.remove(path, file)  # out of the handler, which still holds the mapping
+            return None
 
     def _map(self, file: BinaryIO, name: str) -> Table:
         content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)  # holds the file's lock on its own
@@ -121,16 +150,9 @@ class ShardCache:
             self._verified.add(key)
         return Table(content, name)
 
-    def _make(
-        self,
-        path: Path,
-        shard: Shard,
-        spec: Spec,
-        tokenize: Tokenize,
-        patience: float,
-        spare: float | None = None,
-    ) -> BinaryIO:
-        """The finished file in its place, exclusively held. Raises _MadeElsewhere if another process was quicker."""
+    def _make(self, path: Path, shard: Shard, spec: Spec, tokenize: Tokenize, spare: float | None = None) -> BinaryIO:
+        """The finished file in its place, exclusively held. Raises _MadeElsewhere if another process was quicker, and
+        NoRoomError."""
         started, scratch = time.monotonic(), path.with_suffix(".tmp")
         file = create(scratch)
         try:
@@ -138,9 +160,9 @@ class ShardCache:
                 raise _MadeElsewhere
 
             def reserve(size: int) -> None:
-                self._room.reserve(file, size, patience, spare)
+                self._room.reserve(file, size, spare)
 
-            reserve(shard.samples * _least(spec))
+            reserve(int(shard.samples * max(_least(spec), ASKED * self._per_sample.get(spec.digest, 0))))
             _write(pa.PythonFile(file, "w"), _decode(shard, spec, tokenize), metadata(path.stem, spec.pixels), reserve)
             file.truncate()
             with mmap.mmap(file.fileno(), 0) as content:
@@ -155,7 +177,8 @@ class ShardCache:
         log.debug("cached %s: %d bytes in %.1f s", shard.address, size, time.monotonic() - started)
         return file
 
-    def _in_memory(self, name: str, shard: Shard, spec: Spec, tokenize: Tokenize) -> Table:
+    def _in_memory(self, shard: Shard, spec: Spec, tokenize: Tokenize) -> Table:
+        name = self.path(shard, spec).stem
         log.warning(
             "%s: decoded into memory, since all of preload.budget (%d bytes) was in use for %g s; raise it, or lower "
             "data.shuffle_window", shard.address, self.budget, PATIENCE_S,

@@ -78,7 +78,7 @@ class Loader:
         self.global_batch, self.start, self.stop = global_batch, start, stop
         self.slice = rank_slice(global_batch, rank, world)
         self.rank, self.world, self.pin, self.wait_s = rank, world, pin, 0.0
-        self._tables: dict[int, Future[Table]] = {}
+        self._tables: dict[int, Table] = {}
         self._windows = feed.order.coming(start * global_batch)
         self._window, self._following = next(self._windows), next(self._windows)
         self._queue: queue.Queue[Batch | BaseException | None] = queue.Queue(AHEAD)
@@ -127,7 +127,6 @@ class Loader:
 
     def _work(self) -> None:
         try:
-            self._enter()
             for step in range(self.start, self.stop):
                 if not self._put(self._batch(step)):
                     return
@@ -137,51 +136,54 @@ class Loader:
         except BaseException as error:  # handed to the training loop, which raises it
             self._put(error)
 
-    def _enter(self) -> None:
-        """Asks for the tables of the window that begins, and for the files of the next as far as room can be made
-        without those that are in use by now."""
-        now, shards = time.time(), self._window[1]
-        self._tables = {shard: future for shard, future in self._tables.items() if shard in shards}
-        for shard in self._in_turn(shards):
-            self._ask(shard)
-        for shard in self._in_turn(self._following[1]):
-            feed = self.feed
-            self._submit(self.cache.ensure, feed.shards[shard], feed.spec, self.tokenize, spare=now)
+    def _hold(self) -> None:
+        """Holds every table of the window. Where room is scarce, one loader of the node at a time waits for it, and the
+        others hold nothing, so that none waits for what another keeps while it waits."""
+        shards = self._in_turn(self._window[1])
+        self._tables = {shard: table for shard, table in self._tables.items() if shard in shards}
+        if missing := [shard for shard in shards if shard not in self._tables]:
+            if not self._take(missing, self.cache.table_now):
+                self._release()
+                with self.cache.turn(self._closed):
+                    self._take([shard for shard in shards if shard not in self._tables], self.cache.table)
+            for shard in self._in_turn(self._following[1]):  # files used from now on do not make room for these
+                self._submit(self.cache.ensure, shard, spare=time.time())
+
+    def _take(self, shards: list[int], get: Callable[..., Table | None]) -> bool:
+        """Whether all of the tables could be got."""
+        futures = [self._submit(get, shard) for shard in shards]
+        while wait(futures, timeout=POLL_S).not_done:
+            if self._closed.is_set():
+                raise CancelledError
+            self.cache.check_fits([self.feed.shards[shard] for shard in self._window[1]], self.feed.spec)
+        tables = {shard: future.result() for shard, future in zip(shards, futures, strict=True)}
+        self._tables |= {shard: table for shard, table in tables.items() if table is not None}
+        return None not in tables.values()
+
+    def _release(self) -> None:
+        """Lets the cache's files go."""
+        self._tables = {shard: table for shard, table in self._tables.items() if not table.mapped}
 
     def _in_turn(self, shards: tuple[int, ...]) -> list[int]:
         """Shards with samples; ranks of a node start at different ones and share the work."""
         turn = self.rank * len(shards) // self.world
         return [shard for shard in (*shards[turn:], *shards[:turn]) if self.feed.order.counts[shard]]
 
-    def _ask(self, shard: int) -> Future[Table]:
-        if shard not in self._tables:
-            feed = self.feed
-            self._tables[shard] = self._submit(self.cache.table, feed.shards[shard], feed.spec, self.tokenize)
-        return self._tables[shard]
-
-    def _submit(self, work: Callable[..., T], *args: Any, **options: Any) -> Future[T]:
+    def _submit(self, work: Callable[..., T], shard: int, **options: Any) -> Future[T]:
         if self._closed.is_set():
             raise CancelledError
-        return self._pool.submit(work, *args, **options)
+        return self._pool.submit(work, self.feed.shards[shard], self.feed.spec, self.tokenize, **options)
 
     def _put(self, item: Batch | BaseException | None) -> bool:
-        waits = 0
+        started = time.monotonic()
         while not self._closed.is_set():
             try:
                 self._queue.put(item, timeout=POLL_S)
                 return True
             except queue.Full:
-                waits += 1
-                if waits * POLL_S >= IDLE_S:
-                    self._tables = {s: f for s, f in self._tables.items() if not (f.done() and f.result().mapped)}
+                if time.monotonic() - started >= IDLE_S:
+                    self._release()
         return False
-
-    def _table(self, shard: int) -> Table:
-        while not self._closed.is_set():
-            if wait([self._ask(shard)], timeout=POLL_S).done:
-                return self._tables[shard].result()
-            self.cache.check_fits([self.feed.shards[s] for s in self._window[1]], self.feed.spec)
-        raise CancelledError
 
     def _batch(self, step: int) -> Batch:
         """The rank's part of a global batch, one window after the other: only one is held at a time."""
@@ -190,7 +192,7 @@ class Loader:
         while place < stop:
             while self._window[0] <= place:
                 self._window, self._following = self._following, next(self._windows)
-                self._enter()
+            self._hold()
             end = min(stop, self._window[0])
             pictures, ids = self._part(self.feed.order.rows(place, end))
             images.append(pictures)
@@ -201,7 +203,7 @@ class Loader:
 
     def _part(self, rows: Rows) -> tuple[np.ndarray, np.ndarray]:
         """Pictures uint8 [n, H, W, 3] and token ids int64 [n, K, context length] of n rows of one window."""
-        feed, tables = self.feed, {s: self._table(s) for s in np.unique(rows.shard).tolist()}
+        feed, tables = self.feed, self._tables
         place = [(tables[s], r % tables[s].size) for s, r in zip(rows.shard.tolist(), rows.row.tolist(), strict=True)]
         size = feed.spec.image_size
         images = np.empty((len(place), size, size, 3), dtype=np.uint8)

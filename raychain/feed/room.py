@@ -11,14 +11,13 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import random
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-PAUSE_S = (0.02, 1.0)
-"""Between two looks for room: at first, and at most."""
+PAUSE_S = 0.02
+"""Between two looks whether another process has finished a file."""
 
 
 class NoRoomError(Exception):
@@ -31,19 +30,6 @@ class Room:
     def __init__(self, root: Path, budget: int) -> None:
         self.root, self.budget = root, budget
 
-    def reserve(self, file: BinaryIO, size: int, patience: float, spare: float | None = None) -> None:
-        """Makes `file`, which the caller holds, `size` bytes long if it is shorter; the least recently used files go.
-
-        Files used since `spare` (seconds of the epoch) stay. Raises NoRoomError after `patience` seconds in which too
-        much was held, and OSError where `size` is beyond the budget.
-        """
-        deadline, pause = time.monotonic() + patience, PAUSE_S[0]
-        while not self._reserve(file, size, spare):
-            if time.monotonic() >= deadline:
-                raise NoRoomError
-            time.sleep(pause * random.uniform(0.5, 1))
-            pause = min(2 * pause, PAUSE_S[1])
-
     def remove(self, path: Path, file: BinaryIO) -> None:
         """Takes an open file out of its place and closes it; while others hold it, it lies beside and counts."""
         aside = path.with_name(f"{path.stem}-{os.fstat(file.fileno()).st_ino}.arrow")
@@ -55,12 +41,17 @@ class Room:
             with held:
                 aside.unlink(missing_ok=True)
 
-    def _reserve(self, file: BinaryIO, size: int, spare: float | None) -> bool:
+    def reserve(self, file: BinaryIO, size: int, spare: float | None = None) -> None:
+        """Makes `file`, which the caller holds, `size` bytes long if it is shorter; the least recently used files go.
+
+        Files used since `spare` (seconds of the epoch) stay. Raises NoRoomError if too much is held or to be spared,
+        and OSError where `size` is beyond the budget.
+        """
         with contextlib.ExitStack() as stack:
             stack.enter_context(exclusive(self.root / "room.lock"))
             own = os.fstat(file.fileno()).st_size
             if size <= own:
-                return True
+                return
             removable, fixed = self._files()
             if size + fixed > self.budget:
                 raise OSError(f"preload.budget is {self.budget} bytes; one decoded shard needs {size + fixed} or more")
@@ -74,11 +65,10 @@ class Room:
                     going.append(path)
                     excess -= length
             if excess > 0:
-                return False
+                raise NoRoomError
             for path in going:
                 path.unlink()
             os.ftruncate(file.fileno(), size)
-            return True
 
     def _files(self) -> tuple[list[tuple[float, int, Path]], int]:
         """(last use, bytes, path) of shard files, the least recently used first, and the bytes of all else."""
@@ -101,12 +91,17 @@ def claim(path: Path) -> BinaryIO | None:
 
 
 def create(path: Path) -> BinaryIO:
-    """A file to write, exclusively held until it is closed; waits for who holds it. What was in it is gone."""
+    """A file to write, exclusively held until it is closed; waits for who holds it. What was in it is gone.
+
+    Looks again and again instead of waiting for the lock: once the other's file is finished and renamed, its readers
+    hold it.
+    """
     while True:
         path.touch()
-        if (file := _held(path, "r+b", fcntl.LOCK_EX)) is not None:
+        if (file := claim(path)) is not None:
             file.truncate(0)
             return file
+        time.sleep(PAUSE_S)
 
 
 def share(path: Path) -> BinaryIO | None:
