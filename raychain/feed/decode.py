@@ -21,18 +21,19 @@ from raychain.feed.spec import QUALITY, STORED_BEYOND_CROP, Spec, Tokenize
 
 log = logging.getLogger("raychain.feed")
 
-BATCH_BYTES = 2**25
-"""Of pictures in a record batch; that many are in memory at once."""
+BATCH_BYTES = 2**23
+"""Of pictures in a record batch; that many are in memory at once, or one picture if it has more."""
 VECTORISED = torch.backends.cpu.get_cpu_capability().startswith("AVX")
 """Whether torch resizes bytes with vector instructions, five times faster than Pillow; elsewhere it is slower."""
 
 
 def _decode(shard: Shard, spec: Spec, tokenize: Tokenize) -> Iterator[pa.RecordBatch]:
-    """The decoded shard, about BATCH_BYTES at a time."""
+    """The decoded shard in batches of BATCH_BYTES; a batch's pictures are overwritten by those of the next one."""
+    pictures = np.empty(BATCH_BYTES, np.uint8)
     rows: list[dict[str, Any]] = []
     texts: list[list[str]] = []
     broken: list[str] = []
-    found = held = 0
+    found = end = 0
     for sample in shards.read(shard, spec.wanted):
         try:
             image = resize(members.picture(sample), spec.image_size, spec.cropped)
@@ -43,33 +44,35 @@ def _decode(shard: Shard, spec: Spec, tokenize: Tokenize) -> Iterator[pa.RecordB
         except Exception as error:  # damaged pictures raise nearly anything in Pillow
             broken.append(f"{sample['key']} ({error})")
             continue
-        content = image.tobytes() if spec.pixels == "raw" else to_jpeg(image)
+        content = image if spec.pixels == "raw" else np.frombuffer(to_jpeg(image), np.uint8)
+        if end + content.size > len(pictures):
+            if rows:
+                yield _record_batch(rows, pictures, texts, tokenize)
+            rows, texts, end = [], [], 0
+            if content.size > len(pictures):
+                pictures = np.empty(content.size, np.uint8)
+        start, end = end, end + content.size
+        pictures[start:end].reshape(content.shape)[:] = content
         height, width = image.shape[:2]
-        rows.append({"key": sample["key"], "image": content, "height": height, "width": width, "label": label})
+        rows.append({"key": sample["key"], "end": end, "height": height, "width": width, "label": label})
         texts.append(captions)
-        found, held = found + 1, held + len(content)
-        if held >= BATCH_BYTES:
-            yield _record_batch(rows, texts, tokenize)
-            rows, texts, held = [], [], 0
+        found += 1
     if broken:
         log.warning("%s: %d unusable samples skipped: %s", shard.address, len(broken), ", ".join(broken[:5]))
     if not found:
         raise OSError(f"{shard.address}: none of its {shard.samples} samples can be read")
     if rows:
-        yield _record_batch(rows, texts, tokenize)
+        yield _record_batch(rows, pictures, texts, tokenize)
 
 
-COLUMNS = {
-    "key": pa.string(),
-    "image": pa.large_binary(),
-    "height": pa.int32(),
-    "width": pa.int32(),
-    "label": pa.int32(),
-}
-
-
-def _record_batch(rows: list[dict[str, Any]], texts: list[list[str]], tokenize: Tokenize) -> pa.RecordBatch:
-    columns = {name: pa.array([row[name] for row in rows], kind) for name, kind in COLUMNS.items()}
+def _record_batch(
+    rows: list[dict[str, Any]], pictures: np.ndarray, texts: list[list[str]], tokenize: Tokenize
+) -> pa.RecordBatch:
+    ends = np.array([0, *(row["end"] for row in rows)], dtype=np.int64)
+    images = [None, pa.py_buffer(ends), pa.py_buffer(pictures[: ends[-1]])]
+    kinds = {"key": pa.string(), "height": pa.int32(), "width": pa.int32(), "label": pa.int32()}
+    columns = {name: pa.array([row[name] for row in rows], kind) for name, kind in kinds.items()}
+    columns["image"] = pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(rows), images)
     tokens = _tokens([text for pool in texts for text in pool], tokenize)
     offsets = np.cumsum([0, *map(len, texts)], dtype=np.int32)
     return pa.RecordBatch.from_pydict({**columns, "captions": pa.ListArray.from_arrays(offsets, tokens)})
@@ -122,9 +125,9 @@ def scale(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
         return pixels
     if not VECTORISED:
         return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC))
-    x_13HW = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+    x_13HW = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)  # in this order torch sees that channels come last
     scaled = F.interpolate(x_13HW, (height, width), mode="bicubic", antialias=True)
-    return scaled[0].permute(1, 2, 0).numpy()
+    return scaled.permute(0, 2, 3, 1)[0].numpy()
 
 
 def to_jpeg(pixels: np.ndarray) -> bytes:
