@@ -168,7 +168,7 @@ class ShardCache:
             with mmap.mmap(file.fileno(), 0) as content:
                 seal(content)
             size = os.fstat(file.fileno()).st_size
-            scratch.replace(path)
+            self._room.settle(scratch, path)
         except BaseException:
             scratch.unlink(missing_ok=True)
             file.close()

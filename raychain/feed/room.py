@@ -30,6 +30,11 @@ class Room:
     def __init__(self, root: Path, budget: int) -> None:
         self.root, self.budget = root, budget
 
+    def settle(self, scratch: Path, path: Path) -> None:
+        """Renames a finished file while nobody counts, who could miss it under both names."""
+        with exclusive(self.root / "room.lock"):
+            scratch.replace(path)
+
     def remove(self, path: Path, file: BinaryIO) -> None:
         """Takes an open file out of its place and closes it; while others hold it, it lies beside and counts."""
         aside = path.with_name(f"{path.stem}-{os.fstat(file.fileno()).st_ino}.arrow")
@@ -71,7 +76,8 @@ class Room:
             os.ftruncate(file.fileno(), size)
 
     def _files(self) -> tuple[list[tuple[float, int, Path]], int]:
-        """(last use, bytes, path) of shard files, the least recently used first, and the bytes of all else."""
+        """(last use, bytes, path) of shard files in the order they go, and the bytes of all else. Unfinished files come
+        first: those that can be claimed were left by a process that was killed."""
         removable, fixed = [], 0
         for folder, _, names in os.walk(self.root):
             for name in names:
@@ -79,7 +85,7 @@ class Room:
                 with contextlib.suppress(FileNotFoundError):
                     stat = path.stat()
                     if path.suffix in (".arrow", ".tmp"):
-                        removable.append((stat.st_atime, stat.st_size, path))
+                        removable.append((stat.st_atime if path.suffix == ".arrow" else 0.0, stat.st_size, path))
                     else:
                         fixed += stat.st_size
         return sorted(removable), fixed
