@@ -16,15 +16,13 @@ import numpy as np
 import pytest
 import torch
 import webdataset
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 
 from raychain.errors import InputError
 from raychain.feed import members, shards
 from raychain.feed.cache import ShardCache, Spec
 from raychain.feed.decode import STORED_BEYOND_CROP, resize
-from raychain.feed.loader import Batch, Feed, Loader, random_crop
+from raychain.feed.loader import Batch, Feed, Loader
 from raychain.feed.members import Wanted
 from raychain.feed.order import Order
 from raychain.feed.shards import Shard, expand, survey
@@ -501,34 +499,6 @@ def test_a_shard_without_any_readable_sample_reaches_the_consumer(tmp_path: Path
     found = survey([path], WANTED, tmp_path / "cache", "data.train")
     with pytest.raises(OSError, match=r"x\.tar: none of its 1 samples"):
         load(feed(found), cache)
-
-
-# Random crops
-
-
-@given(st.integers(1, 60), st.integers(1, 60), st.floats(0.05, 1), st.integers(0, 2**64 - 1))
-@settings(max_examples=60)
-def test_random_crops_are_squares_decided_by_the_seed(height: int, width: int, low: float, seed: int) -> None:
-    image = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    cropped = random_crop(image, 10, (low, 1.0), seed)
-    assert cropped.shape == (10, 10, 3)
-    assert cropped.dtype == np.uint8
-    np.testing.assert_array_equal(cropped, random_crop(image, 10, (low, 1.0), seed))
-
-
-def test_random_crops_cover_the_asked_share_of_the_picture() -> None:
-    y, x = np.mgrid[0:200, 0:200].astype(np.uint8)
-    image = np.stack([x, y, x], -1)
-    areas, corners = [], set()
-    for seed in range(200):
-        cropped = random_crop(image, 50, (0.25, 0.5), seed).astype(float)
-        width, height = (cropped[..., c].max() - cropped[..., c].min() for c in (0, 1))
-        areas.append((width + 4) * (height + 4) / 200**2)  # the outermost pixels average their surroundings
-        corners.add((cropped[0, 0, 0], cropped[0, 0, 1]))
-    assert min(areas) > 0.22
-    assert max(areas) < 0.53
-    assert max(areas) - min(areas) > 0.2
-    assert len(corners) > 150
 
 
 def test_read_gives_only_usable_samples_in_file_order(tmp_path: Path) -> None:

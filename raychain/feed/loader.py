@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from raychain.feed.cache import ShardCache
+from raychain.feed.crops import crop_boxes
 from raychain.feed.decode import scale
 from raychain.feed.order import Order, Rows, draw_captions, mix, rank_slice
 from raychain.feed.shards import Shard
@@ -207,7 +208,6 @@ class Loader:
         place = [(tables[s], r % tables[s].size) for s, r in zip(rows.shard.tolist(), rows.row.tolist(), strict=True)]
         size = feed.spec.image_size
         images = np.empty((len(place), size, size, 3), dtype=np.uint8)
-        boxes = mix(feed.order.seed, rows.passes, rows.shard, rows.row, 1 << 20)
         first = np.array([table.caption_offset[r] for table, r in place])
         pool = np.array([table.caption_offset[r + 1] for table, r in place]) - first
         chosen = first[:, None] + draw_captions(feed.order.seed, rows, pool, feed.per_image)
@@ -215,11 +215,19 @@ class Loader:
         for i, (table, _) in enumerate(place):
             tokens[i] = table.tokens[chosen[i]]
 
+        boxes = self._boxes(rows, place)
+
         def fill(part: int) -> None:
+            cut = np.empty(boxes[:, 2:].prod(1).max(initial=0) * 3, np.uint8)  # fresh memory each time takes longer
             for i in range(part, len(place), parts):
                 table, r = place[i]
                 image = table.image(r)
-                images[i] = image if feed.crop is None else random_crop(image, size, feed.crop, int(boxes[i]))
+                if feed.crop is not None:
+                    top, left, h, w = boxes[i]
+                    window = cut[: h * w * 3].reshape(h, w, 3)
+                    window[:] = image[top : top + h, left : left + w]
+                    image = scale(window, size, size)
+                images[i] = image
 
         parts = 1 if feed.crop is None and feed.spec.pixels == "raw" else self._shared
         if parts == 1:
@@ -228,22 +236,14 @@ class Loader:
             list(self._croppers.map(fill, range(parts)))
         return images, tokens
 
+    def _boxes(self, rows: Rows, place: list[tuple[Table, int]]) -> np.ndarray:
+        """The rows' crops, int64 [n, 4], or [0, 4] without crops."""
+        if self.feed.crop is None:
+            return np.empty((0, 4), np.int64)
+        seeds = mix(self.feed.order.seed, rows.passes, rows.shard, rows.row, 1 << 20)
+        height, width = (np.array(side) for side in zip(*((t.height[r], t.width[r]) for t, r in place), strict=True))
+        return crop_boxes(height, width, self.feed.crop, seeds)
+
 
 def _joined(parts: list[np.ndarray]) -> torch.Tensor:
     return torch.from_numpy(parts[0] if len(parts) == 1 else np.concatenate(parts))
-
-
-def random_crop(image: np.ndarray, size: int, area: tuple[float, float], seed: int) -> np.ndarray:
-    """torchvision's RandomResizedCrop (ratio 3/4 … 4/3, bicubic) of a uint8 [H, W, 3], decided by `seed` alone."""
-    rng = np.random.default_rng(seed)
-    height, width = image.shape[:2]
-    for _ in range(10):
-        pixels = height * width * rng.uniform(*area)
-        ratio = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
-        w, h = round((pixels * ratio) ** 0.5), round((pixels / ratio) ** 0.5)
-        if 0 < w <= width and 0 < h <= height:
-            break
-    else:
-        w = h = min(width, height)
-    left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
-    return scale(image[top : top + h, left : left + w].copy(), size, size)
