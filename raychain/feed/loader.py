@@ -131,6 +131,7 @@ class Loader:
             for step in range(self.start, self.stop):
                 if not self._put(self._batch(step)):
                     return
+            self._tables = {}  # the consumer may do much before it closes
             self._put(None)
         except CancelledError:  # closed
             return
