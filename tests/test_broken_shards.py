@@ -22,10 +22,11 @@ from webdataset.tariterators import base_plus_ext
 from raychain.errors import InputError
 from raychain.evaluation.data import resolve_retrieval
 from raychain.feed import health, members
-from raychain.feed.cache import ShardCache, Spec
+from raychain.feed.cache import ShardCache
 from raychain.feed.health import Bad, Tally, tally
 from raychain.feed.members import Wanted
 from raychain.feed.shards import Shard, read, survey
+from raychain.feed.spec import Spec
 from raychain.feed.tar import split_name
 
 

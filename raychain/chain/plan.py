@@ -19,11 +19,11 @@ from raychain.errors import InputError, nearest
 from raychain.evaluation.data import resolve_retrieval, resolve_zero_shot
 from raychain.families import UnknownModelError, build, model_config, model_names, parameter_count
 from raychain.families.tokenizing import make_tokenizer
-from raychain.feed.cache import Spec
 from raychain.feed.loader import Feed
 from raychain.feed.members import Wanted
 from raychain.feed.order import Mixture, Order, Stream
 from raychain.feed.shards import Shard, expand, survey
+from raychain.feed.spec import Spec, fitting
 from raychain.growth import DEPTH_OPERATORS, WIDTH_OPERATORS, GrowthError, check
 from raychain.planning.macs import forward_macs, stage_macs
 from raychain.reporting.health import DataHealth
@@ -230,6 +230,7 @@ def _stages(experiment: Experiment, readings: Sequence[Reading], out: Folder) ->
         config = model_config(stage.model)
         image_size = _image_size(experiment, index)
         spec = Spec(Wanted(data.captions.keys), image_size, make_tokenizer(config)[1], data.crop is not None)
+        spec = fitting(spec, sum(reading.order.counts), experiment.preload.budget)
         lr = stage.lr or recipe.lr * (grown.lr_scale if grown else 1)
         betas, eps = adam_constants(recipe, config)
         precision = recipe.precision or ("bf16" if experiment.compute.gpus_per_worker else "fp32")
@@ -245,6 +246,7 @@ def _stages(experiment: Experiment, readings: Sequence[Reading], out: Folder) ->
                     "captions": data.captions.model_dump(mode="json"),
                     "crop": data.crop,
                     "window": data.shuffle_window,
+                    "pixels": spec.pixels,
                 },
                 "steps": steps,
                 "warmup": warmup,

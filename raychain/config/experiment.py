@@ -150,8 +150,8 @@ class Transfer(Component):
     """Growth operator for widths."""
     depth: str = "identity"
     """Growth operator for layers."""
-    optimizer: Literal["grow", "reset"] = "grow"
-    """AdamW's moments: grown with the weights, or from zero."""
+    optimizer: Literal["grow", "reset"] = "reset"
+    """AdamW's moments: from zero, or grown with the weights."""
     lr_scale: float = Field(1.0, gt=0)
     """Peak learning rate of grown stages as a multiple of `train.lr`."""
     warmup: Warmup | None = None

@@ -13,10 +13,11 @@ from pathlib import Path
 
 from raychain.errors import InputError
 from raychain.feed import shards
+from raychain.feed.fetch import open_input
 from raychain.feed.health import STRUCTURAL
 from raychain.feed.members import Wanted
 from raychain.feed.shards import Shard
-from raychain.storage import Folder, resolve
+from raychain.storage import Folder
 
 ZERO_SHOT, RETRIEVAL = "evaluate.zero_shot", "evaluate.retrieval"
 CLASSES, TEMPLATES = "classnames.txt", "zeroshot_classification_templates.txt"
@@ -137,9 +138,8 @@ def _labels(shard: Shard, cache: Path) -> tuple[int, int]:
         low, high = json.loads(noted.read_text())
         return low, high
     labels = []
-    filesystem, path = resolve(shard.address)
     try:
-        with filesystem.open_input_file(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
+        with open_input(shard.address) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
                 handle = tar.extractfile(member) if member.name.lower().endswith(".cls") else None
                 with contextlib.suppress(ValueError):  # one broken sample among many: reading skips it with a warning

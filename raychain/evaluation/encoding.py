@@ -11,9 +11,11 @@ from torch import nn
 
 from raychain.evaluation import ranks
 from raychain.evaluation.reading import tables
-from raychain.feed.cache import ShardCache, Spec, Table, Tokenize
+from raychain.feed.cache import ShardCache
 from raychain.feed.members import Wanted
 from raychain.feed.shards import Shard
+from raychain.feed.spec import Spec, Tokenize
+from raychain.feed.table import Table
 from raychain.objectives.contrastive import world_size
 
 

@@ -12,7 +12,8 @@ from raychain.evaluation.data import RetrievalData, ZeroShotData
 from raychain.evaluation.encoding import Encoder
 from raychain.evaluation.retrieval import retrieval as measure_retrieval
 from raychain.evaluation.zero_shot import zero_shot as measure_zero_shot
-from raychain.feed.cache import ShardCache, Tokenize
+from raychain.feed.cache import ShardCache
+from raychain.feed.spec import Tokenize
 
 
 def evaluate(

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from raychain.feed import health
-from raychain.feed.cache import ShardCache, Spec, Table, Tokenize
+from raychain.feed.cache import ShardCache
 from raychain.feed.order import rank_slice
 from raychain.feed.shards import Shard
+from raychain.feed.spec import Spec, Tokenize
+from raychain.feed.table import Table
 
 
 @dataclass(frozen=True)

@@ -4,49 +4,39 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import logging
+import mmap
 import os
-import tempfile
+import random
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import CancelledError
 from pathlib import Path
+from typing import Any, BinaryIO
 
-import numpy as np
 import pyarrow as pa
 
-from raychain.feed.decode import Spec, Tokenize, bad_in, decode
+from raychain.feed.decode import decode
+from raychain.feed.health import Bad, tally
+from raychain.feed.room import NoRoomError, Room, create, share
 from raychain.feed.shards import Shard
+from raychain.feed.spec import Spec, Tokenize
+from raychain.feed.table import BAD, DamagedError, Table, metadata, seal, verify
 
 log = logging.getLogger("raychain.feed")
 
-
-class Table:
-    """A cached shard: numpy views of the memory-mapped file."""
-
-    def __init__(self, path: Path) -> None:
-        self.data = pa.ipc.open_file(pa.memory_map(str(path))).read_all().combine_chunks()
-        self.size = self.data.num_rows
-        self.bad = bad_in(self.data.schema)
-        captions = self._column("captions")
-        self.caption_offset = captions.offsets.to_numpy()
-        self.label = self._column("label").to_numpy()
-        self.height = self._column("height").to_numpy()
-        self.width = self._column("width").to_numpy()
-        tokens = captions.values
-        self.tokens = np.frombuffer(tokens.buffers()[1] or b"", dtype=np.int32)
-        self.tokens = self.tokens.reshape(len(tokens), tokens.type.byte_width // 4)
-        pixels = self._column("image")
-        self._pixel_offset = np.frombuffer(pixels.buffers()[1], dtype=np.int64)
-        self._pixels = np.frombuffer(pixels.buffers()[2], dtype=np.uint8)
-
-    def _column(self, name: str) -> pa.Array:
-        column = self.data.column(name)
-        return column.chunk(0) if column.num_chunks else pa.array([], column.type)
-
-    def image(self, row: int) -> np.ndarray:
-        """uint8 [height, width, 3], a read-only view."""
-        pixels = self._pixels[self._pixel_offset[row] : self._pixel_offset[row + 1]]
-        return pixels.reshape(self.height[row], self.width[row], 3)
+PATIENCE_S = 30.0
+"""How long a shard that is needed waits for room before it is decoded into memory."""
+PAUSE_S = (0.02, 1.0)
+"""Between two looks for room: at first, and at most."""
+ASKED = 0.95
+"""Share of a file's likely size that is asked for before the shard is decoded: not more than it turns out to take."""
+FRAME = 4096
+"""More than the bytes an Arrow file has besides its record batches: magic, schema, and the footer, which repeats it."""
+FRAME_BATCH = 64
+"""More than the footer's bytes for a record batch."""
 
 
 class ShardCache:
@@ -56,6 +46,9 @@ class ShardCache:
         self.root = Path(root).expanduser()
         self.budget = budget
         (self.root / "shards").mkdir(parents=True, exist_ok=True)
+        self._room = Room(self.root, budget)
+        self._verified: set[tuple[int, ...]] = set()
+        self._per_sample: dict[str, float] = {}
 
     def path(self, shard: Shard, spec: Spec) -> Path:
         """Where the shard's file is or will be."""
@@ -64,65 +57,185 @@ class ShardCache:
     def table(self, shard: Shard, spec: Spec, tokenize: Tokenize) -> Table:
         """The shard's table, made now if it is not there; waits where another process of the node is making it.
 
-        Raises OSError for a shard that cannot be read or does not fit `budget`.
+        Where others hold the whole budget for PATIENCE_S seconds, the table is made in memory. Raises OSError for a
+        shard that cannot be read or does not fit `budget`.
+        """
+        deadline, pause = time.monotonic() + PATIENCE_S, PAUSE_S[0]
+        while (table := self.table_now(shard, spec, tokenize)) is None:
+            if time.monotonic() >= deadline:
+                return self._in_memory(shard, spec, tokenize)
+            time.sleep(pause * random.uniform(0.5, 1))
+            pause = min(2 * pause, PAUSE_S[1])
+        return table
+
+    def table_now(self, shard: Shard, spec: Spec, tokenize: Tokenize) -> Table | None:
+        """As `table`, but None where others hold too much of the budget."""
+        path = self.path(shard, spec)
+        while True:
+            if (table := self._open(path)) is not None:
+                return table
+            try:
+                with self._make(path, shard, spec, tokenize) as file:
+                    fcntl.flock(file, fcntl.LOCK_SH)
+                    if os.fstat(file.fileno()).st_nlink:  # not removed while the lock changed hands
+                        return self._map(file, path.stem)
+            except _MadeElsewhere:
+                continue
+            except NoRoomError:
+                return None
+
+    @contextlib.contextmanager
+    def turn(self, closed: threading.Event) -> Iterator[None]:
+        """Only one process or thread of the node has its turn. Raises CancelledError when `closed` is set meanwhile."""
+        with (self.root / "turn.lock").open("w") as file:
+            while True:
+                with contextlib.suppress(BlockingIOError):
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                if closed.wait(PAUSE_S[0]):
+                    raise CancelledError
+            yield
+
+    def ensure(self, shard: Shard, spec: Spec, tokenize: Tokenize, *, spare: float | None = None) -> int:
+        """Makes the shard's file if it is not there and room can be made now, and does not hold it.
+
+        Files used since `spare` (seconds of the epoch) do not make room. Returns the bytes written, 0 for none. Raises
+        OSError as `table` does.
         """
         path = self.path(shard, spec)
-        for _ in range(3):
-            with contextlib.suppress(FileNotFoundError):
-                os.utime(path)
-                return Table(path)
-            with _lock(path.with_suffix(".lock")):
-                if not path.exists():
-                    self._make(path, shard, spec, tokenize)
-        raise OSError(f"{path} vanishes as soon as it is made: preload.budget ({self.budget} bytes) is too small")
+        if self.touch(shard, spec):
+            return 0
+        try:
+            with self._make(path, shard, spec, tokenize, spare) as file:
+                return os.fstat(file.fileno()).st_size
+        except (_MadeElsewhere, NoRoomError):
+            return 0
+
+    def check_fits(self, shards: Sequence[Shard], spec: Spec) -> None:
+        """Raises OSError if these shards, which are needed at once, are more than the budget; sizes of shards that are
+        not made yet follow from those that are."""
+        needed = sum(self.size(shard, spec) for shard in shards)
+        if needed > self.budget:
+            raise OSError(
+                f"preload.budget is {self.budget} bytes; the {len(shards)} shards that are shuffled together need "
+                f"about {needed}: raise it, or lower data.shuffle_window"
+            )
 
     def size(self, shard: Shard, spec: Spec) -> int:
-        """Bytes of the shard's file; estimated from its samples while it is not there."""
+        """Bytes of the shard's file; while it is not there, what others of its kind make likely."""
         try:
             return self.path(shard, spec).stat().st_size
         except FileNotFoundError:
-            return shard.samples * 3 * spec.image_size**2
+            return int(shard.samples * self._per_sample.get(spec.digest, _least(spec)))
 
     def touch(self, shard: Shard, spec: Spec) -> bool:
         """Marks the shard's file as just used; False if it is not there."""
         try:
-            os.utime(self.path(shard, spec))
+            _used(self.path(shard, spec))
         except FileNotFoundError:
             return False
         return True
 
-    def _make(self, path: Path, shard: Shard, spec: Spec, tokenize: Tokenize) -> None:
+    def _open(self, path: Path) -> Table | None:
+        """The table of a file that is there and whole; a damaged one is removed."""
+        if (file := share(path)) is None:
+            return None
+        with file:
+            try:
+                table = self._map(file, path.stem)
+                with contextlib.suppress(FileNotFoundError):  # another reader found it damaged
+                    _used(path)
+                return table
+            except (DamagedError, pa.ArrowException, ValueError, KeyError, AttributeError) as error:
+                log.warning("%s is damaged (%s): it is made again", path, str(error))
+            self._room.remove(path, file)  # out of the handler, which still holds the mapping
+            return None
+
+    def _map(self, file: BinaryIO, name: str) -> Table:
+        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)  # holds the file's lock on its own
+        stat = os.fstat(file.fileno())
+        key = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+        if key not in self._verified:
+            verify(content)
+            self._verified.add(key)
+        return Table(content, name)
+
+    def _make(self, path: Path, shard: Shard, spec: Spec, tokenize: Tokenize, spare: float | None = None) -> BinaryIO:
+        """The finished file in its place, exclusively held. Raises _MadeElsewhere if another process was quicker, and
+        NoRoomError."""
         started, scratch = time.monotonic(), path.with_suffix(".tmp")
+        file = create(scratch)
         try:
-            with tempfile.TemporaryFile(dir=self.root) as pixels:
-                table = decode(shard, spec, tokenize, pixels)
-                with pa.OSFile(str(scratch), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
-                    writer.write_table(table)
-            with _lock(self.root / "room.lock"):
-                self._make_room(scratch.stat().st_size)
-                scratch.replace(path)
-        finally:
+            if path.exists():
+                raise _MadeElsewhere
+
+            def reserve(size: int) -> None:
+                self._room.reserve(file, size, spare)
+
+            reserve(int(shard.samples * max(_least(spec), ASKED * self._per_sample.get(spec.digest, 0))))
+            bad: list[Bad] = []
+            batches = decode(shard, spec, tokenize, bad)
+            _write(pa.PythonFile(file, "w"), batches, metadata(path.stem, spec.pixels), bad, reserve)
+            file.truncate()
+            with mmap.mmap(file.fileno(), 0) as content:
+                seal(content)
+            size = os.fstat(file.fileno()).st_size
+            self._room.settle(scratch, path)
+        except BaseException:
             scratch.unlink(missing_ok=True)
-        log.debug("cached %s: %d samples in %.1f s", shard.address, table.num_rows, time.monotonic() - started)
+            file.close()
+            raise
+        self._per_sample[spec.digest] = size / shard.samples
+        log.debug("cached %s: %d bytes in %.1f s", shard.address, size, time.monotonic() - started)
+        return file
 
-    def _make_room(self, incoming: int) -> None:
-        if incoming > self.budget:
-            raise OSError(f"preload.budget is {self.budget} bytes; one decoded shard needs {incoming}")
-        files = []
-        for path in (self.root / "shards").glob("*.arrow"):
-            with contextlib.suppress(FileNotFoundError):
-                stat = path.stat()
-                files.append((stat.st_mtime, stat.st_size, path))
-        held = incoming + sum(size for _, size, _ in files)
-        for _, size, path in sorted(files):
-            if held <= self.budget:
-                return
-            path.unlink(missing_ok=True)  # readers that have it mapped keep their pages
-            held -= size
+    def _in_memory(self, shard: Shard, spec: Spec, tokenize: Tokenize) -> Table:
+        name = self.path(shard, spec).stem
+        log.warning(
+            "%s: decoded into memory, since all of preload.budget (%d bytes) was in use for %g s; raise it, or lower "
+            "data.shuffle_window", shard.address, self.budget, PATIENCE_S,
+        )  # fmt: skip
+        sink = pa.BufferOutputStream()
+        bad: list[Bad] = []
+        _write(sink, decode(shard, spec, tokenize, bad), metadata(name, spec.pixels), bad, lambda _: None)
+        return Table(sink.getvalue(), name)
 
 
-@contextlib.contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+class _MadeElsewhere(Exception):  # noqa: N818 - nothing went wrong
+    """The file is there already."""
+
+
+def _used(path: Path) -> None:
+    """Notes in the file's access time that it is used now."""
+    os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
+
+
+def _least(spec: Spec) -> int:
+    """Bytes that a sample takes at least, as far as that is known before it is decoded."""
+    return 0 if spec.cropped or spec.pixels == "jpeg" else spec.pixel_bytes
+
+
+def _write(
+    sink: Any,
+    batches: Iterator[pa.RecordBatch],
+    notes: dict[bytes, bytes],
+    bad: Sequence[Bad],
+    reserve: Callable[[int], None],
+) -> None:
+    """Writes an Arrow file that ends with an empty batch, whose metadata tells what `batches` has put into `bad`.
+
+    Before every record batch `reserve` is told the bytes of the whole file so far.
+    """
+    writer, size, last = None, FRAME, None
+    for batch in batches:
+        size += pa.ipc.get_record_batch_size(batch) + FRAME_BATCH
+        reserve(size)
+        writer = writer or pa.ipc.new_file(sink, batch.schema.with_metadata(notes))
+        writer.write_batch(batch)
+        last = batch
+    assert writer is not None, "a shard without samples is an error of decoding"
+    assert last is not None
+    found = json.dumps(tally(bad).as_dict()).encode()
+    reserve(size + pa.ipc.get_record_batch_size(last.slice(0, 0)) + FRAME_BATCH + len(found))
+    writer.write_batch(last.slice(0, 0), custom_metadata={BAD: found})
+    writer.close()

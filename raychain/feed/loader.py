@@ -5,26 +5,34 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image
 
 from raychain.feed import health
-from raychain.feed.cache import ShardCache, Spec, Table, Tokenize
+from raychain.feed.cache import ShardCache
+from raychain.feed.crops import crop_boxes
+from raychain.feed.decode import scale
 from raychain.feed.health import Tally
 from raychain.feed.order import Rows, Stream, Window, draw_captions, extend, mix, rank_slice
 from raychain.feed.shards import Shard
+from raychain.feed.spec import Spec, Tokenize
+from raychain.feed.table import Table
 
 AHEAD = 4
 """Batches kept ready."""
 POLL_S = 0.2
 """How often waiting threads look whether the loader was closed."""
-CROP_THREADS_FROM = 96
-"""Pixels a side from which random crops are shared out to threads; below, Python's lock costs more than they gain."""
+IDLE_S = 1.0
+"""After so long with all batches ready the cached shards are let go, for others that need room in the cache."""
+SHARED_FROM = 96
+"""Pixels a side from which crops and JPEG are shared out to threads; below, Python's lock costs more than they gain."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -77,12 +85,15 @@ class Loader:
         self.global_batch, self.start, self.stop, self.report = global_batch, start, stop, report
         self.slice = rank_slice(global_batch, rank, world)
         self.rank, self.world, self.pin, self.wait_s = rank, world, pin, 0.0
-        self._tables: dict[int, Future[Table]] = {}
+        self._tables: dict[int, Table] = {}
+        self._coming = feed.order.coming(start * global_batch)
+        self._ahead: list[Window] = []
         self._queue: queue.Queue[Batch | BaseException | None] = queue.Queue(AHEAD)
         self._closed = threading.Event()
         self._threads = max(1, threads)
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="decode")
         self._croppers = ThreadPoolExecutor(self._threads, thread_name_prefix="crop")
+        self._shared = self._threads if feed.spec.image_size >= SHARED_FROM else 1
         self._thread = threading.Thread(target=self._work, name="loader", daemon=True)
         self._thread.start()
 
@@ -123,93 +134,132 @@ class Loader:
 
     def _work(self) -> None:
         try:
-            coming = self.feed.order.coming(self.start * self.global_batch)
-            ahead: list[Window] = []
             for step in range(self.start, self.stop):
-                stop = (step + 1) * self.global_batch
-                for window in extend(ahead, coming, stop, self.feed.order.sources):
-                    self._prepare(window.shards)
-                rows = self.feed.order.rows(step * self.global_batch, stop)
-                if not self._put(self._batch(step, Rows(*(column[self.slice] for column in rows)))):
+                if not self._put(self._batch(step)):
                     return
-                ahead = [window for window in ahead if window.stop > stop]
-                needed = {shard for window in ahead for shard in window.shards}
-                for shard in self._tables.keys() - needed:
-                    del self._tables[shard]
+            self._tables = {}  # the consumer may do much before it closes
             self._put(None)
         except CancelledError:  # closed
             return
         except BaseException as error:  # handed to the training loop, which raises it
             self._put(error)
 
-    def _prepare(self, shards: Sequence[int]) -> None:
-        turn = self.rank * len(shards) // self.world  # ranks of a node start at different shards and share the work
-        for shard in (*shards[turn:], *shards[:turn]):
-            if shard not in self._tables and self.feed.order.counts[shard]:
-                if self._closed.is_set():
-                    raise CancelledError
-                self._tables[shard] = self._pool.submit(self._read, self.feed.shards[shard])
+    def _hold(self, place: int) -> int:
+        """Holds every table of the windows that `place` lies in; returns the place up to which these are enough.
 
-    def _read(self, shard: Shard) -> Table:
-        table = self.cache.table(shard, self.feed.spec, self.tokenize)
-        if table.bad:
-            self.report(shard, table.bad)
-        return table
+        Where room is scarce, one loader of the node at a time waits for it, and the others hold nothing, so that none
+        waits for what another keeps while it waits.
+        """
+        self._ahead = [window for window in self._ahead if window.stop > place]
+        extend(self._ahead, self._coming, place + 1, self.feed.order.sources)
+        current = [window for window in self._ahead if window.start <= place]
+        following = self._ahead[len(current) :]
+        shards = self._in_turn(current)
+        self._tables = {shard: table for shard, table in self._tables.items() if shard in shards}
+        if missing := [shard for shard in shards if shard not in self._tables]:
+            if not self._take(shards, missing, self.cache.table_now):
+                self._release()
+                with self.cache.turn(self._closed):
+                    self._take(shards, [shard for shard in shards if shard not in self._tables], self.cache.table)
+            for shard in self._in_turn(following):  # files used from now on do not make room for these
+                self._submit(self.cache.ensure, shard, spare=time.time())
+        return min(*(window.stop for window in current), *(window.start for window in following))
+
+    def _take(self, together: list[int], shards: list[int], get: Callable[..., Table | None]) -> bool:
+        """Whether all of the tables could be got, which are part of those needed `together`."""
+        futures = [self._submit(get, shard) for shard in shards]
+        while wait(futures, timeout=POLL_S).not_done:
+            if self._closed.is_set():
+                raise CancelledError
+            self.cache.check_fits([self.feed.shards[shard] for shard in together], self.feed.spec)
+        tables = {shard: future.result() for shard, future in zip(shards, futures, strict=True)}
+        for shard, table in tables.items():
+            if table is not None and table.bad:
+                self.report(self.feed.shards[shard], table.bad)
+        self._tables |= {shard: table for shard, table in tables.items() if table is not None}
+        return None not in tables.values()
+
+    def _release(self) -> None:
+        """Lets the cache's files go."""
+        self._tables = {shard: table for shard, table in self._tables.items() if not table.mapped}
+
+    def _in_turn(self, windows: list[Window]) -> list[int]:
+        """Shards with samples; ranks of a node start at different ones and share the work."""
+        shards = [s for s in dict.fromkeys(s for window in windows for s in window.shards) if self.feed.order.counts[s]]
+        turn = self.rank * len(shards) // self.world
+        return [*shards[turn:], *shards[:turn]]
+
+    def _submit(self, work: Callable[..., T], shard: int, **options: Any) -> Future[T]:
+        if self._closed.is_set():
+            raise CancelledError
+        return self._pool.submit(work, self.feed.shards[shard], self.feed.spec, self.tokenize, **options)
 
     def _put(self, item: Batch | BaseException | None) -> bool:
+        started = time.monotonic()
         while not self._closed.is_set():
             try:
                 self._queue.put(item, timeout=POLL_S)
                 return True
             except queue.Full:
-                continue
+                if time.monotonic() - started >= IDLE_S:
+                    self._release()
         return False
 
-    def _table(self, shard: int) -> Table:
-        while not self._closed.is_set():
-            if wait([self._tables[shard]], timeout=POLL_S).done:
-                return self._tables[shard].result()
-        raise CancelledError
+    def _batch(self, step: int) -> Batch:
+        """The rank's part of a global batch, one window after the other: only what one needs is held at a time."""
+        place, stop = (step * self.global_batch + edge for edge in (self.slice.start, self.slice.stop))
+        images, tokens = [], []
+        while place < stop:
+            end = min(stop, self._hold(place))
+            pictures, ids = self._part(self.feed.order.rows(place, end))
+            images.append(pictures)
+            tokens.append(ids)
+            place = end
+        batch = Batch(step, _joined(images), _joined(tokens))
+        return Batch(step, batch.images.pin_memory(), batch.tokens.pin_memory()) if self.pin else batch
 
-    def _batch(self, step: int, rows: Rows) -> Batch:
-        feed, tables = self.feed, {s: self._table(s) for s in np.unique(rows.shard).tolist()}
+    def _part(self, rows: Rows) -> tuple[np.ndarray, np.ndarray]:
+        """Pictures uint8 [n, H, W, 3] and token ids int64 [n, K, context length] of n rows of one window."""
+        feed, tables = self.feed, self._tables
         place = [(tables[s], r % tables[s].size) for s, r in zip(rows.shard.tolist(), rows.row.tolist(), strict=True)]
         size = feed.spec.image_size
         images = np.empty((len(place), size, size, 3), dtype=np.uint8)
-        boxes = mix(feed.order.seed, rows.passes, rows.shard, rows.row, 1 << 20)
         first = np.array([table.caption_offset[r] for table, r in place])
         pool = np.array([table.caption_offset[r + 1] for table, r in place]) - first
         chosen = first[:, None] + draw_captions(feed.order.seed, rows, pool, feed.per_image)
         tokens = np.empty((*chosen.shape, place[0][0].tokens.shape[1]), dtype=np.int64)
-        for i, (table, r) in enumerate(place):
+        for i, (table, _) in enumerate(place):
             tokens[i] = table.tokens[chosen[i]]
-            if feed.crop is None:
-                images[i] = table.image(r)
-        if feed.crop is not None:
-            area, parts = feed.crop, self._threads if size >= CROP_THREADS_FROM else 1
 
-            def crop(part: int) -> None:
-                for i in range(part, len(place), parts):
-                    table, r = place[i]
-                    images[i] = random_crop(table.image(r), size, area, int(boxes[i]))
+        boxes = self._boxes(rows, place)
 
-            list(self._croppers.map(crop, range(parts)))
-        batch = Batch(step, torch.from_numpy(images), torch.from_numpy(tokens))
-        return Batch(step, batch.images.pin_memory(), batch.tokens.pin_memory()) if self.pin else batch
+        def fill(part: int) -> None:
+            cut = np.empty(boxes[:, 2:].prod(1).max(initial=0) * 3, np.uint8)  # fresh memory each time takes longer
+            for i in range(part, len(place), parts):
+                table, r = place[i]
+                image = table.image(r)
+                if feed.crop is not None:
+                    top, left, h, w = boxes[i]
+                    window = cut[: h * w * 3].reshape(h, w, 3)
+                    window[:] = image[top : top + h, left : left + w]
+                    image = scale(window, size, size)
+                images[i] = image
+
+        parts = 1 if feed.crop is None and feed.spec.pixels == "raw" else self._shared
+        if parts == 1:
+            fill(0)
+        else:
+            list(self._croppers.map(fill, range(parts)))
+        return images, tokens
+
+    def _boxes(self, rows: Rows, place: list[tuple[Table, int]]) -> np.ndarray:
+        """The rows' crops, int64 [n, 4], or [0, 4] without crops."""
+        if self.feed.crop is None:
+            return np.empty((0, 4), np.int64)
+        seeds = mix(self.feed.order.seed, rows.passes, rows.shard, rows.row, 1 << 20)
+        height, width = (np.array(side) for side in zip(*((t.height[r], t.width[r]) for t, r in place), strict=True))
+        return crop_boxes(height, width, self.feed.crop, seeds)
 
 
-def random_crop(image: np.ndarray, size: int, area: tuple[float, float], seed: int) -> np.ndarray:
-    """torchvision's RandomResizedCrop (ratio 3/4 … 4/3, bicubic) of a uint8 [H, W, 3], decided by `seed` alone."""
-    rng = np.random.default_rng(seed)
-    height, width = image.shape[:2]
-    for _ in range(10):
-        pixels = height * width * rng.uniform(*area)
-        ratio = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
-        w, h = round((pixels * ratio) ** 0.5), round((pixels / ratio) ** 0.5)
-        if 0 < w <= width and 0 < h <= height:
-            break
-    else:
-        w = h = min(width, height)
-    left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
-    box = (left, top, left + w, top + h)
-    return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC, box=box))
+def _joined(parts: list[np.ndarray]) -> torch.Tensor:
+    return torch.from_numpy(parts[0] if len(parts) == 1 else np.concatenate(parts))

@@ -11,9 +11,10 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from itertools import chain, islice
 from typing import Any, NamedTuple
 
-from raychain.feed.cache import ShardCache, Tokenize
+from raychain.feed.cache import ShardCache
 from raychain.feed.loader import Feed
 from raychain.feed.order import Window, extend
+from raychain.feed.spec import Tokenize
 
 log = logging.getLogger("raychain.feed")
 
@@ -86,6 +87,8 @@ class Preloader:
         self._place: tuple[int, int, float] | None = None
         self._spans: list[dict[str, Any]] = []
         self._failed: set[Item] = set()
+        self._looked = 0.0
+        """When what is wanted was last marked as used: what was used since does not make room for more."""
         self._news = threading.Event()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._work, name="preloader", daemon=True)
@@ -125,7 +128,7 @@ class Preloader:
         if self._place is None:
             return []
         stage, step, waiting = self._place
-        room = self.cache.budget * SHARE_OF_BUDGET
+        room, self._looked = self.cache.budget * SHARE_OF_BUDGET, time.time()
         missing: list[Item] = []
         for item in wanted(self.sources, stage, step, following=waiting < WAITING):
             source = self.sources[item.stage]
@@ -141,10 +144,13 @@ class Preloader:
         source = self.sources[item.stage]
         shard, started = source.feed.shards[item.shard], time.time()
         try:
-            self.cache.table(shard, source.feed.spec, source.tokenize)
+            written = self.cache.ensure(shard, source.feed.spec, source.tokenize, spare=self._looked)
         except OSError as error:  # the loader that needs it will say so, if it still cannot be read then
             log.debug("not preloaded: %s", error)
             self._failed.add(item)
+            return
+        if not written:  # another was quicker, or loaders hold the room
+            self._closed.wait(IDLE_S)
             return
         name = shard.address.rpartition("/")[2]
         times = {"start": started, "end": time.time()}

@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
-import io
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import repeat
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
 import braceexpand
 from pyarrow import fs
 
 from raychain.errors import InputError
 from raychain.feed import health, members
+from raychain.feed.fetch import open_input, patiently
 from raychain.feed.health import Bad, Tally
 from raychain.storage import Folder, is_local, resolve
 
 PROBE = 65_536
-READ_AHEAD = 2**21
-"""Bytes asked of object storage at once while headers are read: one request for many members, not one for each."""
+WHOLE_AHEAD = 2**23
+"""Bytes asked of object storage at once where the whole shard is read."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def _match(address: str, pattern: str, where: str) -> list[str]:
     base, mark, query = address.partition("?") if not is_local(address) and "=" in address else (address, "", "")
     prefix = base.removesuffix(path) if "://" in base else ""
     try:
-        info = filesystem.get_file_info(path)
+        info = patiently(address, lambda: filesystem.get_file_info(path))
         if info.type == fs.FileType.File:
             return [prefix + path + mark + query]
         if info.type == fs.FileType.Directory:
@@ -69,7 +69,8 @@ def _match(address: str, pattern: str, where: str) -> list[str]:
             raise InputError(where, pattern, "tar shards that exist", f"no such file: {address}")
         stem = path[: min(path.find(c) for c in "*?[" if c in path)].rpartition("/")[0]
         selector = fs.FileSelector(stem or "/", recursive="/" in path[len(stem) + 1 :], allow_not_found=True)
-        names = [i.path for i in filesystem.get_file_info(selector) if i.type == fs.FileType.File]
+        found = patiently(address, lambda: filesystem.get_file_info(selector))
+        names = [info.path for info in found if info.type == fs.FileType.File]
     except OSError as error:
         raise InputError(where, pattern, "shards that can be read", f"{address}: {error}") from None
     matched = sorted(n for n in names if fnmatch.fnmatchcase(n, path) and n.count("/") == path.count("/"))
@@ -101,8 +102,8 @@ def _survey(address: str, wanted: members.Wanted, cache: Path, where: str) -> Sh
     filesystem, path = resolve(address)
     counts = Folder(str(cache / "counts"))
     try:
-        size = filesystem.get_file_info(path).size
-        with filesystem.open_input_file(path) as file:
+        size = patiently(address, lambda: filesystem.get_file_info(path)).size
+        with open_input(address) as file:
             probe = hashlib.blake2b(str(size).encode(), digest_size=16)
             for offset in (0, max(0, size // 2), max(0, size - PROBE)):
                 file.seek(offset)
@@ -112,9 +113,8 @@ def _survey(address: str, wanted: members.Wanted, cache: Path, where: str) -> Sh
             if (noted := counts.read_json(name)) and "bad" in noted:
                 return Shard(address, size, identity, noted["samples"], Tally.from_dict(noted["bad"]))
             file.seek(0)
-            stream = file if is_local(address) else cast(BinaryIO, io.BufferedReader(file, READ_AHEAD))
             found: list[Bad] = []
-            samples = sum(1 for _ in members.samples(stream, wanted, names_only=True, report=found.append))
+            samples = sum(1 for _ in members.samples(file, wanted, names_only=True, report=found.append))
     except OSError as error:
         raise InputError(where, address, "a file that can be read", f"replace or remove the shard ({error})") from None
     bad = health.tally(found)
@@ -130,9 +130,8 @@ def read(
     shard: Shard, wanted: members.Wanted, report: Callable[[Bad], None] = lambda _: None
 ) -> Iterator[dict[str, Any]]:
     """The usable samples of a shard in file order; `report` as for `members.samples`. Raises OSError, naming it."""
-    filesystem, path = resolve(shard.address)
     try:
-        with filesystem.open_input_file(path) as file:
+        with open_input(shard.address, WHOLE_AHEAD) as file:
             yield from members.samples(file, wanted, report=report)
     except OSError as error:
         raise OSError(f"{shard.address}: {error}") from error

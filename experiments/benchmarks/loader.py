@@ -1,0 +1,216 @@
+"""Images a second of one core: raychain's loader against webdataset + PIL + torchvision on the same shards.
+
+    python experiments/benchmarks/loader.py --out loader.json
+
+Shards of photograph-like JPEGs are made first (seeded). Every pipeline gives batches of uint8-exact 224-pixel pictures
+with token ids in one thread; they take turns, and every figure is a median over the repetitions. Speed is by the
+processor time of the whole process, which other programs disturb little; wall time stands beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import platform
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+
+import numpy as np
+import torch
+import torchvision.transforms as T
+import webdataset
+from PIL import Image
+
+from raychain.feed.cache import ShardCache
+from raychain.feed.loader import Feed, Loader
+from raychain.feed.members import Wanted
+from raychain.feed.order import Order
+from raychain.feed.shards import Shard, survey
+from raychain.feed.spec import Representation, Spec
+
+SIZE, BATCH, CONTEXT = 224, 64, 77
+CROP = (0.9, 1.0)
+WANTED = Wanted(("txt",))
+BICUBIC, BILINEAR = T.InterpolationMode.BICUBIC, T.InterpolationMode.BILINEAR
+
+
+def photograph(rng: np.random.Generator) -> Image.Image:
+    """A picture with a photograph's statistics: 1/f noise in luminance and, smoother, in colour, gradients, edges of a
+    few flat shapes, and sensor noise. Shorter side 350 to 500 pixels."""
+    short = int(rng.integers(350, 501))
+    long = int(short * rng.uniform(1, 1.6))
+    h, w = (short, long) if rng.random() < 0.6 else (long, short)
+    spectrum = np.hypot(np.fft.fftfreq(h)[:, None], np.fft.rfftfreq(w)[None])
+    spectrum[0, 0] = 1
+
+    def cloud(slope: float) -> np.ndarray:
+        waves = rng.normal(size=(h, w // 2 + 1)) + 1j * rng.normal(size=(h, w // 2 + 1))
+        field = np.fft.irfft2(waves / spectrum**slope, s=(h, w))
+        return (field - field.mean()) / field.std()
+
+    y, x = np.mgrid[0 : 1 : h * 1j, 0 : 1 : w * 1j]
+    light = 128 + 36 * cloud(1.45) + 40 * (rng.uniform(-1, 1) * x + rng.uniform(-1, 1) * y)
+    colour = [16 * cloud(1.8) for _ in range(2)]
+    for _ in range(4):
+        cy, cx, ry, rx = rng.uniform(0.1, 0.9, 2).tolist() + rng.uniform(0.05, 0.3, 2).tolist()
+        light += rng.uniform(-50, 50) * (((y - cy) / ry) ** 2 + ((x - cx) / rx) ** 2 < 1)
+    rgb = np.stack([light + colour[0], light - 0.5 * (colour[0] + colour[1]), light + colour[1]], -1)
+    return Image.fromarray(np.clip(rgb + rng.normal(0, 1.5, rgb.shape), 0, 255).astype(np.uint8))
+
+
+def make_shards(folder: Path, shards: int, samples: int, seed: int) -> list[Shard]:
+    """Shards of JPEGs of quality 90 with one caption each."""
+    rng = np.random.default_rng(seed)
+    paths = [f"{folder}/{i:02}.tar" for i in range(shards)]
+    for i, path in enumerate(paths):
+        with webdataset.TarWriter(path) as tar:
+            for j in range(samples):
+                picture = io.BytesIO()
+                photograph(rng).save(picture, "jpeg", quality=90)
+                tar.write({"__key__": f"{i:02}{j:05}", "jpg": picture.getvalue(), "txt": f"a photograph {i} {j}"})
+    return survey(paths, WANTED, folder / "counts", "shards")
+
+
+def tokenize(texts: Sequence[str]) -> np.ndarray:
+    """Bytes of the captions, padded: next to no time, the same in every pipeline."""
+    ids = np.zeros((len(texts), CONTEXT), np.int64)
+    for row, text in zip(ids, texts, strict=True):
+        content = text.encode()[:CONTEXT]
+        row[: len(content)] = list(content)
+    return ids
+
+
+def baseline(shards: Sequence[Shard], crop: bool, mode: T.InterpolationMode) -> Iterator[torch.Tensor]:
+    """Batches as webdataset's own recipes make them: PIL decodes, torchvision crops and converts to float."""
+    if crop:
+        picture = T.Compose([T.RandomResizedCrop(SIZE, CROP, interpolation=mode), T.ToTensor()])
+    else:
+        picture = T.Compose([T.Resize(SIZE, mode), T.CenterCrop(SIZE), T.ToTensor()])
+    source = webdataset.WebDataset([s.address for s in shards], shardshuffle=False, empty_check=False)
+    samples = source.decode("pil").to_tuple("jpg", "txt").map_tuple(picture, lambda text: tokenize([text])[0])
+    for images, _ in samples.batched(BATCH, partial=False):
+        yield images
+
+
+def loaded(
+    shards: Sequence[Shard], folder: Path, crop: bool, pixels: Representation, epochs: int
+) -> Iterator[torch.Tensor]:
+    """Batches of raychain's loader out of the cache in `folder`, made there in the first epoch."""
+    order = Order(tuple(s.samples for s in shards), seed=0, window=2)
+    spec = Spec(WANTED, SIZE, "bytes", crop, pixels)
+    cache, steps = ShardCache(folder, 2**40), epochs * order.samples // BATCH
+    feed = Feed(tuple(shards), order, spec, 1, CROP if crop else None)
+    with Loader(feed, cache, tokenize, global_batch=BATCH, start=0, stop=steps) as loader:
+        for batch in loader:
+            yield batch.images
+
+
+def timed(batches: Iterator[torch.Tensor]) -> dict[str, float]:
+    """Images a second by processor and by wall time, and seconds to the first batch."""
+    cpu, wall, first, images = time.process_time(), time.perf_counter(), 0.0, 0
+    for batch in batches:
+        first = first or time.perf_counter() - wall
+        images += len(batch)
+    return {
+        "per_cpu_s": images / (time.process_time() - cpu),
+        "per_wall_s": images / (time.perf_counter() - wall),
+        "first_batch_s": first,
+    }
+
+
+def pipelines(shards: Sequence[Shard], work: Path, crop: bool, epochs: int) -> dict[str, Callable[[], Any]]:
+    """What is measured, by name; each run of one is a fresh start."""
+
+    def cold(pixels: Representation) -> Iterator[torch.Tensor]:
+        shutil.rmtree(work / f"cold-{pixels}", ignore_errors=True)
+        yield from loaded(shards, work / f"cold-{pixels}", crop, pixels, 1)
+
+    return {
+        "webdataset, bicubic": lambda: baseline(shards, crop, BICUBIC),
+        "webdataset, bilinear": lambda: baseline(shards, crop, BILINEAR),
+        "raychain, first epoch, raw": lambda: cold("raw"),
+        "raychain, first epoch, JPEG": lambda: cold("jpeg"),
+        "raychain, cached, raw": lambda: loaded(shards, work / "cold-raw", crop, "raw", epochs),
+        "raychain, cached, JPEG": lambda: loaded(shards, work / "cold-jpeg", crop, "jpeg", epochs),
+    }
+
+
+def tolerance(shard: Shard, work: Path) -> dict[str, dict[str, float]]:
+    """Difference of raychain's centre crops from the bicubic baseline's, in levels of 255."""
+    theirs = torch.cat(list(baseline([shard], False, BICUBIC))).mul(255).round().permute(0, 2, 3, 1).numpy()
+    found = {}
+    for pixels in ("raw", "jpeg"):
+        table = ShardCache(work, 2**40).table(shard, Spec(WANTED, SIZE, "bytes", False, pixels), tokenize)
+        difference = np.abs(np.stack([table.image(row) for row in range(len(theirs))]) - theirs)
+        found[pixels] = {"mean": round(float(difference.mean()), 4), "max": float(difference.max())}
+    return found
+
+
+def measure(args: argparse.Namespace, work: Path) -> dict[str, Any]:
+    """All results."""
+    shards = make_shards(work, args.shards, args.samples, args.seed)
+    samples = sum(shard.samples for shard in shards)
+    results: dict[str, Any] = {
+        "command": " ".join(sys.argv),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {platform.platform()}",
+        "kB_a_picture": round(sum(shard.size for shard in shards) / samples / 1000, 1),
+        "difference": tolerance(shards[0], work / "tolerance"),
+    }
+    for task, crop in (("centre", False), ("crop", True)):
+        runs: dict[str, list[dict[str, float]]] = {}
+        for _ in range(args.repeats):
+            for name, start in pipelines(shards, work / task, crop, args.epochs).items():
+                runs.setdefault(name, []).append(timed(start()))
+        results[task] = {name: summary(found, runs["webdataset, bicubic"]) for name, found in runs.items()}
+    return results
+
+
+def summary(found: list[dict[str, float]], reference: list[dict[str, float]]) -> dict[str, float]:
+    """Medians, the spread of the speed (largest less smallest, of the median), and the ratio to the reference."""
+    speeds = [run["per_cpu_s"] for run in found]
+    median = {key: statistics.median(run[key] for run in found) for key in found[0]}
+    ratio = median["per_cpu_s"] / statistics.median(run["per_cpu_s"] for run in reference)
+    spread = 100 * (max(speeds) - min(speeds)) / median["per_cpu_s"]
+    return {k: round(v, 3) for k, v in {**median, "ratio": ratio, "spread_percent": spread}.items()}
+
+
+def main() -> None:
+    """Measures, prints the table and a JSON line, writes the file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shards", type=int, default=4)
+    parser.add_argument("--samples", type=int, default=256, help="of a shard")
+    parser.add_argument("--epochs", type=int, default=5, help="of a cached run")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="JSON file of the results")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory(prefix="raychain-loader-") as work:
+        results = measure(args, Path(work))
+    print(f"pictures of {results['kB_a_picture']} kB; difference from PIL + torchvision: {results['difference']}")
+    for task in ("centre", "crop"):
+        print(f"{task:30}{'images/CPU s':>14}{'spread %':>10}{'ratio':>8}{'images/s':>11}{'first batch s':>15}")
+        for name, row in results[task].items():
+            print(
+                f"{name:30}{row['per_cpu_s']:14.0f}{row['spread_percent']:10.1f}{row['ratio']:8.2f}"
+                f"{row['per_wall_s']:11.0f}{row['first_batch_s']:15.3f}"
+            )
+    print(json.dumps(results))
+    if args.out:
+        args.out.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""What a cached shard holds, and whether its pictures are kept as pixels or as JPEG."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+
+from raychain.feed.members import Wanted
+
+log = logging.getLogger("raychain.feed")
+
+Tokenize = Callable[[Sequence[str]], np.ndarray]
+"""Captions → token ids, integer [captions, context length], padded."""
+Representation = Literal["raw", "jpeg"]
+
+FORMAT = 3
+STORED_BEYOND_CROP = 1.15
+"""With random crops the whole picture is kept, its shorter side this much larger than the crop's output."""
+ASPECT = 4 / 3
+"""Longer by shorter side of a usual photograph: how large whole pictures are is guessed from it."""
+QUALITY = 95
+"""Of pictures kept as JPEG, colour at half resolution: a quarter of the pixels' bytes, off by about a level."""
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a cached shard holds; shards of different specs are different files."""
+
+    wanted: Wanted
+    image_size: int
+    tokenizer: str
+    """Identity of the tokeniser: name, vocabulary, context length."""
+    cropped: bool = False
+    """Keep the whole picture for random crops instead of the resized centre."""
+    pixels: Representation = "raw"
+
+    @property
+    def digest(self) -> str:
+        """Content address of the spec."""
+        kept = self.pixels if self.pixels == "raw" else f"{self.pixels}{QUALITY}"
+        text = f"{FORMAT}|{self.wanted.digest}|{self.image_size}|{self.tokenizer}|{self.cropped}|{kept}"
+        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+    @property
+    def pixel_bytes(self) -> int:
+        """Bytes of a sample's pixels; a guess for whole pictures."""
+        if not self.cropped:
+            return 3 * self.image_size**2
+        return round(3 * (STORED_BEYOND_CROP * self.image_size) ** 2 * ASPECT)
+
+
+def representation(samples: int, bytes_per_sample: int, budget: int) -> Representation:
+    """`raw` where the pixels of all samples fit into `budget` bytes, else `jpeg`."""
+    return "raw" if samples * bytes_per_sample <= budget else "jpeg"
+
+
+def fitting(spec: Spec, samples: int, budget: int) -> Spec:
+    """The spec with the representation that `samples` and `budget` (bytes) call for; says in one log line which."""
+    pixels = representation(samples, spec.pixel_bytes, budget)
+    fits = "fit" if pixels == "raw" else "do not fit"
+    log.info(
+        "cache: %s samples of %d px are %.1f GiB of pixels, which %s preload.budget (%.1f GiB): kept as %s",
+        f"{samples:,}",
+        spec.image_size,
+        samples * spec.pixel_bytes / 2**30,
+        fits,
+        budget / 2**30,
+        "raw pixels" if pixels == "raw" else f"JPEG of quality {QUALITY}",
+    )
+    return replace(spec, pixels=pixels)
