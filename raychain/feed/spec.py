@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -11,8 +10,6 @@ from typing import Literal
 import numpy as np
 
 from raychain.feed.members import Wanted
-
-log = logging.getLogger("raychain.feed")
 
 Tokenize = Callable[[Sequence[str]], np.ndarray]
 """Captions → token ids, integer [captions, context length], padded."""
@@ -60,16 +57,5 @@ def representation(samples: int, bytes_per_sample: int, budget: int) -> Represen
 
 
 def fitting(spec: Spec, samples: int, budget: int) -> Spec:
-    """The spec with the representation that `samples` and `budget` (bytes) call for; says in one log line which."""
-    pixels = representation(samples, spec.pixel_bytes, budget)
-    fits = "fit" if pixels == "raw" else "do not fit"
-    log.info(
-        "cache: %s samples of %d px are %.1f GiB of pixels, which %s preload.budget (%.1f GiB): kept as %s",
-        f"{samples:,}",
-        spec.image_size,
-        samples * spec.pixel_bytes / 2**30,
-        fits,
-        budget / 2**30,
-        "raw pixels" if pixels == "raw" else f"JPEG of quality {QUALITY}",
-    )
-    return replace(spec, pixels=pixels)
+    """The spec with the representation that `samples` and `budget` (bytes) call for."""
+    return replace(spec, pixels=representation(samples, spec.pixel_bytes, budget))

@@ -6,7 +6,7 @@ chain. Values are plain Python: int, float, str, None, dicts and lists of them. 
 
 stage_start  A worker group begins or resumes a stage.
     stage, model, params, steps (of the whole stage), start_step (steps done before),
-    global_batch (pairs), epoch_samples, world_size
+    global_batch (pairs), epoch_samples, world_size, cached_as (raw or jpeg)
 step         One logged optimiser step; a line of metrics.jsonl.
     stage, step (optimiser steps done), samples (pairs seen by the stage, this step's included),
     epoch (samples / epoch_samples), loss, task_loss, distill_loss (alpha included;

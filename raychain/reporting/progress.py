@@ -120,7 +120,9 @@ def _opening(start: Event) -> str:
     workers = start["world_size"]
     resumed = f", resumed at step {first:,}" if first else ""
     plural = "s" if workers != 1 else ""
-    return f"{params} M parameters, {_epochs(start):.4g} epochs, {steps:,} steps on {workers} worker{plural}{resumed}"
+    cached = ", pictures cached as JPEG to fit preload.budget" if start.get("cached_as") == "jpeg" else ""
+    length = f"{_epochs(start):.4g} epochs, {steps:,} steps"
+    return f"{params} M parameters, {length} on {workers} worker{plural}{resumed}{cached}"
 
 
 def _closing(record: Event) -> str:

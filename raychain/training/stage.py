@@ -221,6 +221,7 @@ class ChainWorker:
                 "global_batch": self.experiment.train.global_batch,
                 "epoch_samples": stage.epoch_samples,
                 "world_size": world_size(),
+                "cached_as": stage.feed.spec.pixels,
             }
         )
         saved = [time.monotonic()]
