@@ -66,11 +66,6 @@ class Subject:
         """The run folder's."""
         return self.out.path.rstrip("/").rpartition("/")[2]
 
-    @property
-    def config(self) -> dict[str, Any]:
-        """The experiment, but for where it is tracked."""
-        return self.experiment.model_dump(mode="json", exclude={"track"})
-
 
 class WeightsAndBiases:
     """Curves over `stage<index>/samples`; W&B's own step is the optimiser step of the chain."""
@@ -89,7 +84,7 @@ class WeightsAndBiases:
             dir=os.environ.get("WANDB_DIR") or (subject.out.path if subject.out.local else None),
             settings=wandb.Settings(silent=True, console="off"),
         )
-        self._run.config.update(subject.config, allow_val_change=True)
+        self._run.config.update(subject.experiment.model_dump(mode="json", exclude={"track"}), allow_val_change=True)
         for stage in range(len(subject.steps)):
             self._run.define_metric(f"stage{stage}/*", step_metric=f"stage{stage}/samples")
 
@@ -119,7 +114,10 @@ class MLflow:
             self._client.update_run(self._id, status="RUNNING")
             return
         self._id = self._client.create_run(experiment, tags={tag: subject.id}, run_name=subject.name).info.run_id
-        params = [Param(key, str(value)) for key, value in _leaves(subject.config)]
+        params = [
+            Param(key, str(value))
+            for key, value in _leaves(subject.experiment.model_dump(mode="json", exclude={"track"}))
+        ]
         for start in range(0, len(params), BATCH):
             self._client.log_batch(self._id, params=params[start : start + BATCH])
 
