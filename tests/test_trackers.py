@@ -66,9 +66,15 @@ def mlflow_runs(database, name):
 
 
 def wandb_records(out):
-    """The records of each session's file, oldest first."""
-    paths = sorted(out.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime_ns)
-    return [[Record.FromString(record) for record in chunks(path.read_bytes())] for path in paths]
+    """The records of each session's file, oldest first; W&B's own process may write the end after `finish` returned."""
+    files = list(out.glob("wandb/offline-run-*/*.wandb"))
+    deadline = time.monotonic() + 30
+    while True:
+        sessions = [[Record.FromString(chunk) for chunk in chunks(path.read_bytes())] for path in files]
+        if all(records and records[-1].WhichOneof("record_type") == "exit" for records in sessions):
+            return sorted(sessions, key=lambda records: records[1].run.start_time.ToNanoseconds())
+        assert time.monotonic() < deadline, "W&B did not complete its files"
+        time.sleep(0.1)
 
 
 def chunks(content):
