@@ -32,6 +32,7 @@ FULL = MINIMAL | {
     "preload": {"cache": "cache", "budget": "1.5 GiB"},
     "evaluate": {"zero_shot": "test", "retrieval": "val/*.tar", "every": "1234567 samples"},
     "checkpoint": {"every": "5 minutes"},
+    "track": {"wandb": "team/project", "mlflow": "sqlite:///mlflow.db"},
     "baseline": {"model": "CoM-micro-M", "epochs": 2.5},
 }
 
@@ -59,6 +60,7 @@ def problem(tree: dict[str, object]) -> str:
         ({"data": {"train": "x", "demo": {"out": "x", "name": 2}}}, "data.demo.name", "did you mean names?"),
         ({"transfer": {"distill": {"alhpa": 2}}}, "transfer.distill.alhpa", "did you mean alpha?"),
         ({"chain": [MINIMAL["chain"][0], {"model": "x", "epoch": 1}]}, "chain.1.epoch", "did you mean epochs?"),
+        ({"track": {"wanb": "project"}}, "track.wanb", "did you mean wandb?"),
         ({"train": {"zzz": 8}}, "train.zzz", "remove the key"),
     ],
 )

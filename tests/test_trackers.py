@@ -1,8 +1,9 @@
-"""Trackers get a run's curves once, continue with the run folder, and never stop a run; W&B offline, MLflow local."""
+"""Trackers get a run's curves once, go on with the run folder, never stop a run. W&B is offline, MLflow on sqlite."""
 
 from __future__ import annotations
 
 import json
+import struct
 import threading
 import time
 
@@ -10,8 +11,8 @@ import pytest
 from mlflow import MlflowClient
 from test_config import MINIMAL
 from wandb.proto.wandb_internal_pb2 import Record
-from wandb.sdk.internal.datastore import DataStore
 
+import raychain
 from raychain.chain.plan import Reading, _stages
 from raychain.config.loading import validate
 from raychain.errors import InputError
@@ -65,16 +66,30 @@ def mlflow_runs(database, name):
 
 
 def wandb_records(out):
-    """The records of each session's file, oldest first."""
-    sessions = []
-    for path in sorted(out.glob("wandb/offline-run-*/*.wandb"), key=lambda p: p.stat().st_mtime_ns):
-        store, records = DataStore(), []
-        store.open_for_scan(str(path))
-        while data := store.scan_data():
-            records.append(Record())
-            records[-1].ParseFromString(data)
-        sessions.append(records)
-    return sessions
+    """The records of each session's file, oldest first; W&B's own process may write the end after `finish` returned."""
+    files = list(out.glob("wandb/offline-run-*/*.wandb"))
+    deadline = time.monotonic() + 30
+    while True:
+        sessions = [[Record.FromString(chunk) for chunk in chunks(path.read_bytes())] for path in files]
+        if all(records and records[-1].WhichOneof("record_type") == "exit" for records in sessions):
+            return sorted(sessions, key=lambda records: records[1].run.start_time.ToNanoseconds())
+        assert time.monotonic() < deadline, "W&B did not complete its files"
+        time.sleep(0.1)
+
+
+def chunks(content):
+    """The records of a LevelDB log, which W&B's files are (after 7 bytes): checksum, length, kind, content."""
+    at, block, parts = 7, 2**15, []
+    while at + 7 <= len(content):
+        if block - at % block < 7:
+            at += block - at % block
+            continue
+        _, length, kind = struct.unpack_from("<IHB", content, at)
+        parts.append(content[at + 7 : at + 7 + length])
+        at += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            yield b"".join(parts)
+            parts = []
 
 
 def rows(records):
@@ -185,3 +200,24 @@ def test_stage_keys_do_not_depend_on_trackers(tmp_path):
         return [stage.key for stage in _stages(validate(tree), [reading] * 2, Folder(str(tmp_path)))]
 
     assert keys(track={"wandb": "p", "mlflow": "databricks"}) == keys()
+
+
+@pytest.mark.slow
+def test_a_chain_is_tracked_as_its_metrics_file_has_it(ray_session, tree, tmp_path, database):
+    tree |= {"name": "tracked", "track": {"wandb": "project", "mlflow": database}}
+    run = raychain.run(validate(tree))
+    out = tmp_path / "runs" / "tracked"
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    client, [tracked] = mlflow_runs(database, "tracked")
+    history = rows(wandb_records(out)[0])
+    for stage in (0, 1):
+        losses = [line["loss"] for line in lines if line["stage"] == stage]
+        name = f"stage{stage}/loss"
+        assert [point.value for point in client.get_metric_history(tracked.info.run_id, name)] == losses
+        assert [row[name] for row in history if name in row] == pytest.approx(losses)
+        top1 = run["stages"][stage]["metrics"]["zero_shot_top1"]
+        assert tracked.data.metrics[f"stage{stage}/evaluation/zero_shot_top1"] == top1
+    assert tracked.info.status == "FINISHED"
+    assert tracked.data.metrics["totals/macs"] == run["totals"]["macs"]
+    assert raychain.run(validate(tree))["status"] == "succeeded"
+    assert len(mlflow_runs(database, "tracked")[1]) == len(wandb_records(out)) == 1

@@ -26,10 +26,7 @@ from raychain.reporting.scalars import STEP_SCALARS
 from raychain.storage import Folder
 
 DISTRIBUTIONS = {"wandb": "wandb", "mlflow": "mlflow-skinny"}
-FINISH_S = 60.0
-"""How long a run that is over waits for its trackers."""
-BATCH = 100
-"""Parameters that MLflow takes at once."""
+FINISH_S = 60.0  # how long a run that is over waits for its trackers
 
 
 def check_trackers(track: Track) -> None:
@@ -52,24 +49,14 @@ def check_trackers(track: Track) -> None:
 
 @dataclass(frozen=True)
 class Subject:
-    """What a tracker's run is about."""
+    """What a tracker's run is about: its id, the run folder, the experiment, optimiser steps of each stage."""
 
     id: str
     target: str
-    out: Folder
-    experiment: Experiment
+    name: str
+    folder: str | None
+    config: dict[str, Any]
     steps: Sequence[int]
-    """Optimiser steps of each stage."""
-
-    @property
-    def name(self) -> str:
-        """The run folder's."""
-        return self.out.path.rstrip("/").rpartition("/")[2]
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """The experiment, but for where it is tracked."""
-        return self.experiment.model_dump(mode="json", exclude={"track"})
 
 
 class WeightsAndBiases:
@@ -86,7 +73,7 @@ class WeightsAndBiases:
             name=subject.name,
             resume="allow",
             reinit="create_new",
-            dir=os.environ.get("WANDB_DIR") or (subject.out.path if subject.out.local else None),
+            dir=os.environ.get("WANDB_DIR") or subject.folder,
             settings=wandb.Settings(silent=True, console="off"),
         )
         self._run.config.update(subject.config, allow_val_change=True)
@@ -111,7 +98,7 @@ class MLflow:
 
         logging.getLogger("mlflow").setLevel(logging.ERROR)
         self._client = MlflowClient(tracking_uri=subject.target)
-        name, tag = os.environ.get("MLFLOW_EXPERIMENT_NAME") or subject.experiment.name, "raychain.run"
+        name, tag = os.environ.get("MLFLOW_EXPERIMENT_NAME") or subject.config["name"], "raychain.run"
         known = self._client.get_experiment_by_name(name)
         experiment = known.experiment_id if known else self._client.create_experiment(name)
         if found := self._client.search_runs([experiment], f"tags.`{tag}` = '{subject.id}'", max_results=1):
@@ -120,8 +107,8 @@ class MLflow:
             return
         self._id = self._client.create_run(experiment, tags={tag: subject.id}, run_name=subject.name).info.run_id
         params = [Param(key, str(value)) for key, value in _leaves(subject.config)]
-        for start in range(0, len(params), BATCH):
-            self._client.log_batch(self._id, params=params[start : start + BATCH])
+        for start in range(0, len(params), 100):  # no more at once
+            self._client.log_batch(self._id, params=params[start : start + 100])
 
     def log(self, row: Mapping[str, float], step: int, samples: int) -> None:  # noqa: ARG002 - over samples
         from mlflow.entities import Metric
@@ -132,8 +119,7 @@ class MLflow:
     def finish(self, status: str, totals: Mapping[str, float]) -> None:
         self.log(totals, 0, 0)
         self._client.set_tag(self._id, "status", status)
-        ended = {"succeeded": "FINISHED", "interrupted": "KILLED"}
-        self._client.set_terminated(self._id, ended.get(status, "FAILED"))
+        self._client.set_terminated(self._id, {"succeeded": "FINISHED", "interrupted": "KILLED"}.get(status, "FAILED"))
 
 
 TRACKERS: dict[str, type[WeightsAndBiases] | type[MLflow]] = {"wandb": WeightsAndBiases, "mlflow": MLflow}
@@ -159,22 +145,18 @@ class Trackers:
 
     def handle(self, event: Event) -> None:
         """Takes an event; returns at once."""
-        if event["event"] in ("step", "evaluation"):
-            self._put(event)
+        for _, thread, events in self._lines:
+            if thread.is_alive() and event["event"] in ("step", "evaluation", "finish"):
+                events.put(event)
 
     def finish(self, status: str, totals: Mapping[str, float]) -> None:
         """Closes the trackers' runs; waits at most FINISH_S."""
-        self._put({"event": "finish", "status": status, "totals": {f"totals/{k}": v for k, v in totals.items()}})
+        self.handle({"event": "finish", "status": status, "totals": {f"totals/{k}": v for k, v in totals.items()}})
         deadline = time.monotonic() + FINISH_S
         for name, thread, _ in self._lines:
             thread.join(max(0.0, deadline - time.monotonic()))
             if thread.is_alive():
                 self._tell(name, f"did not take everything within {FINISH_S:g} s")
-
-    def _put(self, event: Event) -> None:
-        for _, thread, events in self._lines:
-            if thread.is_alive():
-                events.put(event)
 
     def _tell(self, name: str, problem: str) -> None:
         self._warn(event("warning", message=f"track.{name}: {problem}"))
@@ -191,7 +173,9 @@ class Trackers:
         if not isinstance(state, dict) or not whose.items() <= state.items():
             state = {"id": uuid.uuid4().hex[:12], **whose, "logged": {}}
             self._out.write_json(file, state)
-        tracker = TRACKERS[name](Subject(state["id"], target, self._out, self._experiment, self._steps))
+        run, folder = self._out.path.rstrip("/").rpartition("/")[2], self._out.path if self._out.local else None
+        config = self._experiment.model_dump(mode="json", exclude={"track"})
+        tracker = TRACKERS[name](Subject(state["id"], target, run, folder, config, self._steps))
         while (event := events.get())["event"] != "finish":
             series, scalars = f"stage{event['stage']}", {key: event.get(key) for key in STEP_SCALARS}
             if event["event"] == "evaluation":
