@@ -25,8 +25,7 @@ from PIL import Image
 from raychain.dataprep.fetch import FetchError, fetch
 from raychain.dataprep.table import Entry, PictureTable
 from raychain.errors import InputError
-from raychain.feed.decode import picture
-from raychain.feed.health import Unusable
+from raychain.feed.health import Unusable, picture
 from raychain.storage import Folder, is_local
 
 MARKER, FAILED = "build.json", "failed.jsonl"

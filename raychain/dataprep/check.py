@@ -16,8 +16,7 @@ from typing import Any
 from PIL import Image
 
 from raychain.feed import members
-from raychain.feed.decode import picture
-from raychain.feed.health import NO_CAPTION, Bad, Unusable, tally
+from raychain.feed.health import NO_CAPTION, Bad, Unusable, picture, tally
 from raychain.feed.members import Wanted
 from raychain.storage import resolve
 

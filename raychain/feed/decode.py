@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import simplejpeg
 import torch
 import torch.nn.functional as F
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from raychain.feed import members, shards
-from raychain.feed.health import BOMB, UNREADABLE, Bad, Unusable, tally
+from raychain.feed.health import Bad, Unusable, picture, tally
 from raychain.feed.shards import Shard
 from raychain.feed.spec import QUALITY, STORED_BEYOND_CROP, Spec, Tokenize
-
-Picture = TypeVar("Picture")
 
 BATCH_BYTES = 2**23
 """Of pictures in a record batch; that many are in memory at once, or one picture if it has more."""
@@ -62,18 +60,6 @@ def decode(shard: Shard, spec: Spec, tokenize: Tokenize, bad: list[Bad]) -> Iter
     if not found:
         raise OSError(f"{shard.address}: none of its {shard.samples} samples can be used: {tally(bad)}")
     yield _record_batch(rows, pictures, texts, tokenize)
-
-
-def picture(decoder: Callable[..., Picture], *arguments: Any) -> Picture:
-    """What `decoder` returns. Raises Unusable whatever that raises: for damaged pictures Pillow raises nearly all."""
-    try:
-        return decoder(*arguments)
-    except Image.DecompressionBombError as error:
-        raise Unusable(BOMB, str(error)) from None
-    except UnidentifiedImageError:  # whose own message holds a memory address
-        raise Unusable(UNREADABLE, "no picture that Pillow knows") from None
-    except Exception as error:
-        raise Unusable(UNREADABLE, str(error)) from None
 
 
 def _record_batch(

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
+
+from PIL import Image, UnidentifiedImageError
 
 log = logging.getLogger("raychain.feed")
+
+Picture = TypeVar("Picture")
 
 TRUNCATED, HEADER = "truncated shard", "damaged header"
 UNSAFE, LINK, DUPLICATE = "unsafe name", "link or device", "duplicate key"
@@ -97,3 +101,15 @@ def name(address: str, bad: Tally) -> None:
 @cache
 def _log(message: str) -> None:
     log.warning("%s", message)
+
+
+def picture(decoder: Callable[..., Picture], *arguments: Any) -> Picture:
+    """What `decoder` returns. Raises Unusable whatever that raises: for damaged pictures Pillow raises nearly all."""
+    try:
+        return decoder(*arguments)
+    except Image.DecompressionBombError as error:
+        raise Unusable(BOMB, str(error)) from None
+    except UnidentifiedImageError:  # whose own message holds a memory address
+        raise Unusable(UNREADABLE, "no picture that Pillow knows") from None
+    except Exception as error:
+        raise Unusable(UNREADABLE, str(error)) from None
