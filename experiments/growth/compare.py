@@ -257,11 +257,11 @@ def main() -> None:
     make_demo(options.data)
     seeds = range(options.seeds)
     first = dict.fromkeys(URGENT)
-    rest = [variant for variant in dict.fromkeys((*RESTARTS, *GRID, *CONTROLS)) if variant not in first]
+    rest = [variant for variant in dict.fromkeys((*GRID, *RESTARTS, *CONTROLS)) if variant not in first]
     with ProcessPoolExecutor(options.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         for todo in ([DEFAULT], first, rest):
             jobs = {pool.submit(train, variant, seed, options.data, options.runs): (variant.name, seed)
-                    for seed, variant in itertools.product(seeds, todo)}  # fmt: skip
+                    for variant, seed in itertools.product(todo, seeds)}  # fmt: skip
             for number, job in enumerate(as_completed(jobs), 1):
                 job.result()
                 print(f"{number}/{len(jobs)}", *jobs[job], file=sys.stderr, flush=True)
