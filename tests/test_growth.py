@@ -11,7 +11,7 @@ from torch import nn
 
 from raychain.families import build
 from raychain.families.building import build_config
-from raychain.growth import DEPTH_OPERATORS, WIDTH_OPERATORS, GrowthError, check, grow
+from raychain.growth import DEPTH_OPERATORS, WIDTH_OPERATORS, GrowthError, Moments, check, grow, grow_moments
 
 
 def vit(size: str, **kwargs: Any) -> nn.Module:
@@ -133,6 +133,19 @@ def test_logit_scale_is_inherited() -> None:
         small.logit_scale.fill_(3.0)
     grow(small, large, width="embed", depth="interleave")
     assert large.logit_scale.item() == 3.0
+
+
+def test_none_inherits_the_logit_scale_alone() -> None:
+    small, large = tiny(), tiny(1, vision_width=32, text_width=32, text_heads=4)
+    small.logit_scale.data.fill_(1.5)
+    before = {name: value.clone() for name, value in large.state_dict().items()}
+    grow(small, large, width="none", depth="interleave")
+    changed = [name for name, value in large.state_dict().items() if not torch.equal(value, before[name])]
+    assert changed == ["logit_scale"]
+    moments = Moments(3, *[{name: torch.ones_like(p) for name, p in small.named_parameters()}] * 2)
+    grown = grow_moments(small, large, moments, width="none", depth="interleave")
+    for moment in (grown.exp_avg, grown.exp_avg_sq):
+        assert all(not value.any() for name, value in moment.items() if name != "logit_scale")
 
 
 def test_custom_text_layout_grows_from_the_plain_one() -> None:

@@ -121,7 +121,7 @@ def test_embed_aligns_swins_qkv_and_patch_merging() -> None:
     assert torch.equal(table[:, :4], old.blocks[0].attn.relative_position_bias_table)
 
 
-@pytest.mark.parametrize("width", WIDTH_OPERATORS)
+@pytest.mark.parametrize("width", [name for name in WIDTH_OPERATORS if name != "none"])
 def test_across_architectures_the_text_tower_grows_alone(width: str) -> None:
     small, large = tiny(), swin(8, (2, 2), 1)
     before = {name: value.clone() for name, value in large.visual.state_dict().items()}

@@ -40,6 +40,8 @@ TEACHER_STEPS, STEPS, BATCH = 5_000, 800, 64
 MEASURED = (0, 50, 100, 200, 400, 800)
 SHOWN = (0, 50, 200, 800)
 SPLITS = ("validation", "test")
+TABLES = "## Tables"
+"""What follows in README.md is written by this script."""
 
 
 class Variant(NamedTuple):
@@ -246,7 +248,7 @@ def report(seeds: int, runs: Path) -> str:
 
 
 def main() -> None:
-    """Trains what is missing, then writes results.json and prints the tables."""
+    """Trains what is missing, then writes results.json and the tables of README.md, and prints them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
@@ -269,6 +271,8 @@ def main() -> None:
     results = [json.loads(path.read_text()) for path in sorted(options.runs.glob("*-seed?.json"))]
     machine = f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}, torch {torch.__version__}"
     _write(HERE / "results.json", {"machine": machine, "date": time.strftime("%Y-%m-%d"), "runs": results})
+    page = (HERE / "README.md").read_text()
+    (HERE / "README.md").write_text(page[: page.index(TABLES)] + TABLES + "\n\n" + tables)
     print(tables)
 
 

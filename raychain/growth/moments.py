@@ -55,7 +55,7 @@ def grow_moments(small: nn.Module, large: nn.Module, moments: Moments, *, width:
     """The moments the large model's optimiser starts from, given the small model's (before or after `grow`).
 
     Entries that the small model does not determine (new units, new stream coordinates) get a zero first moment and
-    the tensor's mean second moment, and so does all of an identity block, but for its own second moments. Layers
+    the tensor's mean second moment (zero if none of it is determined), and so does all of an identity block, but for its own second moments. Layers
     copied more than once take their source's moments each. Scalars keep theirs. Parameters of towers that did not
     grow have none.
 
@@ -73,7 +73,7 @@ def grow_moments(small: nn.Module, large: nn.Module, moments: Moments, *, width:
             )
         for match, cell in cells(plan, moments.exp_avg_sq, tensors, targets):
             grown = plan.operator.gradient(cell, power=2)
-            grown = torch.where(grown.isnan(), grown.nanmean(), grown)
+            grown = torch.where(grown.isnan(), grown.nanmean(), grown).nan_to_num(nan=0.0)
             second[match.large.name] = _like(grown, targets[match.large.name])
     for name in plan.scalars:
         if name in moments.exp_avg:
