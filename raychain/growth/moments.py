@@ -55,9 +55,9 @@ def grow_moments(small: nn.Module, large: nn.Module, moments: Moments, *, width:
     """The moments the large model's optimiser starts from, given the small model's (before or after `grow`).
 
     Entries that the small model does not determine (new units, new stream coordinates) get a zero first moment and
-    the tensor's mean second moment (zero if none of it is determined), and so does all of an identity block, but for its own second moments. Layers
-    copied more than once take their source's moments each. Scalars keep theirs. Parameters of towers that did not
-    grow have none.
+    the tensor's mean second moment (zero if none of it is determined), and so does all of an identity block, but for
+    its own second moments. Layers copied more than once take their source's moments each. Scalars keep theirs.
+    Parameters of towers that did not grow have none.
 
     Result: the large model's shapes and dtypes, on its device. Raises GrowthError as `check` does.
     """
