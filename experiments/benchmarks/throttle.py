@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import socket
 import threading
@@ -64,6 +65,7 @@ class Throttle:
 @contextlib.contextmanager
 def object_storage(folder: Path, rate: float) -> Iterator[str]:
     """Puts the tars below `folder` into a bucket; yields an address with `{}` in place of the path in it."""
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # it prints every request
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         os.environ[name] = "none"
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
