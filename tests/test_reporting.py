@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 import uuid
 from itertools import combinations
 from pathlib import Path
@@ -132,6 +133,7 @@ def test_tensorboard_shows_no_step_twice_after_a_resume(tmp_path, start):
     folder = Folder(str(tmp_path))
     at_start = event("evaluation", stage=0, step=4, metrics={"zero_shot_top1": 9.0})
     log(folder, stage_start(), *map(step, range(4)), at_start, step(4), step(5))
+    time.sleep(1.1)  # TensorBoard reads event files in the order of their names, which hold whole seconds
     log(folder, stage_start(0, start), *(step(i, loss=1.5) for i in range(start, 8)))
     read = scalars(tmp_path)
     assert [s.step for s in read.Scalars("loss")] == [128 * (i + 1) for i in range(8)]
