@@ -221,6 +221,12 @@ def shown(*events, **console):
     return file.getvalue()
 
 
+def test_the_opening_line_says_when_pictures_are_cached_as_jpeg():
+    opening = " ".join(shown(stage_start(cached_as="jpeg")).split())
+    assert opening.endswith("pictures cached as JPEG to fit preload.budget")
+    assert "JPEG" not in shown(stage_start(cached_as="raw"))
+
+
 def test_plain_progress_prints_a_line_per_ten_seconds_and_stage():
     steps = [step(i, time=1000.0 + 2 * i) for i in range(12)]  # 22 seconds
     out = shown(stage_start(steps=12), *steps, event("stage_end", stage=0, record=RECORD)).splitlines()
