@@ -41,6 +41,8 @@ from raychain.training.task import ChainTask, StageTask
 STAGE_RECORD = "stage.json"
 POLL_S = 0.2
 """How often the next stage looks whether its shards are there."""
+HANDOVER_S = 1.0
+"""How long a finished stage's files wait for the next stage's first step, which they would slow down."""
 
 
 class Trained(NamedTuple):
@@ -78,6 +80,7 @@ class ChainWorker:
         self._background = ThreadPoolExecutor(2, thread_name_prefix="stage")
         self._ready: Future[tuple[nn.Module, Loader]] | None = None
         self._publishing: Future[None] | None = None
+        self._handed_over = threading.Event()
         self._running: tuple[StageTask, TrainState, Loader] | None = None
 
     @property
@@ -108,6 +111,7 @@ class ChainWorker:
             return True
         finally:
             self.hurry.set()
+            self._handed_over.set()
             if self._ready and not self._ready.cancel():
                 with contextlib.suppress(Exception):
                     self._ready.result()[1].close()
@@ -227,6 +231,7 @@ class ChainWorker:
         saved = [time.monotonic()]
 
         def wishes(step: int) -> Wish:
+            self._handed_over.set()
             every = self.experiment.checkpoint.every
             due = step % every.amount == 0 if every.unit == "steps" else time.monotonic() - saved[0] >= every.amount
             saved[0] = time.monotonic() if due else saved[0]
@@ -264,6 +269,7 @@ class ChainWorker:
         if self.rank == 0:
             self._wait_for_publication()
             # Nothing changes the stage's tensors any more, so the next one can train while they are written.
+            self._handed_over.clear()
             self._publishing = self._background.submit(self._publish, stage, state, moments, metrics, checkpoints)
         return Trained(state.model, moments)
 
@@ -307,6 +313,7 @@ class ChainWorker:
         metrics: dict[str, float],
         checkpoints: Checkpoints,
     ) -> None:
+        self._handed_over.wait(HANDOVER_S)
         started, counters, transfer = time.time(), state.counters, self.experiment.transfer
         record = {
             "index": stage.index,
