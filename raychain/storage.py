@@ -3,14 +3,34 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pyarrow import fs
 
 from raychain.errors import InputError
+
+log = logging.getLogger("raychain.storage")
+RETRIES_S = (1, 2, 4, 8, 15, 30)
+T = TypeVar("T")
+
+
+def patiently(work: Callable[[], T]) -> T:
+    """`work()`, which may be tried again after an OSError: a full disk that is cleared, storage that is back in a
+    minute. The last error is raised.
+    """
+    for pause in RETRIES_S:
+        try:
+            return work()
+        except OSError as error:
+            log.warning("storage: %s; trying again in %d s", error, pause)
+            time.sleep(pause)
+    return work()
 
 
 def is_local(address: str) -> bool:

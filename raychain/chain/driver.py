@@ -7,19 +7,19 @@ import logging
 import math
 import os
 import signal
+import sys
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import ray
-from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
 
+from raychain.chain.group import Groups
 from raychain.chain.plan import totals, worker_cpus
 from raychain.errors import Interrupted, RunFailed
 from raychain.reporting.environment import environment
+from raychain.reporting.events import Event
 from raychain.reporting.health import DataHealth
 from raychain.reporting.progress import Progress
 from raychain.reporting.runlog import RUN, RunLog
@@ -27,9 +27,6 @@ from raychain.reporting.trackers import Trackers
 from raychain.storage import Folder
 from raychain.training.stage import STAGE_RECORD
 from raychain.training.task import ChainTask
-from raychain.training.worker import Mailbox, train_chain
-
-POLL_S = 0.2
 
 
 def run_chain(task: ChainTask, *, address: str | None = None, verbose: bool = False) -> dict[str, Any]:
@@ -111,7 +108,7 @@ def _session(task: ChainTask, address: str | None, verbose: bool) -> Iterator[No
     if address or os.environ.get("RAY_ADDRESS"):
         ray.init(address=address, **options)
     else:
-        cpus = max(os.cpu_count() or 1, math.ceil(compute.workers * worker_cpus(task.experiment)))
+        cpus = max(os.cpu_count() or 1, math.ceil(compute.max_workers * worker_cpus(task.experiment)))
         ray.init(num_cpus=cpus, include_dashboard=False, object_store_memory=256 * 2**20, **options)
     try:
         yield
@@ -121,64 +118,14 @@ def _session(task: ChainTask, address: str | None, verbose: bool) -> Iterator[No
 
 def _execute(
     task: ChainTask,
-    handlers: Sequence[Callable[[dict[str, Any]], None]],
+    handlers: Sequence[Callable[[Event], None]],
     verbose: bool,
     spoilt: Callable[[], bool],
 ) -> bool:
     """Trains on Ray until the chain is complete (True), or a signal or `spoilt` had the workers save and return."""
-    compute = task.experiment.compute
-    mailbox: Any = ray.remote(num_cpus=0)(Mailbox).remote()
-    resources: dict[str, float] = {"CPU": worker_cpus(task.experiment)}
-    if compute.gpus_per_worker:
-        resources["GPU"] = compute.gpus_per_worker
-    name = f"ray-{uuid.uuid4().hex[:8]}"
-    storage = Folder(task.out)
-    trainer = TorchTrainer(
-        train_chain,  # type: ignore[arg-type]
-        train_loop_config={"task": task, "mailbox": mailbox},
-        scaling_config=ScalingConfig(
-            num_workers=compute.workers, use_gpu=compute.gpus_per_worker > 0, resources_per_worker=resources
-        ),
-        torch_config=TorchConfig(backend="nccl" if compute.gpus_per_worker else "gloo"),
-        run_config=RunConfig(
-            name=name,
-            storage_path=storage.path,
-            storage_filesystem=None if storage.local else storage.fs,
-            failure_config=FailureConfig(max_failures=compute.max_failures, controller_failure_limit=3),  # type: ignore[call-arg]
-        ),
-    )
-    outcome: dict[str, Any] = {}
-
-    def fit() -> None:
-        try:
-            outcome["value"] = trainer.fit().return_value  # type: ignore[attr-defined]
-        except BaseException as error:  # reported by the thread that waits
-            outcome["error"] = error
-
-    if not verbose:
-        logging.getLogger("ray.train").setLevel(logging.ERROR)
-    thread = threading.Thread(target=fit, name="fit", daemon=True)
-    thread.start()
-    try:
-        with _stop_signals(lambda: mailbox.request_stop.remote()):
-            while thread.is_alive():
-                thread.join(POLL_S)
-                _drain(mailbox, handlers)
-                if spoilt():
-                    mailbox.request_stop.remote()
-        _drain(mailbox, handlers)
-    finally:
-        storage.delete(name)
-    if "error" in outcome:
-        raise RunFailed(_reason(outcome["error"])) from outcome["error"]
-    return bool(outcome["value"])
-
-
-def _drain(mailbox: Any, handlers: Sequence[Callable[[dict[str, Any]], None]]) -> None:
-    with contextlib.suppress(ray.exceptions.RayError):
-        for event in ray.get(mailbox.drain.remote(), timeout=30):
-            for handle in handlers:
-                handle(event)
+    groups = Groups(task, handlers, verbose=verbose)
+    with _stop_signals(groups.stop):
+        return groups.run(spoilt)
 
 
 @contextlib.contextmanager
@@ -190,6 +137,7 @@ def _stop_signals(request_stop: Callable[[], Any]) -> Iterator[None]:
         if asked:
             raise KeyboardInterrupt
         asked.append(number)
+        print("raychain: stopping: the workers save their state (again: stop at once)", file=sys.stderr, flush=True)
         request_stop()
 
     if threading.current_thread() is not threading.main_thread():
@@ -201,13 +149,3 @@ def _stop_signals(request_stop: Callable[[], Any]) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _reason(error: BaseException) -> str:
-    """The workers' own error, without the layers of Ray around it."""
-    failures = getattr(error, "worker_failures", None)
-    if failures:
-        rank, failure = next(iter(sorted(failures.items())))
-        cause = getattr(failure, "cause", None) or failure
-        return f"worker {rank}: {str(cause).strip().splitlines()[-1] if str(cause).strip() else type(cause).__name__}"
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"

@@ -78,19 +78,18 @@ def _check_growth(experiment: Experiment, i: int) -> None:
 
 def _check_compute(experiment: Experiment, address: str | None) -> None:
     compute, batch = experiment.compute, experiment.train.global_batch
-    if batch % compute.workers:
-        fits = [n for n in range(1, compute.workers + 1) if batch % n == 0]
+    if batch < compute.max_workers:
         raise InputError(
             "train.global_batch",
-            f"{batch} over {compute.workers} workers",
-            "a global batch that the workers divide evenly",
-            f"--set compute.workers={fits[-1]}, or change train.global_batch",
+            f"{batch} over {compute.max_workers} workers",
+            "at least one pair a worker",
+            f"--set compute.workers={batch}, or raise train.global_batch",
         )
     here = torch.cuda.device_count()
-    if not (address or os.environ.get("RAY_ADDRESS")) and compute.gpus_per_worker and here < compute.workers:
+    if not (address or os.environ.get("RAY_ADDRESS")) and compute.gpus_per_worker and here < compute.min_workers:
         raise InputError(
             "compute",
-            f"{compute.workers} workers with {compute.gpus_per_worker:g} GPU each",
+            f"{compute.min_workers} workers with {compute.gpus_per_worker:g} GPU each",
             f"at most the {here} GPUs of this machine, or a Ray cluster",
             "give --address ADDR of a running cluster, or --set compute.workers / compute.gpus_per_worker",
         )
@@ -202,7 +201,7 @@ def _image_size(experiment: Experiment, index: int) -> int:
 def worker_cpus(experiment: Experiment) -> float:
     """CPUs of a worker: as configured, else this machine's cores shared out among the workers."""
     given = experiment.compute.cpus_per_worker
-    return given if given is not None else max(1, (os.cpu_count() or 1) // experiment.compute.workers)
+    return given if given is not None else max(1, (os.cpu_count() or 1) // experiment.compute.max_workers)
 
 
 def _stages(experiment: Experiment, readings: Sequence[Reading], out: Folder) -> tuple[StageTask, ...]:

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 from raychain.config.captions import caption_key
 from raychain.config.durations import Bytes, Duration, Epochs, Every, Horizon, Interval, Warmup
@@ -40,6 +49,15 @@ def _tracking_uri(uri: str) -> str:
 
 
 TrackingUri = Annotated[str, AfterValidator(_tracking_uri)]
+
+
+def _range(workers: int | tuple[int, int]) -> int | tuple[int, int]:
+    if not isinstance(workers, int) and workers[0] > workers[1]:
+        raise ValueError("allowed is a number, or [min, max] with 1 <= min <= max")
+    return workers
+
+
+Workers = Annotated[PositiveInt | tuple[PositiveInt, PositiveInt], AfterValidator(_range)]
 
 
 class Demo(Component):
@@ -165,6 +183,10 @@ class Train(Component):
 
     global_batch: int = Field(1024, ge=2)
     """Pairs a step over all workers."""
+    micro_batch: int | None = Field(None, ge=1)
+    """Pairs of which a worker holds the activations at once; the rest are run again for their gradients (GradCache),
+    which costs a forward pass and leaves the loss of the global batch as it is. Absent: a worker's whole share, halved
+    whenever the accelerator's memory turns out too small."""
     lr: float = Field(1e-3, gt=0)
     """Peak learning rate."""
     warmup: Warmup = Duration(1000, "steps")
@@ -194,14 +216,26 @@ class Train(Component):
 class Compute(Component):
     """Where the chain runs."""
 
-    workers: int = Field(1, ge=1)
-    """Ray Train workers, one process each."""
+    workers: Workers = 1
+    """Ray Train workers, one process each: a number, or [min, max] for a run that shrinks and grows with the cluster.
+    The global batch is divided among the workers there are; losses and gradients do not depend on their number."""
     gpus_per_worker: float = Field(0, ge=0, le=1)
     """1: CUDA and NCCL; 0: CPU and gloo."""
     cpus_per_worker: float | None = Field(None, gt=0)
     """CPUs Ray reserves a worker, which sets its threads. Absent: this machine's cores shared out; on a cluster 1."""
     max_failures: int = Field(3, ge=0)
-    """Worker group restarts before the run fails."""
+    """Failures in a row without a checkpoint or a finished stage between them, after which the run fails. Lost nodes
+    count; drained ones and growth do not."""
+
+    @property
+    def min_workers(self) -> int:
+        """The fewest workers the chain runs on."""
+        return self.workers if isinstance(self.workers, int) else self.workers[0]
+
+    @property
+    def max_workers(self) -> int:
+        """The most workers the chain makes use of."""
+        return self.workers if isinstance(self.workers, int) else self.workers[1]
 
     @model_validator(mode="after")
     def _whole_gpu(self) -> Compute:

@@ -7,12 +7,8 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
+from raychain.objectives.contrastive import rank as rank
 from raychain.objectives.contrastive import world_size
-
-
-def rank() -> int:
-    """This process's rank; 0 without a process group."""
-    return dist.get_rank() if world_size() > 1 else 0
 
 
 def join(parts: Sequence[torch.Tensor], device: torch.device, dtype: torch.dtype = torch.float32) -> torch.Tensor:

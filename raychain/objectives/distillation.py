@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from raychain.objectives.contrastive import share
+
 CAP = 0.999
 """The capped distillation loss is at most this share of the task loss, so that L_IFD < L_task holds strictly."""
 
@@ -31,14 +33,16 @@ class Projector(nn.Module):
 
 
 def feature_distance(
-    student: tuple[torch.Tensor, torch.Tensor], teacher: tuple[torch.Tensor, torch.Tensor]
+    student: tuple[torch.Tensor, torch.Tensor], teacher: tuple[torch.Tensor, torch.Tensor], batch: int | None = None
 ) -> torch.Tensor:
     """Mean over samples (and captions) of the squared distance of normalised features, averaged over the two towers.
 
-    Independent of the embedding size: alpha 1.95 on it is the public code's 500 on the mean over 512 dimensions.
+    This rank's part, whose mean over ranks is the value of the global batch of `batch` samples (absent: all ranks hold
+    as many). Independent of the embedding size: alpha 1.95 on it is the public code's 500 on the mean over 512
+    dimensions.
     """
     towers = [(s - t).square().sum(-1).mean() for s, t in zip(student, teacher, strict=True)]
-    return (towers[0] + towers[1]) / 2
+    return (towers[0] + towers[1]) / 2 * share(len(student[0]), batch)
 
 
 def capped_alpha(alpha: float, distance: torch.Tensor, task: torch.Tensor) -> torch.Tensor:

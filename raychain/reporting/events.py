@@ -20,6 +20,16 @@ stage_end    A stage is over, whatever its status.
     stage, record (the stage's entry in run.json)
 bad_samples  A shard of the training data that was read lacks samples; told again by every rank, stage and epoch.
     shard (address), identity, bad (as Tally.as_dict gives it)
+worker       A worker has started.
+    rank, node (id), pid
+saved        A checkpoint is complete: what comes after `step` is all that could be lost.
+    stage, step
+stopped      The workers have saved because they were asked to stop.
+    stage, step
+failure      A worker met an error that it knows: `fatal` would only come again, `memory` could be too large a batch.
+    kind (fatal or memory), message; for memory: stage, micro_batch (pairs whose activations were held)
+restart      A worker group ended early, or was asked to, and another goes on from the last checkpoint.
+    reason (failure, memory, drain or grow), workers (of the group that ended), message
 warning      Something the user should know that does not stop the run.
     message
 """
@@ -30,9 +40,12 @@ import time
 from typing import Any, Literal
 
 Event = dict[str, Any]
-Kind = Literal["stage_start", "step", "span", "evaluation", "stage_end", "bad_samples", "warning"]
+Kind = Literal[
+    "stage_start", "step", "span", "evaluation", "stage_end", "bad_samples", "worker", "saved", "stopped", "failure",
+    "restart", "warning",
+]  # fmt: skip
 
-CATEGORIES = ("stage", "build", "preload", "evaluation", "checkpoint", "export")
+CATEGORIES = ("stage", "build", "preload", "evaluation", "checkpoint", "export", "restart")
 """What a span can be, in the order of the timeline's rows."""
 
 

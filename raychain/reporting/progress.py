@@ -75,6 +75,8 @@ class Progress:
                 if event["identity"] not in self._bad:
                     self._bad.add(event["identity"])
                     self._print(f"warning: {event['shard']}: skipped {Tally.from_dict(event['bad'])}", "yellow")
+            case "restart":
+                self._print(event["message"], "yellow")
             case "warning":
                 self._print(f"warning: {event['message']}", "yellow")
 

@@ -41,6 +41,10 @@ class RunLog:
         self._stages = list(stages)
         first = {"schema": SCHEMA, "name": header["name"], "status": "running"}
         self._run = first | {k: v for k, v in header.items() if k not in first} | {"stages": [], "totals": {}}
+        earlier_run = out.read_json(RUN)
+        known = earlier_run.get("restarts") if isinstance(earlier_run, dict) else None
+        self._run["restarts"] = known if isinstance(known, list) else []
+        self._restart: Event | None = None
         self._bars = trace.bars(out.read_json(TRACE))
         self._scalars = Scalars(self._root / TENSORBOARD)
         earlier = out.read(METRICS)
@@ -63,6 +67,10 @@ class RunLog:
                 stage, first = event["stage"], event["start_step"]
                 self._keep_metrics(lambda line: line["stage"] != stage or line["step"] <= first)
                 self._scalars.start(event)
+                if self._restart:
+                    span = {"name": self._restart["reason"], "category": "restart", "stage": None}
+                    self._bars.append(trace.bar(span | {"start": self._restart["time"], "end": event["time"]}))
+                    self._restart = None
             case "step":
                 self._append_metrics({k: v for k, v in event.items() if k != "event"})
                 self._scalars.step(event)
@@ -70,6 +78,10 @@ class RunLog:
                 self._bars.append(trace.bar(event))
             case "evaluation":
                 self._scalars.evaluation(event)
+            case "restart":
+                self._restart = dict(event)
+                self._run["restarts"].append({k: event[k] for k in ("time", "reason", "workers", "message")})
+                self._write_run()
             case "stage_end":
                 self._stages[event["stage"]] = event["record"]
                 self._scalars.flush()

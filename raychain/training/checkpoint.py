@@ -6,40 +6,61 @@ import json
 import logging
 import shutil
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from raychain.storage import Folder
-from raychain.training.state import TrainState
+from raychain.training.state import Snapshot, TrainState
 
 log = logging.getLogger("raychain.training")
 MARKER = "state.json"
+WEIGHTS, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
+CHUNK = 2**24
 
 
 class Checkpoints:
-    """The checkpoints of one stage in the run folder. Saving copies the state and writes in the background."""
+    """The checkpoints of one stage in the run folder. Saving copies the state and writes in the background.
 
-    def __init__(self, out: Folder, stage_folder: str, key: str, keep: int) -> None:
-        self.out, self.name, self.key, self.keep = out, f"checkpoints/{stage_folder}", key, keep
+    `saved` hears of the step of each checkpoint that is complete.
+    """
+
+    def __init__(
+        self, out: Folder, stage_folder: str, key: str, keep: int, saved: Callable[[int], None] = lambda _: None
+    ) -> None:
+        self.out, self.name, self.key, self.keep, self.saved = out, f"checkpoints/{stage_folder}", key, keep, saved
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
+        self._buffers: dict[str, torch.Tensor] = {}
 
     def latest(self) -> int | None:
-        """Step of the newest complete checkpoint of this stage key, or None."""
+        """Step of the newest sound checkpoint of this stage key, or None. Damaged ones are named and set aside."""
         for name in reversed(self.out.list(self.name)):
             state = self.out.read_json(f"{self.name}/{name}/{MARKER}")
-            if isinstance(state, dict) and state.get("key") == self.key:
+            if not name.isdigit() or not isinstance(state, dict) or state.get("key") != self.key:
+                continue
+            damage = self._damage(f"{self.name}/{name}", state)
+            if damage is None:
                 return int(state["counters"]["step"])
+            log.warning("%s is damaged (%s): set aside, an earlier state is used", f"{self.name}/{name}", damage)
+            self.out.move(f"{self.name}/{name}", f"{self.name}/{name}.damaged")
         return None
 
     def save(self, state: TrainState, *, wait: bool = False) -> None:
-        """Saves the state. A failure to write is logged and training goes on; with `wait` it is raised."""
+        """Saves the state. While the one before is still being written nothing is saved: training does not wait for
+        storage. A failure to write is logged and training goes on. With `wait` it is waited for and raised.
+        """
+        if not wait and self._pending is not None and not self._pending.done():
+            log.warning("the checkpoint before is still being written to %s: none is saved this time", self.out.address)
+            return
         self.finish()
-        self._pending = self._writer.submit(self._write, *state.snapshot())
+        self._pending = self._writer.submit(self._write, state.snapshot(self._buffers))
         if wait:
             self._pending.result()
             self._pending = None
@@ -58,29 +79,54 @@ class Checkpoints:
         with tempfile.TemporaryDirectory(prefix="raychain-") as scratch:
             folder = self.out.fetch(f"{self.name}/{step:010d}", Path(scratch) / "checkpoint")
             counters = json.loads((folder / MARKER).read_text())["counters"]
-            state.restore(
-                load_file(folder / "model.safetensors"), load_file(folder / "optimizer.safetensors"), counters
-            )
+            state.restore(load_file(folder / WEIGHTS), load_file(folder / OPTIMIZER), counters)
 
     def clear(self) -> None:
         """Removes all checkpoints of the stage: it is finished."""
         self.finish()
         self.out.delete(self.name)
 
-    def _write(
-        self, weights: dict[str, torch.Tensor], moments: dict[str, torch.Tensor], counters: dict[str, Any]
-    ) -> None:
-        name = f"{self.name}/{counters['step']:010d}"
+    def _damage(self, name: str, state: dict[str, Any]) -> str | None:
+        """What is wrong with a checkpoint's files, or None."""
+        files = state.get("files")
+        if not isinstance(files, dict) or not {WEIGHTS, OPTIMIZER} <= files.keys():
+            return f"{MARKER} does not list its files"
+        for file in (WEIGHTS, OPTIMIZER):
+            try:
+                with self.out.fs.open_input_stream(self.out.join(f"{name}/{file}")) as stream:
+                    digest = xxhash.xxh3_128()
+                    while chunk := stream.read(CHUNK):
+                        digest.update(chunk)
+            except OSError as error:
+                return str(error)
+            if digest.hexdigest() != files[file]:
+                return f"{file} is not what was written"
+        return None
+
+    def _write(self, snapshot: Snapshot) -> None:
+        step = snapshot.counters["step"]
+        name = f"{self.name}/{step:010d}"
         with tempfile.TemporaryDirectory(prefix="raychain-") as scratch:
             folder = Path(scratch)
-            save_file(weights, folder / "model.safetensors")
-            save_file(moments, folder / "optimizer.safetensors")
-            (folder / MARKER).write_text(json.dumps({"key": self.key, "counters": counters}))
             try:
+                save_file(snapshot.weights, folder / WEIGHTS)
+                save_file(snapshot.moments, folder / OPTIMIZER)
+                files = {file: _digest(folder / file) for file in (WEIGHTS, OPTIMIZER)}
+                marker = {"key": self.key, "counters": snapshot.counters, "files": files}
+                (folder / MARKER).write_text(json.dumps(marker))
                 self.out.publish(folder, name, MARKER)
-            except OSError:
+            except (OSError, SafetensorError) as error:
                 shutil.rmtree(folder, ignore_errors=True)
                 self.out.delete(name)
-                raise
-        for old in self.out.list(self.name)[: -self.keep]:
+                raise OSError(str(error)) from error
+        self.saved(step)
+        for old in [name for name in self.out.list(self.name) if name.isdigit()][: -self.keep]:
             self.out.delete(f"{self.name}/{old}")
+
+
+def _digest(path: Path) -> str:
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -5,19 +5,19 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
 from raychain.config.experiment import Distill, Train
 from raychain.feed.loader import Batch, Loader
-from raychain.objectives.contrastive import contrastive_loss, mean_over_ranks, world_size
+from raychain.feed.order import mix
+from raychain.objectives.contrastive import contrastive_loss, mean_over_ranks, rank, world_size
 from raychain.objectives.distillation import capped_alpha, feature_distance
 from raychain.training.control import Control, Wish
 from raychain.training.optimizer import learning_rate
@@ -43,6 +43,7 @@ def step_losses(
     teacher: nn.Module | None,
     batch: Batch,
     distill: Distill | None,
+    global_batch: int,
     forward: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext,
 ) -> Losses:
     """L_task + alpha · L_IFD of a batch (`method.md`); alpha is lowered where the cap demands it.
@@ -51,13 +52,13 @@ def step_losses(
     """
     with forward():
         features: Features = student(batch.images, batch.tokens)
-    task = contrastive_loss(features.image, features.text, features.scale)
+    task = contrastive_loss(features.image, features.text, features.scale, global_batch)
     none = torch.zeros((), device=task.device)
     if teacher is None or distill is None or features.projected is None:
         return Losses(task, task.detach(), none, none)
     with torch.no_grad(), forward():
         target: Features = teacher(batch.images, batch.tokens)
-    distance = feature_distance(features.projected, (target.image, target.text))
+    distance = feature_distance(features.projected, (target.image, target.text), global_batch)
     alpha = torch.full_like(none, distill.alpha)
     if distill.cap:
         shared = mean_over_ranks(torch.stack([distance, task]))
@@ -78,7 +79,8 @@ class StageLoop:
     """Takes events; see reporting.events."""
     wishes: Callable[[int], Wish]
     """Rank 0's wishes after a step."""
-    save: Callable[[], None]
+    save: Callable[[bool], None]
+    """Saves the state; True: it is the last thing the stage does here."""
     evaluate: Callable[[], object]
 
     def run(
@@ -127,10 +129,10 @@ class StageLoop:
                 logged = (time.perf_counter(), counters.samples, loader.wait_s)
             wish = control.exchange(lambda: self.wishes(counters.step))
             if wish & Wish.STOP and not done:
-                self.save()
+                self.save(True)
                 return False
             if wish & Wish.SAVE and not done:
-                self.save()
+                self.save(False)
             if self.task.eval_every and counters.step % self.task.eval_every == 0 and not done:
                 self.evaluate()
         return True
@@ -138,7 +140,8 @@ class StageLoop:
     def _update(
         self, student: nn.Module, state: TrainState, teacher: nn.Module | None, batch: Batch, lr: float
     ) -> Losses:
-        losses = step_losses(student, teacher, batch, self.distill, self._forward)
+        torch.manual_seed(_seed(self.recipe.seed, self.task.index, state.counters.step, rank()))
+        losses = step_losses(student, teacher, batch, self.distill, self.recipe.global_batch, self._forward)
         losses.total.backward()
         if self.recipe.clip_norm is not None:
             nn.utils.clip_grad_norm_(state.student.parameters(), self.recipe.clip_norm)
@@ -152,12 +155,8 @@ class StageLoop:
             state.average.update_parameters(state.student.model)
         return losses
 
-    @contextlib.contextmanager
-    def _forward(self) -> Iterator[None]:
-        # On CPUs the fused bf16 attention is slow: a CoM-micro-L step took 0.85 s with it, 0.57 s without (one thread).
-        attention = sdpa_kernel(SDPBackend.MATH) if self.device.type == "cpu" else contextlib.nullcontext()
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.task.precision == "bf16"), attention:
-            yield
+    def _forward(self) -> AbstractContextManager[object]:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.task.precision == "bf16")
 
     def _log(
         self, state: TrainState, losses: Losses, lr: float, loader: Loader, logged: tuple[float, int, float]
@@ -188,3 +187,8 @@ class StageLoop:
                 "world_size": self.world,
             }
         )
+
+
+def _seed(*values: int) -> int:
+    """Dropout's random numbers depend on the step and rank alone, so that a resumed stage draws the same."""
+    return int(mix(*values))

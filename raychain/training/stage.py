@@ -7,7 +7,7 @@ import json
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,12 +22,13 @@ from raychain.families.tokenizing import make_tokenizer
 from raychain.feed.cache import ShardCache
 from raychain.feed.health import Tally
 from raychain.feed.loader import Loader
+from raychain.feed.order import rank_slice
 from raychain.feed.preload import first_windows
 from raychain.feed.shards import Shard
 from raychain.growth import Moments, grow, grow_moments, read_moments, write_moments
-from raychain.objectives.contrastive import world_size
+from raychain.objectives.contrastive import rank, world_size
 from raychain.objectives.distillation import Projector
-from raychain.storage import Folder
+from raychain.storage import Folder, patiently
 from raychain.training.artifact import load_model, load_moments, write_artifact
 from raychain.training.average import make_average
 from raychain.training.checkpoint import Checkpoints
@@ -63,9 +64,10 @@ class ChainWorker:
         stopping: Callable[[], bool],
         *,
         preloading: bool = False,
+        micro_batches: Mapping[int, int | None] | None = None,
     ) -> None:
         self.task, self.device, self.stopping = task, device, stopping
-        self.rank = dist.get_rank() if world_size() > 1 else 0
+        self.rank = rank()
         self.emit = emit if self.rank == 0 else lambda _: None
         self.emit_from_any = emit
         self.experiment = task.experiment
@@ -73,6 +75,8 @@ class ChainWorker:
         self.cache = ShardCache(self.experiment.preload.cache, self.experiment.preload.budget)
         self.control = Control()
         self.last_step: float | None = None
+        self.micro_batches = micro_batches or {}
+        """Of each stage by index; absent or None: a worker's whole share at once."""
         self.preloading = preloading
         """Something on this node fetches the next stage's first shards: its loader starts when they are there."""
         self.hurry = threading.Event()
@@ -90,6 +94,13 @@ class ChainWorker:
             return None
         stage, state, loader = self._running
         return stage.index, state.counters.step, loader.wait_s
+
+    def holding(self) -> dict[str, int]:
+        """The stage that is trained and how many pairs' activations this rank holds at once, at the most."""
+        index = self._running[0].index if self._running else 0
+        own = rank_slice(self.experiment.train.global_batch, self.rank, world_size())
+        share = own.stop - own.start
+        return {"stage": index, "micro_batch": min(self.micro_batches.get(index) or share, share)}
 
     def run(self) -> bool:
         """Trains every stage that is not published; True when the chain is complete, False when it was stopped."""
@@ -122,7 +133,7 @@ class ChainWorker:
         return self._agree(isinstance(record, dict) and record.get("key") == stage.key)
 
     def _resume_step(self, stage: StageTask) -> int:
-        return int(self._agree(Checkpoints(self.out, stage.folder, stage.key, 1).latest() or 0))
+        return int(self._agree(self._checkpoints(stage).latest() or 0 if self.rank == 0 else 0))
 
     def _agree(self, value: Any) -> Any:
         """Rank 0's value on every rank."""
@@ -193,6 +204,9 @@ class ChainWorker:
                     torch.manual_seed(recipe.seed + stage.index)
                     projector = Projector(_embed_dim(stage.model), _embed_dim(self.task.stages[stage.index - 1].model))
         student = Student(model, projector).to(self.device)
+        for tower in (student, teacher):
+            if tower is not None:
+                tower.micro_batch = self.micro_batches.get(stage.index)
         optimizer = make_optimizer(student, weight_decay=recipe.weight_decay, betas=stage.betas, eps=stage.eps)
         average = make_average(model, stage.average, trained=previous is not None) if stage.average else None
         state = TrainState(student, optimizer, Counters(), average)
@@ -239,11 +253,13 @@ class ChainWorker:
                 self._wait_for_publication()
             return (Wish.STOP if self.stopping() else Wish.NONE) | (Wish.SAVE if due else Wish.NONE)
 
-        def save() -> None:
+        def save(last: bool) -> None:
             begun = time.time()
             if self.rank == 0:
-                checkpoints.save(state, wait=self.stopping())
+                checkpoints.save(state, wait=last)
                 self._span(f"checkpoint {state.counters.step}", "checkpoint", begun, stage)
+            if last:
+                self.emit({"event": "stopped", "stage": stage.index, "step": state.counters.step})
 
         loop = StageLoop(
             stage,
@@ -274,7 +290,10 @@ class ChainWorker:
         return Trained(state.model, moments)
 
     def _checkpoints(self, stage: StageTask) -> Checkpoints:
-        return Checkpoints(self.out, stage.folder, stage.key, self.experiment.checkpoint.keep)
+        def saved(step: int) -> None:
+            self.emit({"event": "saved", "stage": stage.index, "step": step})
+
+        return Checkpoints(self.out, stage.folder, stage.key, self.experiment.checkpoint.keep, saved)
 
     def _wait_for_publication(self) -> None:
         """Raises what kept the stage before from being published."""
@@ -343,7 +362,7 @@ class ChainWorker:
                 moments=moments,
             )
             (Path(scratch) / STAGE_RECORD).write_text(json.dumps({**record, "files": files}, indent=2) + "\n")
-            self.out.publish(Path(scratch), f"stages/{stage.folder}", STAGE_RECORD)
+            patiently(lambda: self.out.publish(Path(scratch), f"stages/{stage.folder}", STAGE_RECORD))
         checkpoints.clear()
         self._span(f"export {stage.model}", "export", started, stage)
         self.emit({"event": "stage_end", "stage": stage.index, "record": record})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import threading
 import time
 import warnings
@@ -13,6 +14,8 @@ import ray
 import ray.train.torch
 import torch
 
+from raychain.errors import InputError
+from raychain.objectives.contrastive import rank
 from raychain.training.preloading import preloading
 from raychain.training.stage import ChainWorker
 from raychain.training.task import ChainTask
@@ -25,6 +28,7 @@ class Mailbox:
 
     def __init__(self) -> None:
         self.events: list[dict[str, Any]] = []
+        self.groups: list[str] = []
         self.stop = False
 
     def push(self, events: list[dict[str, Any]]) -> bool:
@@ -40,6 +44,19 @@ class Mailbox:
     def request_stop(self) -> None:
         """Asks the workers to save and return."""
         self.stop = True
+
+    def resume(self) -> None:
+        """A new worker group is to train."""
+        self.stop = False
+
+    def placed(self, group: str) -> None:
+        """A worker group got this placement group."""
+        self.groups.append(group)
+
+    def placements(self) -> list[str]:
+        """The placement groups since the last call."""
+        groups, self.groups = self.groups, []
+        return groups
 
 
 class Link:
@@ -86,7 +103,9 @@ class _Warnings(logging.Handler):
 
 
 def train_chain(config: dict[str, Any]) -> bool:
-    """Ray Train's worker function: {`task`: ChainTask, `mailbox`: actor}. Returns whether the chain is complete."""
+    """Ray Train's worker function: {`task`: ChainTask, `mailbox`: actor, `micro_batch`: {stage: pairs or None}}.
+    Returns whether the chain is complete.
+    """
     task: ChainTask = config["task"]
     warnings.filterwarnings("ignore", category=UserWarning)
     torch.set_num_threads(task.threads)
@@ -95,11 +114,25 @@ def train_chain(config: dict[str, Any]) -> bool:
     link = Link(config["mailbox"])
     handler = _Warnings(link)
     logging.getLogger("raychain").addHandler(handler)
+    link.emit({"event": "worker", "rank": rank(), "node": ray.get_runtime_context().get_node_id(), "pid": os.getpid()})
+    worker = ChainWorker(
+        task,
+        device,
+        link.emit,
+        lambda: link.stopping,
+        preloading=task.experiment.preload.cpus != 0,
+        micro_batches=config["micro_batch"],
+    )
     try:
-        preloads = task.experiment.preload.cpus != 0
-        worker = ChainWorker(task, device, link.emit, lambda: link.stopping, preloading=preloads)
         with preloading(task, worker, link.emit):
             return worker.run()
+    except (FloatingPointError, InputError) as error:
+        link.emit({"event": "failure", "kind": "fatal", "message": str(error)})
+        raise
+    except torch.OutOfMemoryError as error:
+        message = str(error).strip().splitlines()[0]
+        link.emit({"event": "failure", "kind": "memory", "message": message, **worker.holding()})
+        raise
     finally:
         logging.getLogger("raychain").removeHandler(handler)
         link.close()

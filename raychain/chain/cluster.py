@@ -1,0 +1,71 @@
+"""What the Ray cluster has: room for workers, nodes that are leaving, placement groups that were left behind."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import ray
+from ray._private import state
+from ray._raylet import PlacementGroupID
+from ray.train.v2._internal.execution.callback import WorkerGroupCallback
+from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+Resources = Mapping[str, float]
+
+
+def leaving() -> set[str]:
+    """Ids of the nodes that are being drained, as a spot node is when its provider takes it back."""
+    return set(state.state.get_draining_nodes())
+
+
+def room(worker: Resources) -> int:
+    """How many more workers of these resources the free resources hold now."""
+    away = leaving()
+    return sum(_fit(free, worker) for node, free in state.available_resources_per_node().items() if node not in away)
+
+
+def capacity(worker: Resources) -> int:
+    """How many workers the cluster would hold if nothing else ran on it."""
+    away = leaving()
+    return sum(_fit(total, worker) for node, total in state.total_resources_per_node().items() if node not in away)
+
+
+def autoscales() -> bool:
+    """Whether the cluster can launch nodes that it does not have yet."""
+    return bool(state.state.get_max_resources_from_cluster_config())
+
+
+def describe(worker: Resources) -> str:
+    """What the nodes have in total of the resources a worker needs, for messages."""
+    nodes = [
+        " ".join(f"{total.get(name, 0):g} {name}" for name in worker)
+        for total in state.total_resources_per_node().values()
+    ]
+    return f"{len(nodes)} node{'s' if len(nodes) != 1 else ''} ({'; '.join(nodes)})" if nodes else "no nodes"
+
+
+class LeftBehind(WorkerGroupCallback):
+    """Runs in Ray Train's controller and tells `mailbox` the placement group of each worker group.
+
+    Where a worker dies in its first moments Ray 2.60 gives up without removing it, and its resources stay taken.
+    """
+
+    def __init__(self, mailbox: Any) -> None:
+        self.mailbox = mailbox
+
+    def after_worker_group_start(self, worker_group: Any) -> None:
+        group = worker_group.get_worker_group_state().placement_group_handle.placement_group
+        ray.get(self.mailbox.placed.remote(group.id.hex()))
+
+
+def remove(groups: Iterable[str]) -> None:
+    """Removes placement groups by id; those that are gone already are passed over."""
+    for group in groups:
+        with contextlib.suppress(ray.exceptions.RayError, ValueError):
+            remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(group))))
+
+
+def _fit(free: Resources, worker: Resources) -> int:
+    return int(min(free.get(name, 0.0) // amount for name, amount in worker.items()))

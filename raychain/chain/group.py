@@ -1,0 +1,266 @@
+"""Worker groups on Ray Train, one after the other, until the chain is complete.
+
+One group carries all stages that are left. It ends early when a worker or node is lost, when a node it runs on is
+being drained, and when nodes came that allow more workers; the driver then starts the next one on what there is, from
+the last checkpoint. Ray Train 2.60 could choose and change the number of workers itself (`num_workers=(min, max)`), but
+counts nodes that are gone or draining for up to 20 s, waits a minute for them, and ends a group that is to grow without
+telling it, so that the steps since its last checkpoint are lost. Here a group that is to grow or to leave a node saves
+first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.autoscaler import sdk
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from raychain.chain import cluster
+from raychain.chain.plan import worker_cpus
+from raychain.chain.policy import FailurePolicy, MicroBatches
+from raychain.errors import RunFailed
+from raychain.reporting.events import Event, event
+from raychain.storage import Folder
+from raychain.training.task import ChainTask
+from raychain.training.worker import Mailbox, train_chain
+
+POLL_S = 0.2
+WATCH_S = 1.0
+"""How often the nodes are looked at."""
+SETTLE_S = 3.0
+"""How long to wait for more room than the fewest workers need before starting with what there is."""
+MISSING_S = 45.0
+"""How long resources that the cluster does not have may be missing at the start of a run."""
+REMIND_S = 60.0
+GROW_AFTER_S = 30.0
+"""A group trains at least this long before it makes way for a larger one."""
+PATIENCE = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1"}
+"""Ray Train's defaults, 60 s and 2 s, would be most of the time a lost node costs."""
+
+
+@dataclass
+class Attempt:
+    """One worker group, from `fit` to its end."""
+
+    workers: int
+    began: float = field(default_factory=time.time)
+    nodes: set[str] = field(default_factory=set)
+    leave: str | None = None
+    """Why it was asked to save and return."""
+    saved: bool = False
+    """It has saved and is about to return."""
+    complete: bool = False
+    error: BaseException | None = None
+
+
+class Groups:
+    """Runs worker groups for a chain and hands their events to `handlers`."""
+
+    def __init__(self, task: ChainTask, handlers: Sequence[Callable[[Event], None]], *, verbose: bool) -> None:
+        self.task, self.verbose = task, verbose
+        self.handlers = [self._follow, *handlers]
+        compute = task.experiment.compute
+        self.worker: dict[str, float] = {"CPU": worker_cpus(task.experiment)}
+        if compute.gpus_per_worker:
+            self.worker["GPU"] = compute.gpus_per_worker
+        self.fewest, self.most = compute.min_workers, compute.max_workers
+        self.policy = FailurePolicy(compute.max_failures)
+        self.micro = MicroBatches(task.experiment.train.micro_batch)
+        self.attempt: Attempt | None = None
+        self.position = (-1, -1)
+        self.stopping = False
+        self._fatal: str | None = None
+        self._memory: Event | None = None
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self.mailbox: Any = ray.remote(num_cpus=0)(Mailbox).options(scheduling_strategy=here).remote()
+
+    def stop(self) -> None:
+        """Has the workers save and return; `run` then returns False."""
+        self.stopping = True
+        self.mailbox.request_stop.remote()
+
+    def run(self, spoilt: Callable[[], bool]) -> bool:
+        """Trains until the chain is complete (True), or until `stop` or `spoilt` ended it.
+
+        Raises RunFailed when attempts fail `compute.max_failures` times in a row, when an error would only come again,
+        or when the cluster cannot hold the fewest workers.
+        """
+        for name, seconds in PATIENCE.items():
+            os.environ.setdefault(name, seconds)
+        if not self.verbose:
+            logging.getLogger("ray.train").setLevel(logging.ERROR)
+        first = True
+        while (workers := self._room(first)) and not self.stopping:
+            first = False
+            self.attempt = attempt = Attempt(workers)
+            ray.get(self.mailbox.resume.remote())
+            self._execute(attempt, spoilt)
+            if attempt.complete:
+                return True
+            if self.stopping or spoilt():
+                return False
+            if attempt.error is not None:
+                self._after_failure(attempt.error)
+        return False
+
+    def _room(self, first: bool) -> int:
+        """The workers of the next group, once there is room for the fewest; 0 when the run is to stop."""
+        began = time.monotonic()
+        told = began - REMIND_S + SETTLE_S
+        if cluster.autoscales():
+            sdk.request_resources(bundles=[self.worker] * self.most)
+        while not self.stopping:
+            waited, room = time.monotonic() - began, min(cluster.room(self.worker), self.most)
+            if room == self.most or (room >= self.fewest and waited >= SETTLE_S):
+                return room
+            possible = cluster.capacity(self.worker)
+            missing = (
+                f"{self.fewest} worker{'s' if self.fewest > 1 else ''} of {self._needs()} each cannot be placed: "
+                f"the cluster holds {possible}; it has {cluster.describe(self.worker)}"
+            )
+            if first and waited >= MISSING_S and possible < self.fewest and not cluster.autoscales():
+                raise RunFailed(f"{missing}. Lower compute.workers or compute.cpus_per_worker, or add nodes.")
+            if room < self.fewest and time.monotonic() - told >= REMIND_S:
+                told = time.monotonic()
+                self._tell(event("warning", message=f"waiting for resources: {missing}"))
+            time.sleep(POLL_S)
+        return 0
+
+    def _needs(self) -> str:
+        return " and ".join(f"{amount:g} {name}" for name, amount in self.worker.items())
+
+    def _execute(self, attempt: Attempt, spoilt: Callable[[], bool]) -> None:
+        """Runs one group to its end, whatever that is."""
+        compute, storage = self.task.experiment.compute, Folder(self.task.out)
+        name = f"ray-{uuid.uuid4().hex[:8]}"
+        micro = {stage.index: self.micro.of(stage.index) for stage in self.task.stages}
+        trainer = TorchTrainer(
+            train_chain,  # type: ignore[arg-type]
+            train_loop_config={"task": self.task, "mailbox": self.mailbox, "micro_batch": micro},
+            scaling_config=ScalingConfig(
+                num_workers=attempt.workers, use_gpu=compute.gpus_per_worker > 0, resources_per_worker=self.worker
+            ),
+            torch_config=TorchConfig(backend="nccl" if compute.gpus_per_worker else "gloo"),
+            run_config=RunConfig(
+                name=name,
+                storage_path=storage.path,
+                storage_filesystem=None if storage.local else storage.fs,
+                failure_config=FailureConfig(  # type: ignore[call-arg]
+                    max_failures=0, controller_failure_limit=0, max_preemption_failures=0
+                ),
+                callbacks=[cluster.LeftBehind(self.mailbox)],  # type: ignore[list-item]
+            ),
+        )
+
+        def fit() -> None:
+            try:
+                attempt.complete = bool(trainer.fit().return_value)  # type: ignore[attr-defined]
+            except BaseException as error:  # handled by the thread that waits
+                attempt.error = error
+
+        thread = threading.Thread(target=fit, name="fit", daemon=True)
+        thread.start()
+        looked = time.monotonic()
+        try:
+            while thread.is_alive() and not (self.stopping and attempt.saved):
+                thread.join(POLL_S)
+                self._drain()
+                if spoilt():
+                    self.mailbox.request_stop.remote()
+                elif time.monotonic() - looked >= WATCH_S:
+                    looked = time.monotonic()
+                    self._watch(attempt)
+            self._drain()
+        finally:
+            with contextlib.suppress(Exception):
+                cluster.remove(ray.get(self.mailbox.placements.remote(), timeout=10))
+            storage.delete(name)
+
+    def _watch(self, attempt: Attempt) -> None:
+        """Asks the group to save and return where its nodes leave, or where more workers would fit."""
+        if attempt.leave or not attempt.nodes:
+            return
+        away = attempt.nodes & cluster.leaving()
+        if away:
+            self._ask(attempt, "drain", f"{len(away)} of its nodes will be taken away")
+        elif attempt.workers < self.most and time.time() - attempt.began >= GROW_AFTER_S:
+            more = min(self.most - attempt.workers, cluster.room(self.worker))
+            if more:
+                self._ask(attempt, "grow", f"there is room for {attempt.workers + more} workers")
+
+    def _ask(self, attempt: Attempt, reason: str, message: str) -> None:
+        attempt.leave = reason
+        self.mailbox.request_stop.remote()
+        self._tell_restart(reason, f"{message}: the workers save, a new group goes on")
+
+    def _after_failure(self, error: BaseException) -> None:
+        """Waits as long as the policy says, or raises RunFailed."""
+        if self._fatal is not None:
+            raise RunFailed(self._fatal) from error
+        if self._memory is not None:
+            seen, self._memory = self._memory, None
+            smaller = self.micro.too_large(seen["stage"], seen["micro_batch"])
+            if smaller is None:
+                raise RunFailed(f"{seen['message']} Lower train.micro_batch or train.global_batch.") from error
+            self._tell_restart("memory", f"too little memory for {seen['micro_batch']} pairs at once: trying {smaller}")
+            return
+        reason, pause = _reason(error), self.policy.failed()
+        if pause is None:
+            times = f" ({self.policy.limit + 1} times in a row)" if self.policy.limit else ""
+            raise RunFailed(f"{reason}{times}") from error
+        count = f"{self.policy.failures} of {self.policy.limit} in a row"
+        self._tell_restart("failure", f"{reason}: starting again from the last checkpoint ({count})")
+        until = time.monotonic() + pause
+        while time.monotonic() < until and not self.stopping:
+            time.sleep(POLL_S)
+
+    def _tell_restart(self, reason: str, message: str) -> None:
+        workers = self.attempt.workers if self.attempt else 0
+        self._tell(event("restart", reason=reason, workers=workers, message=message))
+
+    def _follow(self, found: Event) -> None:
+        """What the group's own events mean for it."""
+        attempt = self.attempt
+        match found["event"]:
+            case "worker" if attempt:
+                attempt.nodes.add(found["node"])
+            case "saved":
+                self.policy.progressed(found["stage"], found["step"])
+            case "stopped" if attempt:
+                attempt.saved = True
+            case "stage_end":
+                self.policy.progressed(found["stage"] + 1, 0)
+            case "failure" if found["kind"] == "memory":
+                self._memory = found
+            case "failure" if found["kind"] == "fatal":
+                self._fatal = self._fatal or found["message"]
+
+    def _tell(self, found: Event) -> None:
+        for handle in self.handlers:
+            handle(found)
+
+    def _drain(self) -> None:
+        with contextlib.suppress(ray.exceptions.RayError):
+            for found in ray.get(self.mailbox.drain.remote(), timeout=30):
+                self._tell(found)
+
+
+def _reason(error: BaseException) -> str:
+    """The workers' own error, without the layers of Ray around it."""
+    failures = getattr(error, "worker_failures", None)
+    if failures:
+        rank, failure = next(iter(sorted(failures.items())))
+        cause = getattr(failure, "cause", None) or failure
+        return f"worker {rank}: {str(cause).strip().splitlines()[-1] if str(cause).strip() else type(cause).__name__}"
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
