@@ -38,7 +38,7 @@ from raychain.training.worker import Mailbox, train_chain
 POLL_S = 0.2
 WATCH_S = 1.0
 """How often the nodes are looked at."""
-SETTLE_S = 3.0
+SETTLE_S = 1.0
 """How long to wait for more room than the fewest workers need before starting with what there is."""
 MISSING_S = 45.0
 """How long resources that the cluster does not have may be missing at the start of a run."""

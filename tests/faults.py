@@ -1,0 +1,307 @@
+"""A chain on a small Ray cluster of this machine, faults that hit it, and the comparison with an undisturbed run.
+
+`python tests/faults.py --faults 30` runs chains until so many seeded random faults have hit them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+import psutil
+import torch
+import yaml
+from ray.cluster_utils import Cluster
+from safetensors.torch import load_file
+
+STORE = 10**8
+"""Bytes of each node's object store."""
+
+
+def experiment(demo: Path, storage: Path, cache: Path, steps: tuple[int, ...] = (150, 100, 60)) -> dict[str, Any]:
+    """A three-stage chain on one to two workers that logs every step and saves every three seconds."""
+    return {
+        "name": "chain",
+        "data": {"train": f"{demo}/train/*.tar", "captions": {"keys": ["txt", "json.captions"], "per_image": 2}},
+        "chain": [{"model": f"CoM-micro-{m}", "epochs": f"{n} steps"} for m, n in zip("SML", steps, strict=True)],
+        "train": {"global_batch": 32, "warmup": "10 %", "log_every": 1, "precision": "fp32"},
+        "compute": {"workers": [1, 2], "cpus_per_worker": 1, "max_failures": 3},
+        "preload": {"cache": str(cache)},
+        "checkpoint": {"every": "3 seconds"},
+        "storage": str(storage),
+    }
+
+
+class Site:
+    """A head without workers, worker nodes of one CPU each, and a driver that trains `tree` on them."""
+
+    def __init__(self, tree: dict[str, Any], folder: Path, nodes: int = 2) -> None:
+        self.out, self.folder = Path(tree["storage"]) / tree["name"], folder
+        self.file, self.log = folder / "experiment.yaml", folder / "driver.log"
+        self.file.write_text(yaml.safe_dump(tree))
+        head = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": STORE}
+        self.cluster = Cluster(initialize_head=True, head_node_args=head)
+        self.nodes: list[Any] = []
+        for _ in range(nodes):
+            self.add_node()
+        self.driver: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Site:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.driver and self.driver.poll() is None:
+            self.driver.kill()
+            self.driver.wait()
+        self.cluster.shutdown()
+
+    def add_node(self) -> None:
+        """One more node of one CPU."""
+        self.nodes.append(self.cluster.add_node(num_cpus=1, object_store_memory=STORE))
+
+    def start(self, *options: str) -> None:
+        """The README's command, on this cluster."""
+        command = [sys.executable, "-m", "raychain.run", str(self.file), "--address", self.cluster.address, *options]
+        with self.log.open("ab") as log:
+            self.driver = subprocess.Popen(command, stdout=log, stderr=log)
+
+    def processes(self, title: str) -> list[psutil.Process]:
+        """The cluster's processes whose title holds `title`: RayTrainWorker, PreloadActor, TrainController."""
+        found = []
+        for node in [self.cluster.head_node, *self.nodes]:
+            for raylet in node.all_processes.get("raylet", []):
+                for process in _children(raylet.process.pid):
+                    try:
+                        if title in " ".join(process.cmdline()):
+                            found.append(process)
+                    except psutil.Error:
+                        continue
+        return found
+
+    def lines(self) -> list[dict[str, Any]]:
+        """The run's logged steps."""
+        try:
+            text = (self.out / "metrics.jsonl").read_text()
+        except OSError:
+            return []
+        return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+    def place(self) -> tuple[int, int]:
+        """Stage and step of the last logged step; (-1, 0) before the first."""
+        lines = self.lines()
+        return (lines[-1]["stage"], lines[-1]["step"]) if lines else (-1, 0)
+
+    def wait(self, done: Callable[[], bool], seconds: float) -> bool:
+        """Until `done`, the end of the driver (False) or `seconds` are over (TimeoutError)."""
+        until = time.monotonic() + seconds
+        while not done():
+            if self.driver is None or self.driver.poll() is not None:
+                return False
+            if time.monotonic() > until:
+                raise TimeoutError(f"{self.place()} after {seconds} s\n{self.log.read_text()}")
+            time.sleep(0.05)
+        return True
+
+
+def _children(pid: int) -> list[psutil.Process]:
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.Error:
+        return []
+
+
+def kill_worker(site: Site, rng: random.Random) -> None:
+    """A worker process is killed."""
+    workers = site.processes("RayTrainWorker")
+    if workers:
+        rng.choice(workers).kill()
+
+
+def kill_controller(site: Site, rng: random.Random) -> None:
+    """Ray Train's controller is killed."""
+    for process in site.processes("TrainController"):
+        process.kill()
+
+
+def kill_preloader(site: Site, rng: random.Random) -> None:
+    """The actor that prepares the next stage's data is killed."""
+    preloaders = site.processes("PreloadActor")
+    if preloaders:
+        rng.choice(preloaders).kill()
+
+
+def kill_node(site: Site, rng: random.Random) -> None:
+    """A node is lost without notice, its workers with it; another comes."""
+    site.cluster.remove_node(site.nodes.pop(rng.randrange(len(site.nodes))), allow_graceful=False)
+    time.sleep(rng.uniform(0, 4))
+    site.add_node()
+
+
+def drain_node(site: Site, rng: random.Random) -> None:
+    """A node is taken away with notice; another comes."""
+    node = site.nodes.pop(rng.randrange(len(site.nodes)))
+    drain(site, node, 8)
+    site.add_node()
+    time.sleep(8)
+    site.cluster.remove_node(node, allow_graceful=False)
+
+
+def drain(site: Site, node: Any, seconds: int) -> None:
+    """The notice a cloud provider gives for a spot node."""
+    subprocess.run(
+        [
+            *("ray", "drain-node", "--address", site.cluster.address, "--node-id", node.node_id),
+            *("--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"),
+            *("--deadline-remaining-seconds", str(seconds)),
+        ],
+        check=True,
+        capture_output=True,
+    )
+
+
+def kill_driver(site: Site, rng: random.Random) -> None:
+    """The driver is killed without notice, and started again."""
+    assert site.driver
+    site.driver.kill()
+    site.driver.wait()
+    time.sleep(rng.uniform(0, 3))
+    site.start()
+
+
+def stop_driver(site: Site, rng: random.Random) -> None:
+    """SIGTERM, as `ray job stop` or a rescheduled pod sends it; killed three seconds later, and started again."""
+    assert site.driver
+    site.driver.send_signal(signal.SIGTERM)
+    try:
+        site.driver.wait(3)
+    except subprocess.TimeoutExpired:
+        site.driver.kill()
+        site.driver.wait()
+    site.start()
+
+
+FAULTS = (kill_worker, kill_node, drain_node, kill_driver, stop_driver, kill_controller, kill_preloader)
+
+
+class Published:
+    """Watches that what was published is never written again."""
+
+    def __init__(self, out: Path) -> None:
+        self.out, self.seen = out, dict[str, int]()
+
+    def check(self) -> None:
+        for record in self.out.glob("stages/*/stage.json"):
+            written = (record.parent / "open_clip_model.safetensors").stat().st_mtime_ns
+            assert self.seen.setdefault(record.parent.name, written) == written, f"{record.parent.name} trained twice"
+
+
+def disturbed(site: Site, rng: random.Random, faults: list[Callable[[Site, random.Random], None]]) -> list[dict]:
+    """Runs the site's chain to its end under `faults` at random moments; what each did and cost.
+
+    Stops hitting when the chain ends first. Raises AssertionError or TimeoutError where the chain does not get over it.
+    """
+    published, hits = Published(site.out), []
+    site.start()
+    site.wait(lambda: site.place() > (-1, 0), 120)
+    while faults:
+        until = time.monotonic() + rng.uniform(0.5, 6)
+        if not site.wait(lambda until=until: time.monotonic() > until, 30):
+            break
+        fault, before, began = faults[0], site.place(), time.monotonic()
+        fault(site, rng)
+        if site.driver and site.driver.poll() is not None:
+            break
+        faults.pop(0)
+        reached = max(site.place(), before)
+        site.wait(lambda reached=reached: site.place() > reached, 180)
+        published.check()
+        hits.append({"fault": fault.__name__, "at": before, "seconds": round(time.monotonic() - began, 1)})
+        print(f"{fault.__name__:16} at stage {before[0]} step {before[1]}: {hits[-1]['seconds']} s", flush=True)
+    site.wait(lambda: False, 600)
+    published.check()
+    assert site.driver
+    assert site.driver.returncode == 0, site.log.read_text()
+    return hits
+
+
+def compare(found: Path, expected: Path) -> tuple[float, float]:
+    """Largest relative deviation of a step's loss, and of the last stage's weights (norm of the difference)."""
+    runs = [json.loads((out / "run.json").read_text()) for out in (found, expected)]
+    assert [s["samples_seen"] for s in runs[0]["stages"]] == [s["samples_seen"] for s in runs[1]["stages"]]
+    curves = []
+    for out in (found, expected):
+        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        places = [(x["stage"], x["step"]) for x in lines]
+        assert len(places) == len(set(places)), "a step was logged twice"
+        curves.append({place: x["loss"] for place, x in zip(places, lines, strict=True)})
+    assert curves[0].keys() == curves[1].keys(), "steps are missing"
+    weights = [
+        load_file(out / s["stages"][-1]["checkpoint"] / "open_clip_model.safetensors")
+        for out, s in zip((found, expected), runs, strict=True)
+    ]
+    flat = [torch.cat([w[name].double().flatten() for name in sorted(w)]) for w in weights]
+    loss = max(abs(value / curves[1][place] - 1) for place, value in curves[0].items())
+    return loss, float((flat[0] - flat[1]).norm() / flat[1].norm())
+
+
+def undisturbed(tree: dict[str, Any], folder: Path) -> Path:
+    """The same chain without faults on one worker, in a process of its own; its run folder."""
+    tree = tree | {"storage": str(folder / "undisturbed"), "compute": {"workers": 1, "cpus_per_worker": 1}}
+    file = folder / "undisturbed.yaml"
+    file.write_text(yaml.safe_dump(tree))
+    subprocess.run([sys.executable, "-m", "raychain.run", str(file)], check=True, capture_output=True)
+    return Path(tree["storage"]) / tree["name"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--faults", type=int, default=30)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--a-chain", type=int, default=6, help="faults that are to hit each chain, at the most")
+    options = parser.parse_args()
+    from raychain.demo import make_demo
+
+    rng, hits = random.Random(options.seed), []
+    with tempfile.TemporaryDirectory(prefix="raychain-faults-") as scratch:
+        root = Path(scratch)
+        make_demo(root / "demo", names=30, pictures=1200, held_out=100, per_name=3)
+        expected = undisturbed(experiment(root / "demo", root, root / "cache"), root)
+        worst: list[tuple[float, float]] = []
+        while len(hits) < options.faults:
+            folder = root / f"chain-{len(worst)}"
+            folder.mkdir()
+            count = min(options.a_chain, options.faults - len(hits))
+            faults = [FAULTS[(len(hits) + i) % len(FAULTS)] for i in range(count)]
+            rng.shuffle(faults)
+            with Site(experiment(root / "demo", folder / "runs", root / "cache"), folder) as site:
+                hits += disturbed(site, rng, faults)
+                worst.append(compare(site.out, expected))
+            print(
+                f"chain {len(worst)}: finished; deviation of losses {worst[-1][0]:.1e}, of weights {worst[-1][1]:.1e}"
+            )
+    for name in sorted({hit["fault"] for hit in hits}):
+        seconds = [hit["seconds"] for hit in hits if hit["fault"] == name]
+        spread = f"median {statistics.median(seconds):.1f} s, at most {max(seconds):.1f} s"
+        print(f"{name:16} {len(seconds)} x, from the fault to the next new step: {spread}")
+    losses, weights = (max(deviation) for deviation in zip(*worst, strict=True))
+    print(
+        f"{len(hits)} of {options.faults} faults survived over {len(worst)} chains; "
+        f"largest deviation of losses {losses:.1e}, of weights {weights:.1e}"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,177 @@
+"""Training does not depend on the number of workers: losses, gradients, micro-batches, and changes in mid-stage."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
+
+from raychain.chain.plan import make_task
+from raychain.config.experiment import Distill
+from raychain.config.loading import validate
+from raychain.families import build
+from raychain.feed.loader import Batch
+from raychain.feed.order import rank_slice
+from raychain.objectives.contrastive import mean_over_ranks
+from raychain.objectives.distillation import Projector
+from raychain.training.loop import step_losses
+from raychain.training.stage import ChainWorker
+from raychain.training.student import Student
+
+BATCH, CAPTIONS = 10, 3
+STEPS = (20, 200)
+CHANGES = ((2, 90), (1, 130), (3, 170), (2, None))
+"""World sizes, and the step at which the next one takes over."""
+
+
+def models(dtype: torch.dtype) -> tuple[Student, Student]:
+    """A CoM-micro-M that follows a CoM-micro-S teacher."""
+    torch.manual_seed(0)
+    teacher = Student(build("CoM-micro-S", seed=1)).to(dtype).eval().requires_grad_(False)
+    return Student(build("CoM-micro-M", seed=2), Projector(64, 64)).to(dtype), teacher
+
+
+def batch(part: slice) -> Batch:
+    rng = torch.Generator().manual_seed(3)
+    images = torch.randint(0, 256, (BATCH, 40, 40, 3), generator=rng, dtype=torch.uint8)
+    tokens = torch.randint(1, 90, (BATCH, CAPTIONS, 18), generator=rng)
+    return Batch(0, images[part], tokens[part])
+
+
+def reference() -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and gradients from the definitions, in float64, of the whole batch in one process, without raychain's
+    losses.
+    """
+    student, teacher = models(torch.float64)
+    whole = batch(slice(None))
+    features = []
+    for side in (student, teacher):
+        pixels = (whole.images.permute(0, 3, 1, 2).double() - side.mean) / side.std
+        image = side.model.encode_image(pixels, normalize=True)
+        text = torch.stack([side.model.encode_text(t, normalize=True) for t in whole.tokens])
+        features.append((image, text))
+    (image, text), (image_t, text_t) = features
+    scale, target = student.model.logit_scale.exp(), torch.arange(BATCH)
+    task = torch.zeros((), dtype=torch.float64)
+    for k in range(CAPTIONS):
+        logits = scale * image @ text[:, k].T
+        task = task + (cross_entropy(logits, target) + cross_entropy(logits.T, target)) / (2 * CAPTIONS)
+    distance = ((image - image_t) ** 2).sum(-1).mean() / 2 + ((text - text_t) ** 2).sum(-1).mean() / 2
+    alpha = min(2.0, 0.999 * task.item() / distance.item())
+    (task + alpha * distance).backward()
+    return (task + alpha * distance).item(), {n: p.grad for n, p in student.named_parameters() if p.grad is not None}
+
+
+def ours(rank: int, world: int, micro: int | None) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and the gradients DDP leaves, in float32."""
+    student, teacher = models(torch.float32)
+    student.micro_batch = teacher.micro_batch = micro
+    wrapped = DistributedDataParallel(student) if world > 1 else student
+    losses = step_losses(wrapped, teacher, batch(rank_slice(BATCH, rank, world)), Distill(), BATCH)
+    losses.total.backward()
+    loss = float(mean_over_ranks(losses.total))
+    return loss, {n: p.grad for n, p in student.named_parameters() if p.grad is not None}
+
+
+def _compare(rank: int, world: int, rendezvous: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
+    try:
+        loss, gradients = torch.load(f"{rendezvous}.expected")
+        for micro in (None, 2):
+            found, found_gradients = ours(rank, world, micro)
+            assert found == pytest.approx(loss, rel=1e-6)
+            assert found_gradients.keys() == gradients.keys()
+            largest = max(float(gradient.abs().max()) for gradient in gradients.values())
+            for name, gradient in gradients.items():
+                error = (found_gradients[name].double() - gradient).norm() / gradient.norm().clamp_min(1e-3 * largest)
+                assert error < 1e-5, f"{name}: {error:.1e} at {world} workers, micro-batch {micro}"
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_gradients_are_those_of_a_float64_reference_at_any_world_size(world: int, tmp_path: Path) -> None:
+    rendezvous = str(tmp_path / "rendezvous")
+    torch.save(reference(), f"{rendezvous}.expected")
+    torch.multiprocessing.spawn(_compare, args=(world, rendezvous), nprocs=world)
+
+
+def _peak(micro: int | None, pairs: int) -> int:
+    """Bytes of tensors alive at once in a forward and backward pass, beyond the parameters, their gradients, and the
+    share of a part that is added to them.
+    """
+    student = Student(build("CoM-micro-M", seed=0))
+    student.micro_batch = micro
+    images = torch.zeros(pairs, 40, 40, 3, dtype=torch.uint8)
+    tokens = torch.ones(pairs, 1, 18, dtype=torch.long)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        features = student(images, tokens)
+        (features.image.sum() + features.text.sum()).backward()
+    held = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak - 2 * sum(p.nbytes for p in student.parameters())
+
+
+def test_memory_is_flat_in_the_batch_with_a_micro_batch() -> None:
+    small, large, whole = _peak(8, 16), _peak(8, 128), _peak(None, 128)
+    assert large < 1.5 * small
+    assert large < whole / 4
+
+
+def curve(out: Path) -> dict[tuple[int, int], float]:
+    """Loss by stage and step."""
+    return {(x["stage"], x["step"]): x["loss"] for x in map(json.loads, (out / "events").read_text().splitlines())}
+
+
+def _train(rank: int, world: int, rendezvous: str, task: Any, leave: int | None) -> None:
+    """One rank of a worker group that saves and returns after step `leave` of the second stage."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
+    place = [(0, 0)]
+
+    def emit(event: dict[str, Any]) -> None:
+        if event["event"] == "step":
+            place[0] = event["stage"], event["step"]
+            with Path(task.out, "events").open("a") as file:
+                file.write(json.dumps({k: event[k] for k in ("stage", "step", "loss")}) + "\n")
+
+    worker = ChainWorker(task, torch.device("cpu"), emit, lambda: leave is not None and place[0] >= (1, leave))
+    try:
+        assert worker.run() == (leave is None)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_losses_do_not_depend_on_the_number_of_workers_or_its_changes(tree, tmp_path) -> None:
+    """200 steps in fp32 with distillation and three captions: relative deviation at most 1e-4."""
+    tree |= {"evaluate": {}, "checkpoint": {"every": "1000 steps"}}
+    tree["data"]["captions"]["per_image"] = CAPTIONS
+    tree["train"] |= {"global_batch": 12, "log_every": 1}
+    tree["chain"] = [{"model": f"CoM-micro-{m}", "epochs": f"{n} steps"} for m, n in zip("SM", STEPS, strict=True)]
+    plans = {str(world): [(world, None)] for world in (1, 2, 3, 4)} | {"2→1→3→2": CHANGES}
+    curves = {}
+    for name, plan in plans.items():
+        out = tmp_path / name
+        task = make_task(validate(tree), str(out))
+        out.mkdir(exist_ok=True)
+        for number, (world, leave) in enumerate(plan):
+            rendezvous = str(out / f"rendezvous-{number}")
+            torch.multiprocessing.spawn(_train, args=(world, rendezvous, task, leave), nprocs=world)
+        curves[name] = curve(out)
+    assert len(curves["1"]) == sum(STEPS)
+    for name, found in curves.items():
+        assert found.keys() == curves["1"].keys()
+        worst = max(abs(loss / curves["1"][place] - 1) for place, loss in found.items())
+        print(f"{name} workers: largest relative deviation {worst:.1e}")
+        assert worst < 1e-4, name
