@@ -91,18 +91,16 @@ class Site:
                         continue
         return found
 
-    def lines(self) -> list[dict[str, Any]]:
-        """The run's logged steps."""
-        try:
-            text = (self.out / "metrics.jsonl").read_text()
-        except OSError:
-            return []
-        return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
-
     def place(self) -> tuple[int, int]:
         """Stage and step of the last logged step; (-1, 0) before the first."""
-        lines = self.lines()
-        return (lines[-1]["stage"], lines[-1]["step"]) if lines else (-1, 0)
+        try:
+            with (self.out / "metrics.jsonl").open("rb") as file:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - 2000))
+                whole = [line for line in file.read().splitlines(keepends=True)[1:] if line.endswith(b"\n")]
+        except OSError:
+            return -1, 0
+        last = json.loads(whole[-1]) if whole else {"stage": -1, "step": 0}
+        return last["stage"], last["step"]
 
     def wait(self, done: Callable[[], bool], seconds: float) -> bool:
         """Until `done`, the end of the driver (False) or `seconds` are over (TimeoutError)."""
@@ -112,7 +110,7 @@ class Site:
                 return False
             if time.monotonic() > until:
                 raise TimeoutError(f"{self.place()} after {seconds} s\n{self.log.read_text()}")
-            time.sleep(0.05)
+            time.sleep(0.1)
         return True
 
 
@@ -125,15 +123,16 @@ def _children(pid: int) -> list[psutil.Process]:
 
 def kill_worker(site: Site, rng: random.Random) -> None:
     """A worker process is killed."""
-    workers = site.processes("RayTrainWorker")
-    if workers:
-        rng.choice(workers).kill()
+    workers: list[psutil.Process] = []
+    site.wait(lambda: bool(workers.extend(site.processes("RayTrainWorker")) or workers), 60)
+    rng.choice(workers).kill()
 
 
 def kill_controller(site: Site, rng: random.Random) -> None:
     """Ray Train's controller is killed."""
-    for process in site.processes("TrainController"):
-        process.kill()
+    controllers: list[psutil.Process] = []
+    site.wait(lambda: bool(controllers.extend(site.processes("TrainController")) or controllers), 60)
+    controllers[0].kill()
 
 
 def kill_preloader(site: Site, rng: random.Random) -> None:

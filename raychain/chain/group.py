@@ -24,6 +24,7 @@ import ray
 from ray.autoscaler import sdk
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raychain.chain import cluster
@@ -45,8 +46,19 @@ MISSING_S = 45.0
 REMIND_S = 60.0
 GROW_AFTER_S = 30.0
 """A group trains at least this long before it makes way for a larger one."""
-PATIENCE = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1"}
+PATIENCE = {
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
+}
 """Ray Train's defaults, 60 s and 2 s, would be most of the time a lost node costs."""
+
+
+class Trainer(TorchTrainer):
+    """Ray Train's, without the process a group that waits for its controller's death."""
+
+    def _create_default_callbacks(self) -> list[Any]:
+        return [c for c in super()._create_default_callbacks() if not isinstance(c, PlacementGroupCleanerCallback)]
 
 
 @dataclass
@@ -144,10 +156,11 @@ class Groups:
         """Runs one group to its end, whatever that is."""
         compute, storage = self.task.experiment.compute, Folder(self.task.out)
         name = f"ray-{uuid.uuid4().hex[:8]}"
+        task = ray.put(self.task)  # the controller need not import what it is made of
         micro = {stage.index: self.micro.of(stage.index) for stage in self.task.stages}
-        trainer = TorchTrainer(
+        trainer = Trainer(
             train_chain,  # type: ignore[arg-type]
-            train_loop_config={"task": self.task, "mailbox": self.mailbox, "micro_batch": micro},
+            train_loop_config={"task": task, "mailbox": self.mailbox, "micro_batch": micro},
             scaling_config=ScalingConfig(
                 num_workers=attempt.workers, use_gpu=compute.gpus_per_worker > 0, resources_per_worker=self.worker
             ),

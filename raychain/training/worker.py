@@ -103,10 +103,10 @@ class _Warnings(logging.Handler):
 
 
 def train_chain(config: dict[str, Any]) -> bool:
-    """Ray Train's worker function: {`task`: ChainTask, `mailbox`: actor, `micro_batch`: {stage: pairs or None}}.
+    """Ray Train's worker function: {`task`: reference to a ChainTask, `mailbox`: actor, `micro_batch`: {stage: pairs or None}}.
     Returns whether the chain is complete.
     """
-    task: ChainTask = config["task"]
+    task: ChainTask = ray.get(config["task"])
     warnings.filterwarnings("ignore", category=UserWarning)
     torch.set_num_threads(task.threads)
     gpu = task.experiment.compute.gpus_per_worker > 0
