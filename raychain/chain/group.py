@@ -46,12 +46,12 @@ MISSING_S = 45.0
 REMIND_S = 60.0
 GROW_AFTER_S = 30.0
 """A group trains at least this long before it makes way for a larger one."""
-PATIENCE = {
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+SETTINGS = {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
 }
-"""Ray Train's defaults, 60 s and 2 s, would be most of the time a lost node costs."""
+"""Ray Train's own 60 s and 2 s would be most of the time a lost node costs; `Groups` watches for drained nodes."""
 
 
 class Trainer(TorchTrainer):
@@ -108,7 +108,7 @@ class Groups:
         Raises RunFailed when attempts fail `compute.max_failures` times in a row, when an error would only come again,
         or when the cluster cannot hold the fewest workers.
         """
-        for name, seconds in PATIENCE.items():
+        for name, seconds in SETTINGS.items():
             os.environ.setdefault(name, seconds)
         if not self.verbose:
             logging.getLogger("ray.train").setLevel(logging.ERROR)
@@ -274,6 +274,12 @@ def _reason(error: BaseException) -> str:
     failures = getattr(error, "worker_failures", None)
     if failures:
         rank, failure = next(iter(sorted(failures.items())))
-        cause = getattr(failure, "cause", None) or failure
-        return f"worker {rank}: {str(cause).strip().splitlines()[-1] if str(cause).strip() else type(cause).__name__}"
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+        return f"worker {rank}: {_words(getattr(failure, 'cause', None) or failure)}"
+    return _words(getattr(error, "controller_failure", None) or error)
+
+
+def _words(error: BaseException) -> str:
+    if isinstance(error, ray.exceptions.RayActorError):
+        return "its process died; it was killed, or its node was lost"
+    text = str(error).strip()
+    return text.splitlines()[-1] if text else type(error).__name__

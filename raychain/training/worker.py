@@ -103,8 +103,8 @@ class _Warnings(logging.Handler):
 
 
 def train_chain(config: dict[str, Any]) -> bool:
-    """Ray Train's worker function: {`task`: reference to a ChainTask, `mailbox`: actor, `micro_batch`: {stage: pairs or None}}.
-    Returns whether the chain is complete.
+    """Ray Train's worker function: {`task`: reference to a ChainTask, `mailbox`: actor, `micro_batch`: {stage: pairs or
+    None}}. Returns whether the chain is complete.
     """
     task: ChainTask = ray.get(config["task"])
     warnings.filterwarnings("ignore", category=UserWarning)
