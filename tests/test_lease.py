@@ -40,9 +40,10 @@ class Alone:
         self.file.close()
 
 
-def compete(root: Path, rounds: int, seed: int, start: Any) -> None:
+def compete(root: Path, rounds: int, seed: int, together: Any = None) -> None:
     chance = random.Random(seed)
-    start.wait()
+    if together:
+        together.wait()
     for _ in range(rounds):
         with Lease(Folder(f"{root}/store"), "lease", settle_s=0.005, poll_s=0.01) as lease:
             assert lease.acquire()
@@ -99,14 +100,14 @@ def test_of_processes_that_start_at_once_one_at_a_time_holds_it(tmp_path: Path, 
 
 def test_holders_killed_at_any_moment_leave_it_to_the_others(tmp_path: Path, processes: list[BaseProcess]) -> None:
     chance, done = random.Random(1), tmp_path / "rounds"
-    victims = [start(processes, compete, tmp_path, 10**6, seed, spawn.Barrier(1)) for seed in range(3)]
+    victims = [start(processes, compete, tmp_path, 10**6, seed) for seed in range(3)]
     appears(done)
     for victim in victims:
         time.sleep(0.2 + chance.uniform(0, 0.1))
         assert victim.is_alive()
         victim.kill()
     before = done.stat().st_size
-    survivor = start(processes, compete, tmp_path, 5, 9, spawn.Barrier(1))
+    survivor = start(processes, compete, tmp_path, 5, 9)
     survivor.join(30)
     assert survivor.exitcode == 0
     assert done.stat().st_size >= before + 5
