@@ -119,11 +119,16 @@ class Folder:
         with target._placed(target_name) as scratch:
             if self._copied_in_place(source, target, scratch):
                 return self.sha256(name)
-            digest = hashlib.sha256()
-            with self.fs.open_input_stream(source) as stream, target.fs.open_output_stream(scratch) as sink:
-                while chunk := stream.read(CHUNK):
-                    digest.update(chunk)
-                    sink.write(chunk)
+            digest, stream = hashlib.sha256(), self.fs.open_input_stream(source)
+            try:
+                with stream, target.fs.open_output_stream(scratch) as sink:
+                    while chunk := stream.read(CHUNK):
+                        digest.update(chunk)
+                        sink.write(chunk)
+            except BaseException:
+                if not target.local:
+                    target.remove(target_name)  # closing has put what had been written
+                raise
             return digest.hexdigest()
 
     def _copied_in_place(self, source: str, target: Folder, path: str) -> bool:
@@ -160,8 +165,8 @@ class Folder:
                 if path.name == marker:
                     self.write(relative, path.read_bytes())
                 else:
-                    self.fs.create_dir(self.join(relative).rpartition("/")[0], recursive=True)
-                    fs.copy_files(str(path), self.join(relative), fs.LocalFileSystem(), self.fs)
+                    with self._placed(relative) as scratch:  # what is there may be a link to another folder's file
+                        fs.copy_files(str(path), scratch, fs.LocalFileSystem(), self.fs)
 
     def fetch(self, name: str, target: Path) -> Path:
         """A local path to the content of the subfolder `name`: the folder itself if local, else a copy in `target`."""

@@ -114,7 +114,7 @@ class Lease:
                 failing = _now() if failing is None else failing
                 if self.folder.local or isinstance(error, PermissionError) or _now() - failing > self.stale_s:
                     raise
-                log.warning("%s/%s: tried again: %s", self.folder.address, self.name, error)
+                log.warning("%s in %s: tried again: %s", self.name, self.folder.address, error)
                 rivals = []
             if rivals and not wait(max(rivals, key=lambda rival: rival.held)):
                 return False
@@ -225,12 +225,12 @@ class Lease:
                 else:
                     self._write(own, held=True)
             except Exception as error:  # whatever the storage's driver raises: it may work again in time
-                log.warning("%s/%s: not renewed, tried again: %s", self.folder.address, self.name, error)
+                log.warning("%s in %s: not renewed, tried again: %s", self.name, self.folder.address, error)
                 pause /= 4
 
     def _lose(self, why: str) -> None:
         self._lost = True
-        log.error("%s/%s: lost to other drivers: %s", self.folder.address, self.name, why)
+        log.error("%s in %s: others may have taken it: %s", self.name, self.folder.address, why)
 
     def _withdraw(self) -> None:
         own, self._id = self._id, None
@@ -241,7 +241,7 @@ class Lease:
         try:
             self.folder.remove(f"{self.name}/{name}")
         except OSError as error:  # it is renewed no more, so others take it for dead in time
-            log.warning("%s/%s/%s: not removed: %s", self.folder.address, self.name, name, error)
+            log.warning("%s/%s in %s: not removed: %s", self.name, name, self.folder.address, error)
 
     def _pause(self) -> None:
         time.sleep(self.poll_s * random.uniform(0.5, 1))
