@@ -38,7 +38,10 @@ def run(
     check_experiment(config, address)
     folder = out or f"{config.storage.rstrip('/')}/{config.name}"
     writable(folder)
-    return run_chain(make_task(config, folder), address=address, verbose=verbose)
+    # A folder given on its own may be anywhere, so nothing is written outside of it unless the experiment says where.
+    shared = out is None or "storage" in config.model_fields_set
+    store = writable(config.storage, "storage").address if shared else None
+    return run_chain(make_task(config, folder, store=store), address=address, verbose=verbose)
 
 
 def run_command(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import logging
 import os
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,7 +18,12 @@ from pyarrow import fs
 from raychain.errors import InputError
 
 log = logging.getLogger("raychain.storage")
+CHUNK = 2**22
+"""Bytes read at once where a file is copied or hashed."""
+SCRATCH = ".tmp"
+"""How the names of files end that are being written."""
 RETRIES_S = (1, 2, 4, 8, 15, 30)
+"""Pauses between attempts of what can be tried again."""
 T = TypeVar("T")
 
 
@@ -78,25 +85,83 @@ class Folder:
 
     def list(self, name: str = "") -> list[str]:
         """Names in the subfolder `name`, sorted; none if it does not exist."""
+        handler = getattr(self.fs, "handler", None)
+        if isinstance(handler, fs.FSSpecHandler):
+            handler.fs.invalidate_cache()  # fsspec remembers listings, and other machines write here
         infos = self.fs.get_file_info(fs.FileSelector(self.join(name), allow_not_found=True))
         return sorted(info.base_name for info in infos)
 
     def read(self, name: str) -> bytes | None:
         """Content of a file, or None if it does not exist."""
-        if not self.exists(name):
+        try:
+            with self.fs.open_input_stream(self.join(name)) as stream:
+                return stream.read()
+        except FileNotFoundError:  # perhaps only just
             return None
-        with self.fs.open_input_stream(self.join(name)) as stream:
-            return stream.read()
 
     def write(self, name: str, content: bytes) -> None:
         """Writes a file atomically, making folders as needed."""
+        with self._placed(name) as scratch, self.fs.open_output_stream(scratch) as stream:
+            stream.write(content)
+
+    @contextlib.contextmanager
+    def _placed(self, name: str) -> Iterator[str]:
+        """Where to write what becomes the file `name` in one piece; its folders are made."""
         target = self.join(name)
         self.fs.create_dir(target.rpartition("/")[0], recursive=True)
-        scratch = f"{target}.{uuid.uuid4().hex[:8]}.tmp" if self.local else target
-        with self.fs.open_output_stream(scratch) as stream:
-            stream.write(content)
-        if self.local:
+        if not self.local:
+            yield target
+            return
+        scratch = f"{target}.{uuid.uuid4().hex[:8]}{SCRATCH}"
+        try:
+            yield scratch
             os.replace(scratch, target)  # noqa: PTH105 - both are plain strings of the filesystem
+        finally:
+            with contextlib.suppress(OSError):  # left by a failure, or by renaming a link to the very file it replaces
+                os.unlink(scratch)  # noqa: PTH108
+
+    def sha256(self, name: str) -> str:
+        """SHA-256 of a file's content, read as a stream. Raises FileNotFoundError."""
+        digest = hashlib.sha256()
+        with self.fs.open_input_stream(self.join(name)) as stream:
+            while chunk := stream.read(CHUNK):
+                digest.update(chunk)
+        return digest.hexdigest()
+
+    def copy_file(self, name: str, target: Folder, target_name: str) -> str:
+        """Copies a file to `target_name` of another folder, whole or not at all; returns the content's SHA-256.
+
+        On one disk it becomes a hard link: change neither in place. Within one object store it is copied there.
+        Everything else, and where that fails, goes through this process. The content is read once in any case.
+        """
+        source = self.join(name)
+        with target._placed(target_name) as scratch:
+            if self._copied_in_place(source, target, scratch):
+                return self.sha256(name)
+            digest, stream = hashlib.sha256(), self.fs.open_input_stream(source)
+            try:
+                with stream, target.fs.open_output_stream(scratch) as sink:
+                    while chunk := stream.read(CHUNK):
+                        digest.update(chunk)
+                        sink.write(chunk)
+            except BaseException:
+                if not target.local:
+                    target.remove(target_name)  # closing has put what had been written
+                raise
+            return digest.hexdigest()
+
+    def _copied_in_place(self, source: str, target: Folder, path: str) -> bool:
+        """Whether `source` is at `path` of the other folder now without its content having come through here."""
+        try:
+            if self.local and target.local:
+                os.link(os.path.realpath(source), path)
+            elif self.fs.equals(target.fs):
+                self.fs.copy_file(source, path)
+            else:
+                return False
+        except (OSError, NotImplementedError):  # another disk, or one without links; S3 refuses more than 5 GB
+            return False
+        return True
 
     def read_json(self, name: str) -> Any:
         """A JSON file's content; None if it does not exist or is not JSON (half-written by something else)."""
@@ -119,8 +184,8 @@ class Folder:
                 if path.name == marker:
                     self.write(relative, path.read_bytes())
                 else:
-                    self.fs.create_dir(self.join(relative).rpartition("/")[0], recursive=True)
-                    fs.copy_files(str(path), self.join(relative), fs.LocalFileSystem(), self.fs)
+                    with self._placed(relative) as scratch:  # what is there may be a link to another folder's file
+                        fs.copy_files(str(path), scratch, fs.LocalFileSystem(), self.fs)
 
     def fetch(self, name: str, target: Path) -> Path:
         """A local path to the content of the subfolder `name`: the folder itself if local, else a copy in `target`."""
@@ -130,13 +195,21 @@ class Folder:
         fs.copy_files(self.join(name), str(target), self.fs, fs.LocalFileSystem())
         return target
 
-    def move(self, source: str, target: str) -> None:
-        """Renames a file or folder."""
+    def move(self, source: str, target: str, marker: str | None = None) -> None:
+        """Renames a file or folder. Object stores cannot rename: there a folder is copied and removed, its file
+        `marker`, which says that it is complete, before the rest."""
         if self.local:
             self.fs.move(self.join(source), self.join(target))
             return
-        fs.copy_files(self.join(source), self.join(target), self.fs, self.fs)  # object stores cannot rename folders
+        fs.copy_files(self.join(source), self.join(target), self.fs, self.fs)
+        if marker:
+            self.remove(f"{source}/{marker}")
         self.fs.delete_dir(self.join(source))
+
+    def remove(self, name: str) -> None:
+        """Removes a file, if it exists."""
+        with contextlib.suppress(FileNotFoundError):
+            self.fs.delete_file(self.join(name))
 
     def delete(self, name: str) -> None:
         """Removes a subfolder, if it exists."""

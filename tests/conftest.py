@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,27 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("data") / "demo"
     make_demo(out, names=30, pictures=1200, held_out=100, per_name=3)
     return out
+
+
+@pytest.fixture(scope="session")
+def bucket() -> Iterator[Callable[[str], str]]:
+    """A bucket of an S3 server on this machine: makes addresses in it."""
+    from moto.server import ThreadedMotoServer
+
+    from raychain.storage import resolve
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    query = f"endpoint_override=http://{host}:{port}&scheme=http&region=us-east-1&allow_bucket_creation=true"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ACCESS_KEY_ID", "key")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        filesystem, path = resolve(f"s3://bucket?{query}")
+        filesystem.create_dir(path)
+        yield lambda name: f"s3://bucket/{name}?{query}"
+    server.stop()
 
 
 @pytest.fixture

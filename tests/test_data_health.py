@@ -95,9 +95,9 @@ def test_a_run_on_damaged_shards_reports_them_and_stops_above_the_limit(ray_sess
         raychain.run(validate(tree))
     del tree["data"]["max_bad_fraction"]
     tree["compute"]["workers"] = 2
-    for out in ("runs/tiny", "cached"):  # the second is another run, served from the cache
+    for out in ("runs", "cached"):  # the second is another run, served from the cache
         capsys.readouterr()
-        run = raychain.run(validate(tree), out=str(tmp_path / out))
+        run = raychain.run(validate(tree | {"storage": str(tmp_path / out)}))
         assert run["status"] == "succeeded"
         assert run["data_health"]["bad"] == expected
         assert {item["key"] for item in run["data_health"]["examples"]} >= {"000000000", "000000001", "000000002"}

@@ -1,7 +1,7 @@
 """Shards and run folders on object storage: an S3 server on this machine, and storage that fails now and then."""
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,6 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import webdataset
-from moto.server import ThreadedMotoServer
 from PIL import Image
 from pyarrow import fs
 
@@ -146,23 +145,6 @@ def test_what_asking_again_does_not_mend_is_final(tmp_path: Path, flaky: Flaky) 
     with pytest.raises(OSError, match="disk error"):
         fetch.patiently("/a/local/path", away)
     assert len(asked) == 1
-
-
-@pytest.fixture(scope="module")
-def bucket() -> Iterator[Callable[[str], str]]:
-    """A bucket of an S3 server on this machine: makes addresses in it."""
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    query = f"endpoint_override=http://{host}:{port}&scheme=http&region=us-east-1&allow_bucket_creation=true"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ACCESS_KEY_ID", "key")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-        filesystem, path = resolve(f"s3://bucket?{query}")
-        filesystem.create_dir(path)
-        yield lambda name: f"s3://bucket/{name}?{query}"
-    server.stop()
 
 
 def test_shards_of_an_s3_bucket_are_found_counted_and_decoded(

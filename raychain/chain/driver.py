@@ -11,31 +11,55 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import ray
 
 from raychain.chain.group import Groups
+from raychain.chain.lease import Holder, Lease
 from raychain.chain.plan import totals, worker_cpus
+from raychain.chain.store import StageStore, UnusableStageError, usable
 from raychain.errors import Interrupted, RunFailed
 from raychain.reporting.environment import environment
-from raychain.reporting.events import Event
+from raychain.reporting.events import Event, event
 from raychain.reporting.health import DataHealth
 from raychain.reporting.progress import Progress
 from raychain.reporting.runlog import RUN, RunLog
 from raychain.reporting.trackers import Trackers
-from raychain.storage import Folder
-from raychain.training.stage import STAGE_RECORD
-from raychain.training.task import ChainTask
+from raychain.storage import Folder, patiently
+from raychain.training.task import ChainTask, StageTask
+
+LEASE = ".driver"
+"""The run folder's lease."""
 
 
 def run_chain(task: ChainTask, *, address: str | None = None, verbose: bool = False) -> dict[str, Any]:
     """Trains what is not published yet; returns the content of run.json.
 
+    Waits for a driver that is at work on the same run folder, and for those that train a stage of it for another.
     Raises RunFailed or Interrupted; run.json says so too, and what was trained is kept.
     """
-    out, started = Folder(task.out), time.time()
-    records = [_published(out, stage.folder, stage.key) for stage in task.stages]
+    out = Folder(task.out)
+    store = StageStore(Folder(task.store)) if task.store else None
+    with contextlib.ExitStack() as stack:
+        leases = [stack.enter_context(Lease(out, LEASE))]
+        leases[0].acquire(_patience(f"{task.out} is in use"))
+        records = [_claim(stage, out, store, leases, stack) for stage in task.stages]
+        return _run(task, out, store, records, leases, address, verbose)
+
+
+def _run(
+    task: ChainTask,
+    out: Folder,
+    store: StageStore | None,
+    records: Sequence[dict[str, Any] | None],
+    leases: Sequence[Lease],
+    address: str | None,
+    verbose: bool,
+) -> dict[str, Any]:
+    """`run_chain` once the stages that have no record are this driver's."""
+    started = time.time()
     header = {
         "name": task.experiment.name,
         "config": task.experiment.model_dump(mode="json"),
@@ -49,7 +73,6 @@ def run_chain(task: ChainTask, *, address: str | None = None, verbose: bool = Fa
     if all(records):
         log.finish("succeeded", totals(task, time.time() - started))
         return log.run
-    _set_aside(out, task)
     progress = Progress(len(task.stages))
     steps = [stage.steps for stage in task.stages]
     trackers = Trackers(out, task.experiment, task.stages[-1].key, steps, progress.handle)
@@ -62,12 +85,17 @@ def run_chain(task: ChainTask, *, address: str | None = None, verbose: bool = Fa
         finally:
             trackers.finish(status, final)
 
+    def spoilt() -> bool:
+        return health.exceeded or any(lease.lost for lease in leases)
+
     try:
-        handlers = [health.handle, log.handle, trackers.handle, progress.handle]
-        with progress, _session(task, address, verbose):
-            complete = _execute(task, handlers, verbose, lambda: health.exceeded)
+        with _sharing(task, out, store, progress.handle) as share, progress, _session(task, address, verbose):
+            handlers = [health.handle, log.handle, share, trackers.handle, progress.handle]
+            complete = _execute(task, handlers, verbose, spoilt)
         if health.exceeded:
             raise RunFailed(health.describe())
+        if any(lease.lost for lease in leases):
+            raise RunFailed(f"{task.out} could not be written for too long: another driver may be at work on it now")
     except BaseException as error:
         finish("interrupted" if isinstance(error, KeyboardInterrupt | Interrupted) else "failed")
         if isinstance(error, KeyboardInterrupt):
@@ -79,21 +107,73 @@ def run_chain(task: ChainTask, *, address: str | None = None, verbose: bool = Fa
     return log.run
 
 
-def _published(out: Folder, folder: str, key: str) -> dict[str, Any] | None:
-    record = out.read_json(f"stages/{folder}/{STAGE_RECORD}")
-    if not isinstance(record, dict) or record.get("key") != key:
+def _claim(
+    stage: StageTask, out: Folder, store: StageStore | None, leases: list[Lease], stack: contextlib.ExitStack
+) -> dict[str, Any] | None:
+    """The record of a finished stage, or None once this driver is the one to train it.
+
+    Where another driver trains it, it is waited for. All drivers claim in the order of the chain, so that two never
+    wait for each other.
+    """
+    record = _reused(stage, out, store)
+    while store and record is None:
+        lease = stack.enter_context(store.training(stage.key))
+        told = _patience(f"{stage.model} (stage {stage.key[:8]}) is being trained")
+
+        def wait(holder: Holder, told: Callable[[Holder], bool] = told) -> bool:
+            return told(holder) and not store.has(stage.key)
+
+        mine = lease.acquire(wait)
+        record = _reused(stage, out, store)  # who held the lease may have finished it
+        if mine and record is None:
+            leases.append(lease)
+            break
+        lease.release()
+    return record
+
+
+def _patience(what: str) -> Callable[[Holder], bool]:
+    """Says once what is waited for."""
+    told: set[str] = set()
+
+    def wait(holder: Holder) -> bool:
+        if str(holder) not in told:
+            told.add(str(holder))
+            print(f"raychain: {what} by another driver ({holder}): waiting for it", file=sys.stderr, flush=True)
+        return True
+
+    return wait
+
+
+def _reused(stage: StageTask, out: Folder, store: StageStore | None) -> dict[str, Any] | None:
+    """The record of a stage that is finished, from the run folder or else from the store."""
+    name = f"stages/{stage.folder}"
+    own = {"index": stage.index}
+    record = store.adopt(stage.key, out, stage.folder, own) if store else usable(out, name, stage.key)
+    if record is None:
         return None
     return {name: value for name, value in record.items() if name != "files"} | {"status": "reused"}
 
 
-def _set_aside(out: Folder, task: ChainTask) -> None:
-    """Stage folders of another experiment under the same name are kept beside, never overwritten."""
-    for stage in task.stages:
-        record = out.read_json(f"stages/{stage.folder}/{STAGE_RECORD}")
-        if isinstance(record, dict) and record.get("key") != stage.key:
-            out.move(f"stages/{stage.folder}", f"stages/{stage.folder}.{str(record.get('key'))[:8]}")
-        elif record is None and not stage.published:
-            out.delete(f"stages/{stage.folder}")
+@contextlib.contextmanager
+def _sharing(
+    task: ChainTask, out: Folder, store: StageStore | None, tell: Callable[[Event], None]
+) -> Iterator[Callable[[Event], None]]:
+    """A handler that copies every finished stage to the store, in the background."""
+    with ThreadPoolExecutor(1, thread_name_prefix="share") as pool:
+
+        def contribute(stage: StageTask) -> None:
+            assert store
+            try:
+                patiently(lambda: store.contribute(stage.key, out, stage.folder))
+            except (OSError, UnusableStageError) as error:
+                tell(event("warning", message=f"stage {stage.folder} is not shared through {task.store}: {error}"))
+
+        def handle(found: Event) -> None:
+            if store and found["event"] == "stage_end":
+                pool.submit(contribute, task.stages[found["stage"]])
+
+        yield handle
 
 
 @contextlib.contextmanager

@@ -58,7 +58,8 @@ class Trainer(TorchTrainer):
     """Ray Train's, without the process a group that waits for its controller's death."""
 
     def _create_default_callbacks(self) -> list[Any]:
-        return [c for c in super()._create_default_callbacks() if not isinstance(c, PlacementGroupCleanerCallback)]
+        defaults = super()._create_default_callbacks()  # type: ignore[misc]
+        return [c for c in defaults if not isinstance(c, PlacementGroupCleanerCallback)]
 
 
 @dataclass

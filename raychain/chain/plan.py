@@ -95,18 +95,27 @@ def _check_compute(experiment: Experiment, address: str | None) -> None:
         )
 
 
-def writable(out: str) -> Folder:
-    """The run folder; InputError if nothing can be written there."""
-    folder = Folder(out)
+def writable(address: str, where: str = "--out") -> Folder:
+    """The folder; InputError, which names `where` it was given, if nothing can be written there."""
+    folder = Folder(address)
     try:
-        folder.write(".raychain", b"raychain run folder\n")
+        folder.write(".raychain", b"raychain writes here\n")
     except OSError as error:
-        raise InputError("--out", out, "a folder that can be written", str(error)) from None
+        raise InputError(where, address, "a folder that can be written", str(error)) from None
     return folder
 
 
-def make_task(experiment: Experiment, out: str, *, on_progress: Callable[[int, int], None] | None = None) -> ChainTask:
-    """Finds and counts the data, and resolves every stage. Renders the demo shards if the experiment asks for them."""
+def make_task(
+    experiment: Experiment,
+    out: str,
+    *,
+    store: str | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> ChainTask:
+    """Finds and counts the data, and resolves every stage. Renders the demo shards if the experiment asks for them.
+
+    `store` is the storage whose finished stages are shared.
+    """
     cache = Path(experiment.preload.cache).expanduser()
     demo = experiment.data.demo
     if demo:
@@ -124,6 +133,7 @@ def make_task(experiment: Experiment, out: str, *, on_progress: Callable[[int, i
     task = ChainTask(
         experiment=experiment,
         out=Folder(out).path if is_local(out) else out,
+        store=store,
         stages=_stages(experiment, _readings(experiment, cache), Folder(out)),
         zero_shot=zero_shot,
         retrieval=retrieval,

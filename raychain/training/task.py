@@ -54,6 +54,8 @@ class ChainTask:
 
     experiment: Experiment
     out: str
+    store: str | None
+    """Storage whose finished stages are shared with other run folders (chain.store); None: only the run folder's."""
     stages: tuple[StageTask, ...]
     zero_shot: ZeroShotData | None
     retrieval: RetrievalData | None
