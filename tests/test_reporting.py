@@ -81,7 +81,14 @@ def scalars(path, run="stage0-CoM-micro-S"):
 def test_run_json_follows_the_run_from_running_to_its_status(tmp_path):
     folder = Folder(str(tmp_path))
     records = log(folder, stage_start(), finish=False)
-    assert folder.read_json("run.json") == {"schema": 1, "status": "running", **HEADER, "stages": [], "totals": {}}
+    assert folder.read_json("run.json") == {
+        "schema": 1,
+        "status": "running",
+        **HEADER,
+        "stages": [],
+        "totals": {},
+        "restarts": [],
+    }
     records.handle(event("stage_end", stage=1, record={"index": 1, "status": "failed", "loss": float("nan")}))
     records.handle(event("stage_end", stage=0, record=RECORD))
     now = folder.read_json("run.json")

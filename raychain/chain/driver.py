@@ -82,6 +82,8 @@ def _run(
         final = totals(task, time.time() - started)
         try:
             log.finish(status, final)
+        except OSError as error:
+            raise RunFailed(f"{task.out} cannot be written: {error}") from error
         finally:
             trackers.finish(status, final)
 

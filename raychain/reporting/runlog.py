@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
+import logging
 import math
+import os
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from raychain.reporting import trace
 from raychain.reporting.events import Event
 from raychain.reporting.scalars import Scalars
-from raychain.storage import Folder
+from raychain.storage import Folder, patiently
 
+log = logging.getLogger("raychain.reporting")
 SCHEMA = 1
 UPLOAD_EVERY_S = 30.0
 RUN, METRICS, TRACE, TENSORBOARD = "run.json", "metrics.jsonl", "trace.json", "tensorboard"
@@ -28,7 +33,8 @@ class RunLog:
     and trace.json are appended to, run.json is written anew with status `running`.
 
     In a local folder files are written in place. For a remote one they are written on a local disk and uploaded at most
-    every 30 seconds, and in `finish`. An upload that fails is tried again later; only `finish` raises its error.
+    every 30 seconds, and in `finish`. What cannot be written (a full disk, storage that is away) is kept and tried
+    again later; only `finish` raises its error.
     """
 
     def __init__(self, out: Folder, header: Mapping[str, Any], stages: Sequence[dict[str, Any] | None]) -> None:
@@ -36,6 +42,9 @@ class RunLog:
         self._scratch = None if out.local else tempfile.TemporaryDirectory(prefix="raychain-")
         self._folder = Folder(self._scratch.name) if self._scratch else out
         self._root = Path(self._folder.path)
+        self._unwritten: list[bytes] = []
+        self._refused: list[Callable[[dict[str, Any]], bool]] = []
+        self._failing = False
         self._uploaded: dict[str, tuple[int, int]] = {}
         self._upload_at = 0.0
         self._stages = list(stages)
@@ -62,18 +71,23 @@ class RunLog:
 
     def handle(self, event: Event) -> None:
         """Records one event; kinds that leave no record are ignored."""
+        with self._later():
+            self._record(event)
+        self._upload_if_due()
+
+    def _record(self, event: Event) -> None:
         match event["event"]:
             case "stage_start":
                 stage, first = event["stage"], event["start_step"]
-                self._keep_metrics(lambda line: line["stage"] != stage or line["step"] <= first)
                 self._scalars.start(event)
                 if self._restart:
                     span = {"name": self._restart["reason"], "category": "restart", "stage": None}
                     self._bars.append(trace.bar(span | {"start": self._restart["time"], "end": event["time"]}))
                     self._restart = None
+                self._keep_metrics(lambda line: line["stage"] != stage or line["step"] <= first)
             case "step":
-                self._append_metrics({k: v for k, v in event.items() if k != "event"})
                 self._scalars.step(event)
+                self._log_step({k: v for k, v in event.items() if k != "event"})
             case "span":
                 self._bars.append(trace.bar(event))
             case "evaluation":
@@ -87,7 +101,6 @@ class RunLog:
                 self._scalars.flush()
                 self._write_run()
                 self._write_trace()
-        self._upload_if_due()
 
     def note(self, key: str, value: Any) -> None:
         """Sets a top-level key of run.json, which is written with the next record."""
@@ -96,12 +109,29 @@ class RunLog:
     def finish(self, status: str, totals: Mapping[str, Any]) -> None:
         """Writes everything with the final status (succeeded, failed, interrupted) and totals; no event comes after."""
         self._run |= {"status": status, "totals": dict(totals)}
-        self._write_run()
-        self._write_trace()
-        self._scalars.close()
+        patiently(self._write_all)
+        with self._later():
+            self._scalars.close()
         if self._scratch:
             self._upload()
             self._scratch.cleanup()
+
+    def _write_all(self) -> None:
+        self._write_metrics()
+        self._write_run()
+        self._write_trace()
+
+    @contextlib.contextmanager
+    def _later(self) -> Iterator[None]:
+        """A disk that takes nothing now is no reason to end a run."""
+        try:
+            yield
+        except OSError as error:
+            if not self._failing:
+                log.warning("%s: not written for now, training goes on: %s", self._root, error)
+            self._failing = True
+        else:
+            self._failing = False
 
     def _write_run(self) -> None:
         self._run["stages"] = [stage for stage in self._stages if stage is not None]
@@ -111,16 +141,33 @@ class RunLog:
     def _write_trace(self) -> None:
         self._folder.write_json(TRACE, plain(trace.document(f"raychain {self._run['name']}", self._bars)))
 
-    def _append_metrics(self, line: dict[str, Any]) -> None:
-        with (self._root / METRICS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(plain(line), allow_nan=False) + "\n")
+    def _log_step(self, line: dict[str, Any]) -> None:
+        self._unwritten.append(json.dumps(plain(line), allow_nan=False).encode() + b"\n")
+        self._write_metrics()
 
     def _keep_metrics(self, keep: Callable[[dict[str, Any]], bool]) -> None:
-        """Rewrites metrics.jsonl without the lines that `keep` refuses and without a half-written one."""
-        content = self._folder.read(METRICS) or b""
-        kept = b"".join(line for line in content.splitlines(keepends=True) if _passes(line, keep))
-        if kept != content:
-            self._folder.write(METRICS, kept)
+        """Drops the lines of metrics.jsonl that `keep` refuses, and a half-written one."""
+        self._refused.append(keep)
+        self._unwritten = [line for line in self._unwritten if _passes(line, keep)]
+        self._write_metrics()
+
+    def _write_metrics(self) -> None:
+        """Brings metrics.jsonl up to date; what fails is done by the next call."""
+        if self._refused:
+            content = self._folder.read(METRICS) or b""
+            lines = content.splitlines(keepends=True)
+            kept = b"".join(line for line in lines if all(_passes(line, keep) for keep in self._refused))
+            if kept != content:
+                self._folder.write(METRICS, kept)
+            self._refused = []
+        if not self._unwritten:
+            return
+        with (self._root / METRICS).open("ab", buffering=0) as file:
+            size, content = file.seek(0, os.SEEK_END), b"".join(self._unwritten)
+            if (written := file.write(content)) != len(content):
+                file.truncate(size)
+                raise OSError(errno.ENOSPC, f"{written} of {len(content)} bytes written", METRICS)
+        self._unwritten = []
 
     def _upload_if_due(self) -> None:
         if self._scratch and time.monotonic() >= self._upload_at:
