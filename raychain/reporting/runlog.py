@@ -44,7 +44,7 @@ class RunLog:
         self._root = Path(self._folder.path)
         self._unwritten: list[bytes] = []
         self._refused: list[Callable[[dict[str, Any]], bool]] = []
-        self._failing = False
+        self._failing: set[str] = set()
         self._uploaded: dict[str, tuple[int, int]] = {}
         self._upload_at = 0.0
         self._stages = list(stages)
@@ -71,7 +71,7 @@ class RunLog:
 
     def handle(self, event: Event) -> None:
         """Records one event; kinds that leave no record are ignored."""
-        with self._later():
+        with self._later("records"):
             self._record(event)
         self._upload_if_due()
 
@@ -79,26 +79,32 @@ class RunLog:
         match event["event"]:
             case "stage_start":
                 stage, first = event["stage"], event["start_step"]
-                self._scalars.start(event)
+                with self._later(TENSORBOARD):
+                    self._scalars.start(event)
                 if self._restart:
                     span = {"name": self._restart["reason"], "category": "restart", "stage": None}
                     self._bars.append(trace.bar(span | {"start": self._restart["time"], "end": event["time"]}))
                     self._restart = None
                 self._keep_metrics(lambda line: line["stage"] != stage or line["step"] <= first)
             case "step":
-                self._scalars.step(event)
-                self._log_step({k: v for k, v in event.items() if k != "event"})
+                line = {k: v for k, v in event.items() if k != "event"}
+                self._unwritten.append(json.dumps(plain(line), allow_nan=False).encode() + b"\n")
+                with self._later(TENSORBOARD):
+                    self._scalars.step(event)
+                self._write_metrics()
             case "span":
                 self._bars.append(trace.bar(event))
             case "evaluation":
-                self._scalars.evaluation(event)
+                with self._later(TENSORBOARD):
+                    self._scalars.evaluation(event)
             case "restart":
                 self._restart = dict(event)
                 self._run["restarts"].append({k: event[k] for k in ("time", "reason", "workers", "message")})
                 self._write_run()
             case "stage_end":
                 self._stages[event["stage"]] = event["record"]
-                self._scalars.flush()
+                with self._later(TENSORBOARD):
+                    self._scalars.flush()
                 self._write_run()
                 self._write_trace()
 
@@ -110,7 +116,7 @@ class RunLog:
         """Writes everything with the final status (succeeded, failed, interrupted) and totals; no event comes after."""
         self._run |= {"status": status, "totals": dict(totals)}
         patiently(self._write_all)
-        with self._later():
+        with self._later(TENSORBOARD):
             self._scalars.close()
         if self._scratch:
             self._upload()
@@ -122,16 +128,16 @@ class RunLog:
         self._write_trace()
 
     @contextlib.contextmanager
-    def _later(self) -> Iterator[None]:
+    def _later(self, what: str) -> Iterator[None]:
         """A disk that takes nothing now is no reason to end a run."""
         try:
             yield
         except OSError as error:
-            if not self._failing:
-                log.warning("%s: not written for now, training goes on: %s", self._root, error)
-            self._failing = True
+            if what not in self._failing:
+                log.warning("%s: %s not written for now, training goes on: %s", self._root, what, error)
+            self._failing.add(what)
         else:
-            self._failing = False
+            self._failing.discard(what)
 
     def _write_run(self) -> None:
         self._run["stages"] = [stage for stage in self._stages if stage is not None]
@@ -140,10 +146,6 @@ class RunLog:
 
     def _write_trace(self) -> None:
         self._folder.write_json(TRACE, plain(trace.document(f"raychain {self._run['name']}", self._bars)))
-
-    def _log_step(self, line: dict[str, Any]) -> None:
-        self._unwritten.append(json.dumps(plain(line), allow_nan=False).encode() + b"\n")
-        self._write_metrics()
 
     def _keep_metrics(self, keep: Callable[[dict[str, Any]], bool]) -> None:
         """Drops the lines of metrics.jsonl that `keep` refuses, and a half-written one."""
