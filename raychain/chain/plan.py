@@ -154,6 +154,18 @@ def dry_plan(experiment: Experiment) -> dict[str, Any]:
     return {"stages": [{name: getattr(stage, name) for name in shown} for stage in stages]}
 
 
+def epoch_samples(experiment: Experiment, data: Data, where: str = "data.train") -> int:
+    """Samples of an epoch of `data`: as stated, as the demo will render them, or counted. Raises InputError."""
+    demo = experiment.data.demo
+    if data.samples:
+        return data.samples
+    if demo and not is_current(Path(demo.out), names=demo.names, pictures=demo.pictures, seed=demo.seed):
+        return demo.pictures
+    cache = Path(experiment.preload.cache).expanduser()
+    (cache / "counts").mkdir(parents=True, exist_ok=True)
+    return _reading(experiment, data, cache, where).order.samples
+
+
 class Reading(NamedTuple):
     """The shards of a stage and the order of their samples."""
 
