@@ -74,7 +74,7 @@ def plan(
         **_chain(config, costed.cost, costed.samples),
         **_time(config, costed.cost, tflops, mfu, throughput, like),
         **_prediction(config, costed.cost),
-        "warnings": costed.warnings,
+        "warnings": chosen["proposals"][0]["warnings"] if chosen else costed.warnings,
         **chosen,
     }
 
@@ -173,14 +173,17 @@ def _time(
     rate: Rate
     workers = most_workers(config)
     if tflops is not None:
-        rate, basis = Peak(tflops, mfu, workers), f"{workers} × {tflops:g} TFLOP/s at {100 * mfu:g} %"
+        rate, basis = Peak(tflops, mfu, workers), f"{workers} × {tflops:g} TFLOP/s at {100 * mfu:g} %; training only"
     elif throughput:
         if len(throughput) != len(cost.stages):
             names = ", ".join(cost.models)
             raise InputError("--throughput", f"{len(throughput)} numbers", f"one for each of {names}", "give them all")
-        rate, basis = Throughput(dict(zip(cost.models, throughput, strict=True))), "the given samples/s"
+        rate, basis = (
+            Throughput(dict(zip(cost.models, throughput, strict=True))),
+            "the given samples/s; training only",
+        )
     elif like is not None:
-        rate, basis = _measured_rate(like), f"the speed of {like}"
+        rate, basis = _measured_rate(like), f"the stages of {like}, evaluation included"
     else:
         return {}
     own = hours(cost, rate)

@@ -105,16 +105,20 @@ def why(proposal: Proposal, samples: int) -> list[str]:
     """The reasons for a proposal, principle by principle."""
     cost = proposal.cost
     first, grown = cost.stages[0], len(cost.stages) - 1
-    wanted, ratios = smallest_size(samples), ", ".join(f"{ratio:.1f}" for ratio in cost.ratios)
-    fall = f"{cost.epochs[1]:g} → {cost.epochs[-1]:g} epochs" if grown > 1 else f"{cost.epochs[1]:g} epochs"
-    reasons = {
-        "smallest model": f"{first.size.name} has {first.size.image.params / 1e6:.2g} M parameters in its image tower; "
-        f"{samples:,} samples suggest {wanted / 1e6:.2g} M",
-        "expansion ratios": f"{ratios}; the published range is {RATIOS[0]:g} to {RATIOS[1]:g}",
-        "epochs": f"{cost.epochs[0]:g} for the first model, then {fall}, falling linearly",
-    }
-    marks = {name: "but " if name in proposal.broken else "" for name in reasons}
-    return [f"{name}: {marks[name]}{reason}" for name, reason in reasons.items()]
+    given, wanted = (f"{params / 1e6:.2g} M" for params in (first.size.image.params, smallest_size(samples)))
+    ratios = ", ".join(f"{ratio:.1f}" for ratio in cost.ratios)
+    bounds = f"the published {RATIOS[0]:g} to {RATIOS[1]:g}"
+    fall = f"{cost.epochs[1]:g} → {cost.epochs[-1]:g}, falling linearly" if grown > 1 else f"{cost.epochs[1]:g}"
+    near = "as near as the family and the limits allow" if "smallest model" in proposal.broken else "the nearest"
+    within = f"outside of {bounds}" if "expansion ratios" in proposal.broken else f"within {bounds}"
+    known = "fewer than any published" if "epochs" in proposal.broken else "no fewer than published"
+    return [
+        f"smallest model: {samples:,} samples suggest {wanted} parameters in the image tower; {first.size.name} has "
+        f"{given}, {near}",
+        f"expansion ratios: {ratios}, {within}",
+        f"epochs: {cost.epochs[0]:g}, then {fall}, {known} for {len(cost.stages)} models",
+        "cost: the lowest of the chains that break as little" if proposal.broken else "cost: the lowest of such chains",
+    ]
 
 
 def _judge(

@@ -11,10 +11,15 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from raychain.reporting.wording import METRICS, MISSING, macs, number
+from raychain.reporting.wording import METRICS, MISSING, about, clock, macs, number
 
 HEADINGS = ("model", "image\nparams", "ratio", "all\nparams", "forward\nMACs", "epochs", "MACs", "share", "memory")
 GIB = 2**30
+BREACHES = {
+    "smallest model": "another first model",
+    "expansion ratios": "ratios outside of 2 to 4",
+    "epochs": "fewer epochs than published",
+}
 
 
 def plan_table(plan: Mapping[str, Any], console: Console | None = None) -> None:
@@ -26,11 +31,11 @@ def plan_table(plan: Mapping[str, Any], console: Console | None = None) -> None:
     console.print()
     hours = (plan.get("time") or {}).get("hours")
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1 if console.width >= 100 else 0), pad_edge=False, show_edge=False)
-    for heading in (*HEADINGS, *(["hours"] if hours else [])):
+    for heading in (*HEADINGS, *(["time"] if hours else [])):
         model = heading == "model"
         table.add_column(heading, justify="left" if model else "right", no_wrap=not model, overflow="fold")
     for index, stage in enumerate(plan["stages"]):
-        table.add_row(*_row(stage), *([number(hours[index])] if hours else []))
+        table.add_row(*_row(stage), *([clock(3600 * hours[index])] if hours else []))
     console.print(table)
     console.print()
     _totals(console, plan)
@@ -66,10 +71,10 @@ def _totals(console: Console, plan: Mapping[str, Any]) -> None:
     if len(plan["stages"]) > 1:
         _say(console, f"all {len(plan['stages'])} models, against each alone: {plan['family_speedup']:.2f}×", bold=True)
     if time := plan.get("time"):
-        each = f" ({number(time['worker_hours'])} worker hours)" if plan["workers"] > 1 else ""
-        _say(console, f"about {number(time['total_hours'])} hours{each}, from {time['basis']}; training steps only")
+        each = f" ({about(3600 * time['worker_hours'])} of workers)" if plan["workers"] > 1 else ""
+        _say(console, f"time: about {about(3600 * time['total_hours'])}{each}, from {time['basis']}")
     batch = f"{plan['workers']} workers" if plan["workers"] > 1 else "one worker"
-    _say(console, f"memory: estimate for each of {batch}, without the framework's own")
+    _say(console, f"memory: of each worker ({batch}); an estimate, without the framework's own")
     if prediction := plan.get("prediction"):
         _say(console, _predicted(prediction))
 
@@ -89,14 +94,14 @@ def _proposals(console: Console, plan: Mapping[str, Any]) -> None:
     if "proposals" not in plan:
         return
     console.print()
-    _say(console, f"the first of {plan['proposed_from']} chains, because", bold=True)
+    _say(console, f"chosen of {plan['proposed_from']} chains:", bold=True)
     for reason in plan["why"]:
         _say(console, f"- {reason}")
     if len(plan["proposals"]) > 1:
         console.print()
         _say(console, "next:", bold=True)
     for proposal in plan["proposals"][1:]:
-        breaks = f" (outside: {', '.join(proposal['breaks'])})" if proposal["breaks"] else ""
+        breaks = f" ({', '.join(BREACHES[name] for name in proposal['breaks'])})" if proposal["breaks"] else ""
         stages = " → ".join(f"{stage['model']} {stage['epochs']:g}" for stage in proposal["chain"])
         _say(console, f"- {proposal['percent_of_baseline']:.1f} %, {proposal['speedup']:.2f}×: {stages}{breaks}")
     console.print()
