@@ -7,13 +7,17 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from raychain import command
 from raychain.config import Experiment, load_experiment
 from raychain.errors import InputError
+
+if TYPE_CHECKING:  # torch is imported by what plans, not by --help
+    from raychain.planning.cost import ChainCost
+    from raychain.planning.resources import Measured
 
 command(__name__)
 
@@ -37,44 +41,19 @@ def plan(
     (samples a second over all workers, a number a stage), or `like` a finished run's folder.
     Raises InputError for wrong input and where no chain is within the limits.
     """
-    from raychain.chain.costing import cost_of, proposals_for, with_chain
-    from raychain.planning.checks import warnings
-    from raychain.planning.proposals import describe, why
+    from raychain.chain.costing import cost_of
+    from raychain.chain.plan import check_chain
 
     config = experiment if isinstance(experiment, Experiment) else load_experiment(experiment, overrides)
-    chosen: dict[str, Any] = {}
-    if config.family:
-        proposals, samples = proposals_for(config)
-        sizes = {stage.size.name: stage.size for proposal in proposals for stage in proposal.cost.stages}
-        best = proposals[0]
-        chosen = {
-            "proposed_from": len(proposals),
-            "why": why(best, samples),
-            "proposals": [
-                {
-                    "chain": [
-                        {"model": model, "epochs": epochs}
-                        for model, epochs in zip(proposal.cost.models, proposal.cost.epochs, strict=True)
-                    ],
-                    "description": describe(proposal.cost),
-                    "macs": proposal.cost.macs,
-                    "percent_of_baseline": round(proposal.cost.percent_of_baseline, 2),
-                    "speedup": round(proposal.cost.speedup, 3),
-                    "family_speedup": round(proposal.cost.family_speedup, 3),
-                    "breaks": list(proposal.broken),
-                    "warnings": warnings(proposal.cost, samples, list(sizes.values())),
-                }
-                for proposal in proposals[:SHOWN]
-            ],
-        }
-        config = with_chain(config, best)
+    config, chosen = _chosen(config) if config.family else (config, {})
+    check_chain(config)
     costed = cost_of(config)
     return {
         "name": config.name,
         **_chain(config, costed.cost, costed.samples),
         **_time(config, costed.cost, tflops, mfu, throughput, like),
         **_prediction(config, costed.cost),
-        "warnings": chosen["proposals"][0]["warnings"] if chosen else costed.warnings,
+        "warnings": costed.warnings,
         **chosen,
     }
 
@@ -109,7 +88,39 @@ def plan_command(
     plan_table(result)
 
 
-def _chain(config: Experiment, cost: Any, samples: int) -> dict[str, Any]:
+def _chosen(config: Experiment) -> tuple[Experiment, dict[str, Any]]:
+    """The experiment with the best proposal's chain, and what else there was: reasons, next proposals, warnings."""
+    from raychain.chain.costing import proposals_for, with_chain
+    from raychain.planning.checks import warnings
+    from raychain.planning.proposals import why
+
+    proposals, samples = proposals_for(config)
+    family = list({stage.size.name: stage.size for found in proposals for stage in found.cost.stages}.values())
+    shown = [
+        {
+            "chain": [
+                {"model": model, "epochs": epochs}
+                for model, epochs in zip(found.cost.models, found.cost.epochs, strict=True)
+            ],
+            "macs": found.cost.macs,
+            "percent_of_baseline": round(found.cost.percent_of_baseline, 2),
+            "speedup": round(found.cost.speedup, 3),
+            "family_speedup": round(found.cost.family_speedup, 3),
+            "breaks": list(found.broken),
+            "warnings": warnings(found.cost, samples, family),
+        }
+        for found in proposals[:SHOWN]
+    ]
+    chosen = {
+        "proposed_from": len(proposals),
+        "why": why(proposals[0], samples),
+        "proposals": shown,
+        "warnings": shown[0]["warnings"],  # these recommend models of the user's family only
+    }
+    return with_chain(config, proposals[0]), chosen
+
+
+def _chain(config: Experiment, cost: ChainCost, samples: int) -> dict[str, Any]:
     from raychain.planning.resources import memory_bytes
 
     workers = most_workers(config)
@@ -162,7 +173,7 @@ def most_workers(config: Experiment) -> int:
 
 
 def _time(
-    config: Experiment, cost: Any, tflops: float | None, mfu: float, throughput: Sequence[float], like: str | None
+    config: Experiment, cost: ChainCost, tflops: float | None, mfu: float, throughput: Sequence[float], like: str | None
 ) -> dict[str, Any]:
     from raychain.planning.resources import Peak, Rate, Throughput, hours
 
@@ -192,7 +203,7 @@ def _time(
                      "worker_hours": round(sum(own) * workers, 4)}}  # fmt: skip
 
 
-def _measured_rate(like: str) -> Any:
+def _measured_rate(like: str) -> Measured:
     from raychain.planning.resources import measured_rate
     from raychain.storage import Folder
 
@@ -203,7 +214,7 @@ def _measured_rate(like: str) -> Any:
     return rate
 
 
-def _prediction(config: Experiment, cost: Any) -> dict[str, Any]:
+def _prediction(config: Experiment, cost: ChainCost) -> dict[str, Any]:
     """What finished runs under `storage` say about the last stage's accuracy; nothing where there are none."""
     from raychain.planning.measured import points, predict_metric
     from raychain.storage import Folder

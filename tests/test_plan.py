@@ -193,6 +193,7 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
     "zero epochs": (MICRO, ["--set", "chain.1.epochs=0"], ["chain.1.epochs", "above zero"]),
     "less than a step": (MICRO, ["--set", "chain.1.epochs=1 sample"], ["chain.1.epochs", "one optimiser step"]),
     "unknown in chain": (MICRO, ["--set", "chain.1.model=CoM-micro-X"], ["chain.1.model", "did you mean CoM-micro-"]),
+    "shrinking": (MICRO, ["--set", "chain.0.model=CoM-micro-L"], ["chain.1.model", "from small to large"]),
     "image size": (MICRO, ["--set", "data.image_size=41"], ["data.image_size", "41"]),
     "rules": (family(first=20, rules=[[24, 14]]), [], ["allocation.rules", "allocation.first"]),
     "two rates": (MICRO, ["--tflops", "1", "--throughput", "1,2"], ["one of them"]),

@@ -39,6 +39,13 @@ SCHEMA = 2
 
 def check_experiment(experiment: Experiment, address: str | None = None) -> None:
     """Everything that can be wrong without looking at data. Raises InputError."""
+    check_chain(experiment)
+    _check_compute(experiment, address)
+    check_trackers(experiment.track)
+
+
+def check_chain(experiment: Experiment) -> None:
+    """Whether the models are known, take the pictures' size, and grow into one another. Raises InputError."""
     for i, stage in enumerate(experiment.chain):
         image_size = experiment.stage_data(i).image_size
         try:
@@ -58,8 +65,6 @@ def check_experiment(experiment: Experiment, address: str | None = None) -> None
             raise InputError(f"transfer.{field}", given, ", ".join(known), fix)
     for i in range(1, len(experiment.chain)):
         _check_growth(experiment, i)
-    _check_compute(experiment, address)
-    check_trackers(experiment.track)
 
 
 def _check_growth(experiment: Experiment, i: int) -> None:
