@@ -28,13 +28,14 @@ def run(
 ) -> dict[str, Any]:
     """Trains a chain and returns the content of its run.json.
 
-    `experiment` is a YAML path, a shipped experiment's name, or an Experiment; `overrides` are "dotted.key=value".
+    `experiment` is a YAML path, a shipped experiment's name, or an Experiment; `overrides` are "dotted.key=value". With
+    a family instead of a chain, the planner's first proposal is trained; run.json shows it.
     Raises InputError before any work, RunFailed or Interrupted during it; what was trained is kept.
     """
     from raychain.chain.driver import run_chain
     from raychain.chain.plan import check_experiment, make_task, writable
 
-    config = experiment if isinstance(experiment, Experiment) else load_experiment(experiment, overrides)
+    config = _resolved(experiment if isinstance(experiment, Experiment) else load_experiment(experiment, overrides))
     check_experiment(config, address)
     folder = out or f"{config.storage.rstrip('/')}/{config.name}"
     writable(folder)
@@ -68,10 +69,21 @@ def run_command(
         result_table(result)
 
 
+def _resolved(experiment: Experiment) -> Experiment:
+    """The experiment with a chain; the planner's first proposal where it has a family instead."""
+    from raychain.chain.costing import with_chain
+
+    resolved = with_chain(experiment)
+    if resolved is not experiment:
+        chain = " → ".join(f"{stage.model} {stage.epochs}" for stage in resolved.chain)
+        print(f"planned: {chain} (raychain plan says why)", file=sys.stderr)
+    return resolved
+
+
 def _dry_run(experiment: str, overrides: tuple[str, ...], out: str | None, address: str | None, as_json: bool) -> None:
     from raychain.chain.plan import check_experiment, dry_plan, writable
 
-    config = load_experiment(experiment, overrides)
+    config = _resolved(load_experiment(experiment, overrides))
     check_experiment(config, address)
     writable(out or f"{config.storage.rstrip('/')}/{config.name}")
     plan = dry_plan(config)

@@ -61,6 +61,7 @@ def problem(tree: dict[str, object]) -> str:
         ({"transfer": {"distill": {"alhpa": 2}}}, "transfer.distill.alhpa", "did you mean alpha?"),
         ({"chain": [MINIMAL["chain"][0], {"model": "x", "epoch": 1}]}, "chain.1.epoch", "did you mean epochs?"),
         ({"track": {"wanb": "project"}}, "track.wanb", "did you mean wandb?"),
+        ({"allocation": {"ratio": [2, 4]}}, "allocation.ratio", "did you mean ratios?"),
         ({"train": {"zzz": 8}}, "train.zzz", "remove the key"),
     ],
 )
@@ -94,6 +95,13 @@ def test_an_unknown_key_is_refused_with_the_nearest_known_one(
         ({"evaluate": {"every": "0 steps"}}, "evaluate.every"),
         ({"checkpoint": {"every": "0 steps"}}, "checkpoint.every"),
         ({"name": "../up"}, "name"),
+        ({"family": ["a", "b"]}, "chain"),
+        ({"allocation": {"first": 10}}, "chain"),
+        ({"chain": [], "family": []}, "family"),
+        ({"chain": [], "family": "a", "allocation": {"rules": [[14, 24]]}}, "allocation.rules.0"),
+        ({"chain": [], "family": "a", "allocation": {"ratios": [4, 2]}}, "allocation.ratios"),
+        ({"chain": [], "family": "a", "allocation": {"budget": "5 GX"}}, "allocation.budget"),
+        ({"chain": [], "family": "a", "allocation": {"first": 0}}, "allocation.first"),
     ],
 )
 def test_a_wrong_value_is_refused_where_it_stands(change: dict[str, object], where: str) -> None:
@@ -114,7 +122,15 @@ def test_an_input_error_reads_the_same_on_the_other_side_of_a_process_boundary()
     assert str(pickle.loads(pickle.dumps(error))) == str(error)
 
 
-@pytest.mark.parametrize("tree", [MINIMAL, FULL])
+FAMILY = {
+    "name": "chosen",
+    "data": {"train": "x"},
+    "family": "CoM-ViT-{S,B,L}-16",
+    "allocation": {"first": 128, "rules": [[24, 14]], "ratios": [2, 4], "budget": "30 %", "all_models": True},
+}
+
+
+@pytest.mark.parametrize("tree", [MINIMAL, FULL, FAMILY])
 def test_a_dumped_experiment_validates_to_the_same_experiment(tree: dict[str, object]) -> None:
     experiment = validate(tree)
     assert Experiment.model_validate(experiment.model_dump(mode="json")) == experiment

@@ -100,10 +100,11 @@ def test_dry_run_checks_and_starts_nothing(tree, tmp_path):
 
 
 def test_every_shipped_experiment_is_valid():
+    from raychain.chain.costing import with_chain
     from raychain.chain.plan import check_experiment
     from raychain.config.loading import load_experiment, shipped_experiments
 
     assert {"demo", "demo-quick", "cc3m-vit-tsbl"} <= set(shipped_experiments())
     for name, path in shipped_experiments().items():
         assert isinstance(path, Path)
-        check_experiment(load_experiment(name), address="a cluster")
+        check_experiment(with_chain(load_experiment(name)), address="a cluster")

@@ -1,8 +1,10 @@
 """MACs are the paper's: its table, its percentages of independent training, its family ratios."""
 
 import pytest
+import torchvision
 
-from raychain.planning.macs import ForwardMacs, forward_macs, stage_macs
+from raychain.families import model_config, parameter_count
+from raychain.planning.macs import ForwardMacs, ModelSize, forward_macs, model_size, stage_macs, tower_sizes
 
 SAMPLES, CAPTIONS = 2_890_000, 7
 TABLE_G = {  # model: image tower, text tower on one caption (method.md)
@@ -80,3 +82,43 @@ def test_stage_macs_count_three_student_forwards_and_one_teacher_forward() -> No
     student, teacher = ForwardMacs(image=100, text=10), ForwardMacs(image=50, text=5)
     assert stage_macs(student, None, samples=2, captions=7) == 2 * 3 * 170
     assert stage_macs(student, teacher, samples=2, captions=7) == 2 * (3 * 170 + 85)
+
+
+@pytest.mark.parametrize("model", ["CoM-micro-L", "CoM-ViT-M-16", "RN50"])
+def test_one_block_stands_for_all_that_are_alike(model: str) -> None:
+    size = model_size(model)
+    assert size == ModelSize(model, *tower_sizes(model_config(model), every_layer=True))
+    assert size.params == parameter_count(model)
+    assert size.forward == forward_macs(model)
+
+
+def swin_macs_by_hand(width: int, depths: tuple[int, ...], window: int = 7, side: int = 56, out: int = 512) -> int:
+    """Swin's image tower from the formulas of its paper (section 3.2), patch merging and projection included."""
+    total = side**2 * 4 * 4 * 3 * width
+    for stage, depth in enumerate(depths):
+        tokens, channels = (side >> stage) ** 2, width << stage
+        if stage:
+            total += tokens * (4 * channels // 2) * channels  # merging: four neighbours of half the width, into one
+        projections, mlp, products = (
+            4 * tokens * channels**2,
+            8 * tokens * channels**2,
+            2 * window**2 * tokens * channels,
+        )
+        total += depth * (projections + mlp + products)
+    return total + (width << (len(depths) - 1)) * out
+
+
+SWIN = {"T": (96, (2, 2, 6, 2)), "S": (96, (2, 2, 18, 2)), "B": (128, (2, 2, 18, 2)), "L": (192, (2, 2, 18, 2))}
+
+
+@pytest.mark.parametrize("size", SWIN)
+def test_swin_macs_are_the_papers_formulas(size: str) -> None:
+    """fvcore 0.1.5 counts the same matrix products to the last MAC: 4.490, 8.741, 15.430 and 34.475 G."""
+    assert forward_macs(f"CoM-Swin-{size}").image == swin_macs_by_hand(*SWIN[size])
+
+
+@pytest.mark.parametrize("size", ["T", "S", "B"])
+def test_swin_macs_are_what_torchvision_publishes(size: str) -> None:
+    """Its models have a 1,000-class head where ours project to 512."""
+    published = torchvision.models.get_model_weights(f"swin_{size.lower()}").DEFAULT.meta["_ops"]
+    assert forward_macs(f"CoM-Swin-{size}").image / 1e9 == pytest.approx(published, rel=1e-2)

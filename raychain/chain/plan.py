@@ -39,6 +39,13 @@ SCHEMA = 2
 
 def check_experiment(experiment: Experiment, address: str | None = None) -> None:
     """Everything that can be wrong without looking at data. Raises InputError."""
+    check_chain(experiment)
+    _check_compute(experiment, address)
+    check_trackers(experiment.track)
+
+
+def check_chain(experiment: Experiment) -> None:
+    """Whether the models are known, take the pictures' size, and grow into one another. Raises InputError."""
     for i, stage in enumerate(experiment.chain):
         image_size = experiment.stage_data(i).image_size
         try:
@@ -58,8 +65,6 @@ def check_experiment(experiment: Experiment, address: str | None = None) -> None
             raise InputError(f"transfer.{field}", given, ", ".join(known), fix)
     for i in range(1, len(experiment.chain)):
         _check_growth(experiment, i)
-    _check_compute(experiment, address)
-    check_trackers(experiment.track)
 
 
 def _check_growth(experiment: Experiment, i: int) -> None:
@@ -161,6 +166,18 @@ def dry_plan(experiment: Experiment) -> dict[str, Any]:
         stages = make_task(experiment, out).stages
     shown = ("model", "params", "epoch_samples", "epochs", "steps", "warmup", "lr", "macs", "published")
     return {"stages": [{name: getattr(stage, name) for name in shown} for stage in stages]}
+
+
+def epoch_samples(experiment: Experiment, data: Data, where: str = "data.train") -> int:
+    """Samples of an epoch of `data`: as stated, as the demo will render them, or counted. Raises InputError."""
+    demo = experiment.data.demo
+    if data.samples:
+        return data.samples
+    if demo and not is_current(Path(demo.out), names=demo.names, pictures=demo.pictures, seed=demo.seed):
+        return demo.pictures
+    cache = Path(experiment.preload.cache).expanduser()
+    (cache / "counts").mkdir(parents=True, exist_ok=True)
+    return _reading(experiment, data, cache, where).order.samples
 
 
 class Reading(NamedTuple):

@@ -11,10 +11,12 @@ from pydantic import (
     ConfigDict,
     Field,
     PositiveInt,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
 
+from raychain.config.allocation import EpochRule, MacsBudget, RatioBounds
 from raychain.config.captions import caption_key
 from raychain.config.durations import Bytes, Duration, Epochs, Every, Horizon, Interval, Warmup
 
@@ -151,6 +153,24 @@ class Stage(Component):
     data: StageData = StageData()
     """What this stage reads instead of `data`: other pictures, captions, resolution. Position embeddings, the
     teacher's too, are interpolated to a new resolution."""
+
+
+class Allocation(Component):
+    """How the planner chooses a chain from `family` (`raychain plan` shows what it chose and why)."""
+
+    first: float | None = Field(None, gt=0)
+    """Epochs of the first model, which is trained alone. Absent: 128 up to 2.9 million samples, falling to 64 at 15
+    million, as published."""
+    rules: Annotated[tuple[EpochRule, ...], Field(min_length=1)] | None = None
+    """Epoch rules to try: [epochs of the second model, epochs of the last], linear in between. Absent: the published
+    ones, one longer and one shorter, in proportion to `first`."""
+    ratios: RatioBounds | None = None
+    """Bounds that every expansion ratio must keep. Absent: [2, 4] where the family allows it, else as near as it
+    comes."""
+    budget: MacsBudget | None = None
+    """Upper bound of the chain's training MACs: "30 %" of the baseline, "9.5 EMACs", or a number."""
+    all_models: bool = False
+    """true: every model of the family is wanted, so every chain has them all."""
 
 
 class Distill(Component):
@@ -294,12 +314,18 @@ class Baseline(Component):
 
 
 class Experiment(Component):
-    """A chain of models on one data set."""
+    """A chain of models on one data set, or a family from which the planner chooses one."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Name of the run folder."""
     data: Data
-    chain: Annotated[tuple[Stage, ...], Field(min_length=1)]
+    family: OneOrMore | None = None
+    """Models to choose a chain from, instead of `chain`: names, with braces and globs (`CoM-ViT-{T,S,B,L}-16`). The
+    largest is what the chain is for."""
+    allocation: Allocation | None = None
+    """How to choose; only with `family`."""
+    chain: Annotated[tuple[Stage, ...], Field(validate_default=True)] = ()
+    """The models in training order. Never empty once `family` is resolved."""
     transfer: Transfer = Transfer()
     train: Train = Train()
     compute: Compute = Compute()
@@ -311,6 +337,16 @@ class Experiment(Component):
     """Absent: the last model trained alone for the first stage's epochs."""
     storage: str = "runs"
     """Folder or address under which run folders are made."""
+
+    @field_validator("chain")
+    @classmethod
+    def _chain_or_family(cls, chain: tuple[Stage, ...], info: ValidationInfo) -> tuple[Stage, ...]:
+        family, allocation = (info.data.get(key) for key in ("family", "allocation"))
+        if not chain and not family and "family" in info.data:
+            raise ValueError("allowed is a list of stages {model, epochs}, or `family:` to let the planner choose")
+        if chain and (family or allocation):
+            raise ValueError("allowed is either `chain`, or `family` (with `allocation`) to let the planner choose")
+        return chain
 
     def stage_data(self, index: int) -> Data:
         """What stage `index` reads: `data` with the stage's own keys in place of its."""

@@ -111,6 +111,7 @@ def _explain(error: ValidationError, source: str) -> tuple[str, str, str, str]:
             problems.append((where, "nothing", "this key is required", f"add {where}: …"))
         else:
             given = "…" if isinstance(item["input"], dict) and len(item["input"]) > 4 else repr(item["input"])
+            given = "nothing" if given == "()" else given
             allowed = item["msg"].removeprefix("Value error, ").removeprefix("allowed is ").replace("tuple", "list")
             problems.append((where, given, allowed, f"correct {where or 'the file'}"))
     first, *more = problems

@@ -1,7 +1,6 @@
 """Building a model of a family with random weights: no download, no trace in the caller's random state."""
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -45,7 +44,7 @@ def build_config(
     custom_text = config.pop("custom_text", False)
     model_class = CustomTextCLIP if custom_text else CLIP
     on_meta = device.type == "meta"
-    with nullcontext() if on_meta else _Seeded(seed), torch.device("meta" if on_meta else "cpu"):
+    with _Shapes() if on_meta else _Seeded(seed), torch.device("meta" if on_meta else "cpu"):
         model = model_class(**config)
     set_model_preprocess_cfg(model, {**vars(PreprocessCfg()), "size": model.visual.image_size})
     return model if on_meta else model.to(device)
@@ -80,6 +79,19 @@ def parameter_count(name: str) -> int:
     """The number of parameters of both towers and the logit scale, counted without allocating them."""
     model: nn.Module = build(name, seed=0, device="meta")
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+class _Shapes(TorchFunctionMode):
+    """Initialisers of this thread change nothing: on the meta device there are no values, and some take a second."""
+
+    _FREE: frozenset[Callable[..., Any]] = frozenset(
+        getattr(torch.Tensor, name) for name in ("normal_", "uniform_", "erfinv_", "mul_", "add_", "clamp_", "fill_")
+    )
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return args[0] if func in self._FREE else func(*args, **(kwargs or {}))
 
 
 class _Seeded(TorchFunctionMode):

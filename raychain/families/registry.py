@@ -8,10 +8,13 @@ minutes.
 """
 
 import difflib
+import fnmatch
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import braceexpand
 import open_clip
 import timm
 
@@ -34,6 +37,33 @@ def model_names() -> list[str]:
     own = {path.stem for path in CONFIG_FOLDER.glob("*.json")}
     names = [name for name in open_clip.list_models() if _refusal(name, open_clip.get_model_config(name)) is None]
     return [name for name in names if name in own] + [name for name in names if name not in own]
+
+
+def matching_models(patterns: Iterable[str]) -> list[str]:
+    """The names that patterns with braces and globs stand for (`CoM-ViT-{T,S}-16`, `CoM-micro-*`), each once, in order.
+
+    A name without `*`, `?` or `[` is taken as it is. Raises UnknownModelError for a pattern that fits no name, and
+    ValueError for braces that do not close.
+    """
+    found: list[str] = []
+    for pattern in patterns:
+        try:
+            names = list(braceexpand.braceexpand(pattern))
+        except ValueError:
+            raise ValueError(f"{pattern!r} has braces that do not close") from None
+        for name in names:
+            hits = fnmatch.filter(model_names(), name) if any(c in name for c in "*?[") else [name]
+            if not hits:
+                raise UnknownModelError(f"{name!r} fits no model name. {_own_names(model_names())}")
+            found += hits
+    return list(dict.fromkeys(found))
+
+
+def family_of(name: str) -> list[str]:
+    """The models of raychain's family that `name` belongs to (`CoM-ViT-*-16`, …); none for other models."""
+    own = [path.stem for path in CONFIG_FOLDER.glob("*.json")]
+    prefix = "-".join(name.split("-")[:2]) + "-"
+    return sorted(other for other in own if other.startswith(prefix)) if name in own else []
 
 
 def model_config(name: str) -> dict[str, Any]:
@@ -101,8 +131,12 @@ def _unknown(name: str) -> str:
     by_lower = {candidate.lower(): candidate for candidate in reversed([*known, *sorted(_timm_names())])}
     nearest = [by_lower[match] for match in difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.5)]
     hint = f" Did you mean {' or '.join(map(repr, nearest))}?" if nearest else ""
+    return f"unknown model {name!r}.{hint} {_own_names(known)}"
+
+
+def _own_names(known: list[str]) -> str:
     own = ", ".join(candidate for candidate in known if candidate.startswith("CoM-"))
     return (
-        f"unknown model {name!r}.{hint} Known: {own}, every name of open_clip.list_models() and every image model of "
-        f"timm.list_models(); raychain.families.model_names() lists the first two."
+        f"Known: {own}, every name of open_clip.list_models() and every image model of timm.list_models(); "
+        f"raychain.families.model_names() lists the first two."
     )

@@ -41,3 +41,11 @@ def clock(seconds: Any) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def about(seconds: float) -> str:
+    """A length of time in one unit: `23 seconds`, `12 minutes`, `5.8 hours`, `12.4 days`."""
+    for unit, length, least in (("days", 86400, 3), ("hours", 3600, 1), ("minutes", 60, 1)):
+        if seconds >= least * length:
+            return f"{number(seconds / length, 2)} {unit}"
+    return f"{number(seconds, 2)} seconds"

@@ -1,0 +1,250 @@
+"""`raychain plan`: what a chain costs before it is trained, or which chains the principles propose for a family."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from raychain import command
+from raychain.config import Experiment, load_experiment
+from raychain.errors import InputError
+
+if TYPE_CHECKING:  # torch is imported by what plans, not by --help
+    from raychain.planning.cost import ChainCost
+    from raychain.planning.resources import Measured
+
+command(__name__)
+
+SHOWN = 5
+"""Proposals that are shown."""
+
+
+def plan(
+    experiment: str | Experiment,
+    *,
+    overrides: tuple[str, ...] = (),
+    tflops: float | None = None,
+    mfu: float = 0.4,
+    throughput: Sequence[float] = (),
+    like: str | None = None,
+) -> dict[str, Any]:
+    """What an experiment's chain costs, as `raychain plan --json` prints it; nothing is trained or started.
+
+    With a `family` instead of a chain the result is that of the best proposal, and `proposals` lists the next ones.
+    Hours are estimated from `tflops` (dense peak of one accelerator, reached to the share `mfu`), from `throughput`
+    (samples a second over all workers, a number a stage), or `like` a finished run's folder.
+    Raises InputError for wrong input and where no chain is within the limits.
+    """
+    from raychain.chain.costing import cost_of
+    from raychain.chain.plan import check_chain
+
+    config = experiment if isinstance(experiment, Experiment) else load_experiment(experiment, overrides)
+    config, chosen = _chosen(config) if config.family else (config, {})
+    check_chain(config)
+    costed = cost_of(config)
+    return {
+        "name": config.name,
+        **_chain(config, costed.cost, costed.samples),
+        **_time(config, costed.cost, tflops, mfu, throughput, like),
+        **_prediction(config, costed.cost),
+        "warnings": costed.warnings,
+        **chosen,
+    }
+
+
+def plan_command(
+    experiment: Annotated[str, typer.Argument(help="YAML file, or the name of a shipped experiment.")],
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="dotted.key=value; may be repeated.")] = None,
+    tflops: Annotated[
+        float | None, typer.Option(min=1e-6, help="Hours from the peak of one accelerator, in dense TFLOP/s.")
+    ] = None,
+    mfu: Annotated[float, typer.Option(min=1e-6, max=1, help="Share of --tflops that training reaches.")] = 0.4,
+    throughput: Annotated[
+        str | None, typer.Option(help="Hours from samples a second over all workers: one a stage, with commas.")
+    ] = None,
+    like: Annotated[str | None, typer.Option(help="Hours from the speed of a finished run: its folder.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")] = False,
+) -> None:
+    """What the chain of EXPERIMENT costs; with a family, which chains the paper's principles propose."""
+    result = plan(
+        experiment,
+        overrides=tuple(overrides or ()),
+        tflops=tflops,
+        mfu=mfu,
+        throughput=_numbers(throughput),
+        like=like,
+    )
+    if as_json:
+        print(json.dumps(result, indent=2))
+        return
+    from raychain.reporting.plan_table import plan_table
+
+    plan_table(result)
+
+
+def _chosen(config: Experiment) -> tuple[Experiment, dict[str, Any]]:
+    """The experiment with the best proposal's chain, and what else there was: reasons, next proposals, warnings."""
+    from raychain.chain.costing import proposals_for, with_chain
+    from raychain.planning.checks import warnings
+    from raychain.planning.proposals import why
+
+    proposals, samples = proposals_for(config)
+    family = list({stage.size.name: stage.size for found in proposals for stage in found.cost.stages}.values())
+    shown = [
+        {
+            "chain": [
+                {"model": model, "epochs": epochs}
+                for model, epochs in zip(found.cost.models, found.cost.epochs, strict=True)
+            ],
+            "macs": found.cost.macs,
+            "percent_of_baseline": round(found.cost.percent_of_baseline, 2),
+            "speedup": round(found.cost.speedup, 3),
+            "family_speedup": round(found.cost.family_speedup, 3),
+            "breaks": list(found.broken),
+            "warnings": warnings(found.cost, samples, family),
+        }
+        for found in proposals[:SHOWN]
+    ]
+    chosen = {
+        "proposed_from": len(proposals),
+        "why": why(proposals[0], samples),
+        "proposals": shown,
+        "warnings": shown[0]["warnings"],  # these recommend models of the user's family only
+    }
+    return with_chain(config, proposals[0]), chosen
+
+
+def _chain(config: Experiment, cost: ChainCost, samples: int) -> dict[str, Any]:
+    from raychain.planning.resources import memory_bytes
+
+    workers = most_workers(config)
+    precision = config.train.precision or ("bf16" if config.compute.gpus_per_worker else "fp32")
+    total, stages = cost.macs, []
+    for stage, ratio in zip(cost.stages, (None, *cost.ratios), strict=True):
+        memory = memory_bytes(
+            stage.size,
+            stage.teacher,
+            batch=-(-config.train.global_batch // workers),
+            captions=stage.captions,
+            precision=precision,
+            average=config.train.average is not None,
+        )
+        stages.append(
+            {
+                "model": stage.size.name,
+                "params": stage.size.params,
+                "image_params": stage.size.image.params,
+                "forward_macs": stage.forward_macs,
+                "epochs": stage.epochs,
+                "samples_seen": stage.samples,
+                "macs": stage.macs,
+                "share": round(stage.macs / total, 4),
+                "expansion_ratio": None if ratio is None else round(ratio, 3),
+                "memory_bytes": memory,
+            }
+        )
+    return {
+        "samples": samples,
+        "captions": cost.stages[0].captions,
+        "workers": workers,
+        "stages": stages,
+        "macs": total,
+        "baseline": {
+            "model": cost.baseline.size.name,
+            "epochs": cost.baseline.epochs,
+            "macs": cost.baseline.macs,
+        },
+        "percent_of_baseline": round(cost.percent_of_baseline, 2),
+        "speedup": round(cost.speedup, 3),
+        "family_speedup": round(cost.family_speedup, 3),
+    }
+
+
+def most_workers(config: Experiment) -> int:
+    """Workers of the run; the most there may be of an elastic one."""
+    workers: Any = config.compute.workers
+    return int(workers if isinstance(workers, int) else max(workers))
+
+
+def _time(
+    config: Experiment, cost: ChainCost, tflops: float | None, mfu: float, throughput: Sequence[float], like: str | None
+) -> dict[str, Any]:
+    from raychain.planning.resources import Peak, Rate, Throughput, hours
+
+    if sum((tflops is not None, bool(throughput), like is not None)) > 1:
+        raise InputError(
+            "raychain plan", "several of --tflops, --throughput, --like", "one of them", "leave out others"
+        )
+    rate: Rate
+    workers = most_workers(config)
+    if tflops is not None:
+        rate, basis = Peak(tflops, mfu, workers), f"{workers} × {tflops:g} TFLOP/s at {100 * mfu:g} %; training only"
+    elif throughput:
+        if len(throughput) != len(cost.stages):
+            names = ", ".join(cost.models)
+            raise InputError("--throughput", f"{len(throughput)} numbers", f"one for each of {names}", "give them all")
+        rate, basis = (
+            Throughput(dict(zip(cost.models, throughput, strict=True))),
+            "the given samples/s; training only",
+        )
+    elif like is not None:
+        rate, basis = _measured_rate(like), f"the stages of {like}, evaluation included"
+    else:
+        return {}
+    own = hours(cost, rate)
+    rounded = [round(value, 4) for value in own]
+    return {"time": {"basis": basis, "hours": rounded, "total_hours": round(sum(own), 4),
+                     "worker_hours": round(sum(own) * workers, 4)}}  # fmt: skip
+
+
+def _measured_rate(like: str) -> Measured:
+    from raychain.planning.resources import measured_rate
+    from raychain.storage import Folder
+
+    run = Folder(like).read_json("run.json")
+    rate = measured_rate(run.get("stages") or []) if isinstance(run, dict) else None
+    if rate is None:
+        raise InputError("--like", like, "a run folder with run.json and a finished stage", "give another folder")
+    return rate
+
+
+def _prediction(config: Experiment, cost: ChainCost) -> dict[str, Any]:
+    """What finished runs under `storage` say about the last stage's accuracy; nothing where there are none."""
+    from raychain.planning.measured import points, predict_metric
+    from raychain.storage import Folder
+
+    try:
+        storage = Folder(config.storage)
+        runs = [run for name in storage.list() if isinstance(run := storage.read_json(f"{name}/run.json"), dict)]
+    except (OSError, InputError):  # planning needs no storage
+        return {}
+    measured = points(runs, config.model_dump(mode="json"))
+    if not measured:
+        return {}
+    grown = len(cost.stages) > 1
+    found = predict_metric(measured, cost.models[-1], grown=grown, macs=cost.macs)
+    return {"prediction": {"reason": found} if isinstance(found, str) else dataclasses.asdict(found)}
+
+
+def _numbers(text: str | None) -> tuple[float, ...]:
+    if text is None:
+        return ()
+    try:
+        numbers = tuple(float(part) for part in text.replace(",", " ").split())
+    except ValueError:
+        numbers = ()
+    if not numbers or min(numbers) <= 0:
+        raise InputError("--throughput", text, "numbers above zero, with commas", "for example --throughput 9000,4000")
+    return numbers
+
+
+if __name__ == "__main__":
+    from raychain.run import main
+
+    main(plan_command, Path(sys.argv[0]).stem)
