@@ -31,7 +31,7 @@ STORE = 10**8
 """Bytes of each node's object store."""
 
 
-def experiment(demo: Path, storage: Path, cache: Path, steps: tuple[int, ...] = (150, 100, 60)) -> dict[str, Any]:
+def experiment(demo: Path, storage: Path, cache: Path, steps: tuple[int, ...] = (400, 200, 60)) -> dict[str, Any]:
     """A three-stage chain on one to two workers that logs every step and saves every three seconds."""
     return {
         "name": "chain",
@@ -216,7 +216,7 @@ def disturbed(site: Site, rng: random.Random, faults: list[Callable[[Site, rando
     site.start()
     site.wait(lambda: site.place() > (-1, 0), 120)
     while faults:
-        until = time.monotonic() + rng.uniform(0.5, 6)
+        until = time.monotonic() + rng.uniform(0.3, 3)
         if not site.wait(lambda until=until: time.monotonic() > until, 30):
             break
         fault, before, began = faults[0], site.place(), time.monotonic()

@@ -26,6 +26,8 @@ from raychain.training.student import Student
 
 BATCH, CAPTIONS = 10, 3
 STEPS = (20, 200)
+WORLDS = (1, 4)
+"""2 and 3 are among the changes; alone they deviate as little (4e-7 and 3e-7)."""
 CHANGES = ((2, 90), (1, 130), (3, 170), (2, None))
 """World sizes, and the step at which the next one takes over."""
 
@@ -159,7 +161,7 @@ def test_losses_do_not_depend_on_the_number_of_workers_or_its_changes(tree, tmp_
     tree["data"]["captions"]["per_image"] = CAPTIONS
     tree["train"] |= {"global_batch": 12, "log_every": 1}
     tree["chain"] = [{"model": f"CoM-micro-{m}", "epochs": f"{n} steps"} for m, n in zip("SM", STEPS, strict=True)]
-    plans = {str(world): [(world, None)] for world in (1, 2, 3, 4)} | {"2→1→3→2": CHANGES}
+    plans = {str(world): [(world, None)] for world in WORLDS} | {"2→1→3→2": CHANGES}
     curves = {}
     for name, plan in plans.items():
         out = tmp_path / name

@@ -191,7 +191,7 @@ def _session(task: ChainTask, address: str | None, verbose: bool) -> Iterator[No
         ray.init(address=address, **options)
     else:
         cpus = max(os.cpu_count() or 1, math.ceil(compute.max_workers * worker_cpus(task.experiment)))
-        ray.init(num_cpus=cpus, include_dashboard=False, object_store_memory=256 * 2**20, **options)
+        ray.init("local", num_cpus=cpus, include_dashboard=False, object_store_memory=256 * 2**20, **options)
     try:
         yield
     finally:
