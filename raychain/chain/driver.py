@@ -70,7 +70,7 @@ def _run(
     if health.exceeded:
         log.finish("failed", totals(task, time.time() - started))
         raise RunFailed(health.describe())
-    if all(records):
+    if all(record and task.measured(record) for record in records):
         log.finish("succeeded", totals(task, time.time() - started))
         return log.run
     progress = Progress(len(task.stages))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from raychain.config.experiment import Experiment
 from raychain.evaluation.data import RetrievalData, ZeroShotData
@@ -63,6 +63,11 @@ class ChainTask:
     """Identity of what is measured."""
     threads: int
     """Torch threads a worker."""
+
+    def measured(self, record: dict[str, Any]) -> bool:
+        """Whether a stage's record has the metrics this chain asks for."""
+        wanted = self.zero_shot is not None or self.retrieval is not None
+        return not wanted or record.get("evaluation") == self.evaluation
 
     @property
     def shards(self) -> tuple[Shard, ...]:
