@@ -24,6 +24,7 @@ import ray
 from ray.autoscaler import sdk
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -55,11 +56,13 @@ SETTINGS = {
 
 
 class Trainer(TorchTrainer):
-    """Ray Train's, without the process a group that waits for its controller's death."""
+    """Ray Train's, without two processes a group that start with it and have nothing to do: Ray Data's manager of
+    datasets, and the cleaner that waits for the controller's death.
+    """
 
     def _create_default_callbacks(self) -> list[Any]:
         defaults = super()._create_default_callbacks()  # type: ignore[misc]
-        return [c for c in defaults if not isinstance(c, PlacementGroupCleanerCallback)]
+        return [c for c in defaults if not isinstance(c, PlacementGroupCleanerCallback | DatasetsCallback)]
 
 
 @dataclass
