@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import uuid
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import ray
 from ray._private import state
 from ray._raylet import PlacementGroupID
+from ray.train import ScalingConfig
 from ray.train.v2._internal.execution.callback import WorkerGroupCallback
+from ray.train.v2._internal.execution.scaling_policy.autoscaling_coordinator_client import (
+    TrainAutoscalingCoordinatorClient,
+)
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 Resources = Mapping[str, float]
@@ -44,6 +49,36 @@ def describe(worker: Resources) -> str:
         for total in state.total_resources_per_node().values()
     ]
     return f"{len(nodes)} node{'s' if len(nodes) != 1 else ''} ({'; '.join(nodes)})" if nodes else "no nodes"
+
+
+class Demand:
+    """Asks the autoscaler of a cluster that has one for workers, beside what others ask for, until `close`.
+
+    Through the coordinator of Ray's own libraries: `ray.autoscaler.sdk.request_resources` alone would overwrite theirs.
+    """
+
+    def __init__(self, worker: Resources) -> None:
+        self._config = ScalingConfig(num_workers=1, use_gpu=worker.get("GPU", 0) > 0, resources_per_worker=dict(worker))
+        self._client = TrainAutoscalingCoordinatorClient(f"raychain-{uuid.uuid4().hex[:8]}")
+        self._workers = 0
+
+    def want(self, workers: int) -> None:
+        """So many workers; call it again and again, as a request expires after three minutes."""
+        if not autoscales():
+            return
+        if workers == 0:
+            self.close()
+        elif workers == self._workers:
+            self._client.maybe_send_resource_request(self._config, workers)
+        else:
+            self._client.send_resource_request(self._config, workers)
+        self._workers = workers
+
+    def close(self) -> None:
+        """Wants nothing any more."""
+        if self._workers:
+            self._client.cancel_resource_request()
+        self._workers = 0
 
 
 class LeftBehind(WorkerGroupCallback):

@@ -21,7 +21,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.autoscaler import sdk
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
@@ -93,8 +92,8 @@ class Groups:
         self.fewest, self.most = compute.min_workers, compute.max_workers
         self.policy = FailurePolicy(compute.max_failures)
         self.micro = MicroBatches(task.experiment.train.micro_batch)
+        self.demand = cluster.Demand(self.worker)
         self.attempt: Attempt | None = None
-        self.position = (-1, -1)
         self.stopping = False
         self._fatal: str | None = None
         self._memory: Event | None = None
@@ -116,6 +115,12 @@ class Groups:
             os.environ.setdefault(name, seconds)
         if not self.verbose:
             logging.getLogger("ray.train").setLevel(logging.ERROR)
+        try:
+            return self._run(spoilt)
+        finally:
+            self.demand.close()
+
+    def _run(self, spoilt: Callable[[], bool]) -> bool:
         first = True
         while (workers := self._room(first)) and not self.stopping:
             first = False
@@ -134,9 +139,8 @@ class Groups:
         """The workers of the next group, once there is room for the fewest; 0 when the run is to stop."""
         began = time.monotonic()
         told = began - REMIND_S + SETTLE_S
-        if cluster.autoscales():
-            sdk.request_resources(bundles=[self.worker] * self.most)
         while not self.stopping:
+            self.demand.want(self.most)
             waited, room = time.monotonic() - began, min(cluster.room(self.worker), self.most)
             if room == self.most or (room >= self.fewest and waited >= SETTLE_S):
                 return room
@@ -193,8 +197,8 @@ class Groups:
             while thread.is_alive() and not (self.stopping and attempt.saved):
                 thread.join(POLL_S)
                 self._drain()
-                if spoilt():
-                    self.mailbox.request_stop.remote()
+                if self.stopping or spoilt():
+                    self.mailbox.request_stop.remote()  # again: the wish may have crossed `resume`
                 elif time.monotonic() - looked >= WATCH_S:
                     looked = time.monotonic()
                     self._watch(attempt)
@@ -206,6 +210,7 @@ class Groups:
 
     def _watch(self, attempt: Attempt) -> None:
         """Asks the group to save and return where its nodes leave, or where more workers would fit."""
+        self.demand.want(self.most - attempt.workers)
         if attempt.leave or not attempt.nodes:
             return
         away = attempt.nodes & cluster.leaving()
