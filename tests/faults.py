@@ -224,6 +224,7 @@ def disturbed(site: Site, rng: random.Random, faults: list[Callable[[Site, rando
         if site.driver and site.driver.poll() is not None:
             break
         faults.pop(0)
+        time.sleep(1)  # what was trained before the fault is logged by now
         reached = max(site.place(), before)
         site.wait(lambda reached=reached: site.place() > reached, 180)
         published.check()
