@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from raychain.data import data
+from raychain.evaluate import evaluate_command
 from raychain.grow import grow_command
 from raychain.plan import plan_command
 from raychain.run import guarded, run_command
@@ -13,6 +14,7 @@ commands = typer.Typer(add_completion=False, no_args_is_help=True, pretty_except
 commands.add_typer(data, name="data")
 commands.command("run")(run_command)
 commands.command("plan")(plan_command)
+commands.command("evaluate")(evaluate_command)
 commands.command("grow")(grow_command)
 
 

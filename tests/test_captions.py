@@ -54,6 +54,12 @@ def test_splitting_loses_no_word_and_splits_no_further_the_second_time(text):
 def test_keys_are_taken_apart():
     assert caption_key("txt") == CaptionKey("txt", (), False)
     assert caption_key("json.a.b|sentences") == CaptionKey("json", ("a", "b"), True)
+    assert caption_key("txt|lines") == CaptionKey("txt", (), False, lines=True)
+
+
+def test_lines_of_a_text_are_captions():
+    """As clip_benchmark reads retrieval shards."""
+    assert captions({"txt": b"A dog. It runs.\n\n a cat \n"}, ("txt|lines",)) == ["A dog. It runs.", "a cat"]
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,7 @@ def test_timm_names_become_image_towers() -> None:
         ("hf-hub:someone/model", "address of weights"),
         ("local-dir:somewhere", "address of weights"),
         ("roberta-ViT-B-32", "Hugging Face text tower"),
+        ("ViT-B-16-SigLIP", "Hugging Face tokenizer"),
         ("coca_ViT-B-32", "CoCa"),
     ],
 )

@@ -67,46 +67,49 @@ class RetrievalData:
         return _digest("retrieval", self.shards, self.caption_keys)
 
 
-def resolve_zero_shot(address: str, cache_dir: str | Path) -> ZeroShotData:
+def resolve_zero_shot(address: str, cache_dir: str | Path, where: str = ZERO_SHOT) -> ZeroShotData:
     """The zero-shot task in a folder of clip_benchmark's webdataset layout, local or remote.
 
     The folder holds `classnames.txt` (line i names label i), `zeroshot_classification_templates.txt` (a prompt a line
     with `{c}` for the name; without the file "a photo of a {c}.") and `test/*.tar` with pictures and `.cls` members.
-    Counts and label ranges of the shards are kept in `cache_dir`.
+    Counts and label ranges of the shards are kept in `cache_dir`. `where` is the option that errors name.
 
     Raises InputError where names or shards are missing, cannot be read or hold nothing, for a template without `{c}`,
     and for labels without a class name.
     """
-    classes = _lines(address, CLASSES)
+    classes = _lines(address, CLASSES, where)
     while classes and not classes[-1]:
         classes.pop()
     if not classes:
-        raise InputError(ZERO_SHOT, address, f"a folder with {CLASSES}, test/*.tar and, if wanted, {TEMPLATES}",
+        raise InputError(where, address, f"a folder with {CLASSES}, test/*.tar and, if wanted, {TEMPLATES}",
                          f"write the class names to {CLASSES}, a line each, in the order of the labels")  # fmt: skip
-    templates = tuple(line for line in _lines(address, TEMPLATES) if line) or DEFAULT_TEMPLATES
+    templates = tuple(line for line in _lines(address, TEMPLATES, where) if line) or DEFAULT_TEMPLATES
     for template in templates:
         if SLOT not in template:
-            raise InputError(ZERO_SHOT, f"the template {template!r} in {address}/{TEMPLATES}",
+            raise InputError(where, f"the template {template!r} in {address}/{TEMPLATES}",
                              f"templates with {SLOT} where the class name belongs", f"add {SLOT} to it")  # fmt: skip
-    found = _survey([f"{address.rstrip('/')}/test/*.tar"], Wanted(label=True), cache_dir, ZERO_SHOT)
+    found = _survey([f"{address.rstrip('/')}/test/*.tar"], Wanted(label=True), cache_dir, where)
     with ThreadPoolExecutor(16) as pool:
-        labels = list(pool.map(lambda shard: _labels(shard, Path(cache_dir).expanduser()), found))
+        labels = list(pool.map(lambda shard: _labels(shard, Path(cache_dir).expanduser(), where), found))
     for shard, (low, high) in zip(found, labels, strict=True):
         if low < 0 or high >= len(classes):
-            raise InputError(ZERO_SHOT, f"label {low if low < 0 else high} in {shard.address}",
+            raise InputError(where, f"label {low if low < 0 else high} in {shard.address}",
                              f"0 … {len(classes) - 1}, the lines of {CLASSES}", f"complete {CLASSES}")  # fmt: skip
     return ZeroShotData(tuple(classes), templates, found)
 
 
-def resolve_retrieval(patterns: Sequence[str], caption_keys: Sequence[str], cache_dir: str | Path) -> RetrievalData:
+def resolve_retrieval(
+    patterns: Sequence[str], caption_keys: Sequence[str], cache_dir: str | Path, where: str = RETRIEVAL
+) -> RetrievalData:
     """The retrieval task on the shards that the patterns name; `caption_keys` as in `data.captions.keys`.
 
     All captions of a picture that the keys name are used. Counts of the shards are kept in `cache_dir`.
+    `where` is the option that errors name.
 
     Raises InputError for patterns that match nothing and for shards that are damaged or hold no picture with a caption.
     """
     keys = tuple(caption_keys)
-    return RetrievalData(keys, _survey(patterns, Wanted(captions=keys), cache_dir, RETRIEVAL))
+    return RetrievalData(keys, _survey(patterns, Wanted(captions=keys), cache_dir, where))
 
 
 def _survey(patterns: Sequence[str], wanted: Wanted, cache_dir: str | Path, where: str) -> tuple[Shard, ...]:
@@ -119,19 +122,19 @@ def _survey(patterns: Sequence[str], wanted: Wanted, cache_dir: str | Path, wher
     return tuple(shard for shard in found if shard.samples)
 
 
-def _lines(address: str, name: str) -> list[str]:
+def _lines(address: str, name: str, where: str) -> list[str]:
     """Lines of a file of the folder, stripped; none if it does not exist."""
     try:
         folder = Folder(address)
         if not folder.exists(""):
-            raise InputError(ZERO_SHOT, address, "a folder that exists", "correct the address, or make the folder")
+            raise InputError(where, address, "a folder that exists", "correct the address, or make the folder")
         content = folder.read(name)
         return [line.strip() for line in (content or b"").decode().splitlines()]
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(ZERO_SHOT, f"{address}/{name}", "a UTF-8 text file", f"make it readable ({error})") from None
+        raise InputError(where, f"{address}/{name}", "a UTF-8 text file", f"make it readable ({error})") from None
 
 
-def _labels(shard: Shard, cache: Path) -> tuple[int, int]:
+def _labels(shard: Shard, cache: Path, where: str) -> tuple[int, int]:
     """Smallest and largest label of a shard, without those that are no whole number. Pictures are skipped, not read."""
     noted = cache / "counts" / f"{shard.identity}-labels.json"
     if noted.is_file():
@@ -145,9 +148,9 @@ def _labels(shard: Shard, cache: Path) -> tuple[int, int]:
                 with contextlib.suppress(ValueError):  # one broken sample among many: reading skips it with a warning
                     labels += [int(handle.read())] if handle else []
     except (OSError, tarfile.TarError) as error:
-        raise InputError(ZERO_SHOT, shard.address, "a complete tar file", f"replace or remove it ({error})") from None
+        raise InputError(where, shard.address, "a complete tar file", f"replace or remove it ({error})") from None
     if not labels:
-        raise InputError(ZERO_SHOT, f"{shard.address} without a usable label", "one whole number in each .cls member",
+        raise InputError(where, f"{shard.address} without a usable label", "one whole number in each .cls member",
                          f"write the line number in {CLASSES}, counted from 0")  # fmt: skip
     noted.write_text(json.dumps((min(labels), max(labels))))
     return min(labels), max(labels)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from raychain.evaluation.reading import tables
 from raychain.feed.cache import ShardCache
 from raychain.feed.members import Wanted
 from raychain.feed.shards import Shard
-from raychain.feed.spec import Spec, Tokenize
+from raychain.feed.spec import Resizing, Spec, Tokenize
 from raychain.feed.table import Table
 from raychain.objectives.contrastive import world_size
 
@@ -37,10 +37,13 @@ class Encoder:
         std: Sequence[float],
         device: torch.device,
         batch_size: int,
+        resizing: Resizing,
+        progress: Callable[[int], None],
     ) -> None:
         self.model: Any = model
         self.cache, self.tokenize, self.tokenizer_id = cache, tokenize, tokenizer_id
         self.image_size, self.device, self.batch_size = image_size, device, batch_size
+        self.resizing, self.progress, self.seen = resizing, progress, 0
         self._mean = torch.tensor(mean, dtype=torch.float32, device=device).view(3, 1, 1)
         self._std = torch.tensor(std, dtype=torch.float32, device=device).view(3, 1, 1)
         self._pixels = np.empty((batch_size, image_size, image_size, 3), dtype=np.uint8)
@@ -51,7 +54,7 @@ class Encoder:
         tokenizer = self.tokenizer_id if wanted.captions else ""  # pictures alone are one file for all tokenisers
         return tables(
             shards,
-            Spec(wanted, self.image_size, tokenizer),
+            Spec(wanted, self.image_size, tokenizer, exactly=self.resizing),
             self.cache,
             self.tokenize,
             rank=ranks.rank(),
@@ -71,6 +74,8 @@ class Encoder:
         x_b3HW = self._input[: len(rows)]
         x_b3HW.copy_(torch.from_numpy(self._pixels[: len(rows)]).to(self.device).permute(0, 3, 1, 2))
         x_b3HW.div_(255).sub_(self._mean).div_(self._std)
+        self.seen += len(rows)
+        self.progress(self.seen)
         return self.model.encode_image(x_b3HW, normalize=True).float()
 
     def texts(self, tokens: np.ndarray) -> torch.Tensor:

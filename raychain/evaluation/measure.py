@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import nn
@@ -13,7 +13,7 @@ from raychain.evaluation.encoding import Encoder
 from raychain.evaluation.retrieval import retrieval as measure_retrieval
 from raychain.evaluation.zero_shot import zero_shot as measure_zero_shot
 from raychain.feed.cache import ShardCache
-from raychain.feed.spec import Tokenize
+from raychain.feed.spec import Resizing, Tokenize
 
 
 def evaluate(
@@ -29,13 +29,16 @@ def evaluate(
     tokenizer_id: str,
     device: torch.device | str,
     batch_size: int = 256,
+    resizing: Resizing = Resizing(),  # noqa: B008 - frozen
+    progress: Callable[[int], None] = lambda _: None,
 ) -> dict[str, float]:
     """`zero_shot_top1`, `zero_shot_top5`, `i2t_r1` … `t2i_r10` in percent (0 … 100) of an open_clip model on `device`.
 
     All ranks call it with the same arguments, their own `device`, and a cache on their node. Work and reading are
     divided, and all get the same numbers, however many they are. Tasks that are None are left out. In fp32 without
-    autocast; pictures as open_clip's evaluation sees them, `image_size` pixels a side, normalised by `mean` and `std`;
-    `tokenize` gives token ids [n, L], and `tokenizer_id` names it in the cache. The mode of each module (training or
+    autocast; pictures as open_clip's evaluation sees them, `image_size` pixels a side (`resizing` says how they get
+    there), normalised by `mean` and `std`; `tokenize` gives token ids [n, L], and `tokenizer_id` names it in the cache.
+    `progress` hears how many pictures this rank has read for a task. The mode of each module (training or
     evaluation) is afterwards what it was.
 
     Raises OSError for a shard that cannot be read.
@@ -53,6 +56,8 @@ def evaluate(
             std=std,
             device=device,
             batch_size=batch_size,
+            resizing=resizing,
+            progress=progress,
         )
         if zero_shot is not None:
             metrics |= measure_zero_shot(encoder, zero_shot)

@@ -13,15 +13,16 @@ from safetensors.torch import load_file
 from torch import nn
 
 from raychain.families.building import build_config
-from raychain.families.registry import UnknownModelError, model_config
+from raychain.families.registry import UnknownModelError, model_config, refused
 
 CONFIG = "open_clip_config.json"
-_WEIGHTS = (
+WEIGHTS = (
     "open_clip_model.safetensors",
     "open_clip_pytorch_model.safetensors",
     "open_clip_pytorch_model.bin",
     "model.safetensors",
 )
+SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 _PREFIXES = ("module.", "_orig_mod.")
 
 
@@ -78,21 +79,22 @@ def _document(folder: Path) -> dict[str, Any]:
         document = json.loads(path.read_text())
     except ValueError as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from error
-    if not isinstance(document, dict) or "model_cfg" not in document:
-        raise CheckpointError(f"{path} has no model_cfg")
-    if document["model_cfg"].get("text_cfg", {}).get("hf_model_name"):
-        raise UnknownModelError(f"{path}: Hugging Face text towers are not supported, they would be downloaded")
+    config = document.get("model_cfg") if isinstance(document, dict) else None
+    if not isinstance(config, dict) or not {"embed_dim", "vision_cfg", "text_cfg"} <= set(config):
+        raise CheckpointError(f"{path} has no model_cfg with embed_dim, vision_cfg and text_cfg")
+    if (refusal := refused(str(path), config)) is not None:
+        raise UnknownModelError(refusal)
     return document
 
 
 def _weights_in(folder: Path) -> Path:
-    for name in _WEIGHTS:
+    for name in WEIGHTS:
         if (folder / name).is_file():
             return folder / name
-    found = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".pt", ".pth"))
+    found = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES)
     if len(found) != 1:
         names = ", ".join(path.name for path in found) or "none"
-        raise CheckpointError(f"{folder} should hold {_WEIGHTS[0]} or one weights file; found: {names}")
+        raise CheckpointError(f"{folder} should hold {WEIGHTS[0]} or one weights file; found: {names}")
     return found[0]
 
 

@@ -35,7 +35,7 @@ def model_names() -> list[str]:
     timm names (see `model_config`) are not in the list: `timm.list_models()` has them.
     """
     own = {path.stem for path in CONFIG_FOLDER.glob("*.json")}
-    names = [name for name in open_clip.list_models() if _refusal(name, open_clip.get_model_config(name)) is None]
+    names = [name for name in open_clip.list_models() if refused(name, open_clip.get_model_config(name)) is None]
     return [name for name in names if name in own] + [name for name in names if name not in own]
 
 
@@ -85,17 +85,24 @@ def model_config(name: str) -> dict[str, Any]:
         config = _timm_config(timm_name)
     if config is None:
         raise UnknownModelError(_unknown(name))
-    if (refusal := _refusal(name, config)) is not None:
+    if (refusal := refused(name, config)) is not None:
         raise UnknownModelError(refusal)
     return dict(config)
 
 
-def _refusal(name: str, config: dict[str, Any]) -> str | None:
+def refused(name: str, config: dict[str, Any]) -> str | None:
+    """Why the model of a `model_cfg` cannot be built here; None if it can. `name` is what the reason calls it."""
     text_name = config["text_cfg"].get("hf_model_name")
     if text_name:
         return (
             f"model {name!r} has a Hugging Face text tower ({text_name}), whose config must be downloaded. Models with "
             f"open_clip's own text tower are supported, for example 'CoM-ViT-T-16'."
+        )
+    tokenizer = config["text_cfg"].get("hf_tokenizer_name")
+    if tokenizer:
+        return (
+            f"model {name!r} reads with a Hugging Face tokenizer ({tokenizer}), which must be downloaded. Models with "
+            f"open_clip's own tokenizer are supported, for example 'CoM-ViT-T-16'."
         )
     if "multimodal_cfg" in config:
         return (

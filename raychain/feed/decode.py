@@ -17,7 +17,7 @@ from PIL import Image
 from raychain.feed import members, shards
 from raychain.feed.health import Bad, Unusable, picture, tally
 from raychain.feed.shards import Shard
-from raychain.feed.spec import QUALITY, STORED_BEYOND_CROP, Spec, Tokenize
+from raychain.feed.spec import QUALITY, STORED_BEYOND_CROP, Resizing, Spec, Tokenize
 
 BATCH_BYTES = 2**23
 """Of pictures in a record batch; that many are in memory at once, or one picture if it has more."""
@@ -38,7 +38,11 @@ def decode(shard: Shard, spec: Spec, tokenize: Tokenize, bad: list[Bad]) -> Iter
     for sample in shards.read(shard, spec.wanted):
         try:
             captions, label = members.annotation(sample, spec.wanted)
-            image = picture(resize, members.picture(sample), spec.image_size, spec.cropped)
+            image = (
+                picture(resize_exactly, members.picture(sample), spec.image_size, spec.exactly)
+                if spec.exactly
+                else picture(resize, members.picture(sample), spec.image_size, spec.cropped)
+            )
         except Unusable as error:
             bad.append(Bad(error.kind, sample["key"], error.detail))
             continue
@@ -94,15 +98,26 @@ def resize(encoded: bytes, size: int, whole: bool = False) -> np.ndarray:
     height, width = pixels.shape[:2]
     if whole and min(width, height) <= short:
         return pixels
-    if width <= height:
-        height, width = int(short * height / width), short
-    else:
-        height, width = short, int(short * width / height)
+    width, height = shorter_to(width, height, short)
     pixels = scale(pixels, height, width)
     if whole:
         return pixels
     left, top = round((width - size) / 2), round((height - size) / 2)
     return pixels[top : top + size, left : left + size]
+
+
+def resize_exactly(encoded: bytes, size: int, how: Resizing) -> np.ndarray:
+    """A picture as uint8 [size, size, 3], to the bit what open_clip's evaluation sees: Pillow decodes and resizes."""
+    image = Image.open(io.BytesIO(encoded)).convert("RGB")
+    width, height = (size, size) if how.squash else shorter_to(*image.size, size)
+    resized = np.array(image.resize((width, height), Image.Resampling[how.kernel.upper()]))
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    return resized[top : top + size, left : left + size]
+
+
+def shorter_to(width: int, height: int, short: int) -> tuple[int, int]:
+    """Width and height of a picture whose shorter side becomes `short`, rounded as torchvision does."""
+    return (short, int(short * height / width)) if width <= height else (int(short * width / height), short)
 
 
 def _pixels(encoded: bytes, least: int) -> np.ndarray:

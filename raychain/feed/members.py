@@ -146,5 +146,7 @@ def captions(sample: dict[str, Any], keys: tuple[str, ...]) -> list[str]:
             for part in key.path:
                 value = value.get(part) if isinstance(value, dict) else None
         texts = [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
-        found += [sentence for text in texts for sentence in sentences(text)] if key.sentences else texts
+        if key.sentences or key.lines:
+            texts = [part for text in texts for part in (sentences(text) if key.sentences else text.splitlines())]
+        found += texts
     return list(dict.fromkeys(text.strip() for text in found if text.strip()))

@@ -25,6 +25,15 @@ QUALITY = 95
 
 
 @dataclass(frozen=True)
+class Resizing:
+    """How evaluation makes pictures square: the shorter side resized and the centre cropped, or both sides resized."""
+
+    squash: bool = False
+    """Both sides, which changes the picture's proportions."""
+    kernel: Literal["bicubic", "bilinear"] = "bicubic"
+
+
+@dataclass(frozen=True)
 class Spec:
     """What a cached shard holds; shards of different specs are different files."""
 
@@ -35,12 +44,15 @@ class Spec:
     cropped: bool = False
     """Keep the whole picture for random crops instead of the resized centre."""
     pixels: Representation = "raw"
+    exactly: Resizing | None = None
+    """To the bit what open_clip's evaluation sees; else bicubic, quicker, and off by a level here and there."""
 
     @property
     def digest(self) -> str:
         """Content address of the spec."""
         kept = self.pixels if self.pixels == "raw" else f"{self.pixels}{QUALITY}"
         text = f"{FORMAT}|{self.wanted.digest}|{self.image_size}|{self.tokenizer}|{self.cropped}|{kept}"
+        text += f"|{self.exactly}" if self.exactly else ""
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
     @property

@@ -1,0 +1,218 @@
+"""`raychain evaluate`: zero-shot classification and retrieval of one checkpoint, with clip_benchmark's numbers."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from raychain import command
+from raychain.errors import InputError, RunFailed, nearest
+from raychain.reporting.counting import CountingLine
+
+command(__name__)
+
+CAPTIONS = ("txt|lines",)
+_KERNELS: dict[str, Literal["bicubic", "bilinear"]] = {"bicubic": "bicubic", "bilinear": "bilinear"}
+CACHE = "~/.cache/raychain"
+ALLOWED = "a folder or file that exists: an open_clip folder, a stage folder, a .safetensors or .pt file; s3:// too"
+
+
+def evaluate(
+    checkpoint: str,
+    data: str | Sequence[str],
+    *,
+    model: str | None = None,
+    captions: Sequence[str] = CAPTIONS,
+    device: str | None = None,
+    batch_size: int = 256,
+    cache: str = CACHE,
+    budget: int | None = None,
+) -> dict[str, Any]:
+    """Measures a checkpoint in fp32 on each of the addresses `data`; returns what `--json` prints.
+
+    `checkpoint` is what `read_checkpoint` takes, also on object storage; `model` names the architecture of a weights
+    file. Which tasks an address holds, `raychain.evaluation.finding` tells. Decoded pictures are kept in `cache`, at
+    most `budget` bytes (default 64 GiB).
+
+    Returns {`checkpoint`, `model`, `params`, `image_size`, `device`, `seconds`, `results`: [{`data`, `task`,
+    `pictures`, …, `metrics`: {`zero_shot_top1`, …, `i2t_r1`, …} in percent}]}.
+
+    Raises InputError for wrong arguments, RunFailed where a shard cannot be read.
+    """
+    from raychain.evaluation import evaluate as measure
+    from raychain.evaluation.data import ZeroShotData
+    from raychain.evaluation.finding import find_tasks
+    from raychain.families.tokenizing import make_tokenizer
+    from raychain.feed.cache import ShardCache
+
+    started, addresses = time.monotonic(), [data] if isinstance(data, str) else list(data)
+    where = _device(device)
+    _check_captions(captions)
+    read = _read(checkpoint, model)
+    size, resizing, preprocessing = _preprocessing(read.model, checkpoint)
+    folder = _cache_folder(cache)
+    tasks = [(a, task) for a in addresses for task in find_tasks(a, captions, folder, "--data")]
+    tokenize, tokenizer = make_tokenizer(read.config)
+    clip, results = read.model.to(where), []
+    for address, task in tasks:
+        zero_shot, retrieval = (task, None) if isinstance(task, ZeroShotData) else (None, task)
+        described = _described(task)
+        try:
+            with CountingLine(f"{described['task']}, pictures") as line:
+                metrics = measure(
+                    clip,
+                    zero_shot=zero_shot,
+                    retrieval=retrieval,
+                    cache=ShardCache(folder, budget or 64 * 2**30),
+                    tokenize=tokenize,
+                    image_size=size,
+                    mean=preprocessing["mean"],
+                    std=preprocessing["std"],
+                    tokenizer_id=tokenizer,
+                    device=where,
+                    batch_size=batch_size,
+                    resizing=resizing,
+                    progress=partial(_show, line, described["pictures"]),
+                )
+        except OSError as error:
+            raise RunFailed(str(error)) from None
+        results.append({"data": address, **described, "metrics": metrics})
+    return {
+        "checkpoint": checkpoint,
+        "model": model,
+        "params": sum(parameter.numel() for parameter in clip.parameters()),
+        "image_size": size,
+        "device": str(where),
+        "seconds": round(time.monotonic() - started, 2),
+        "results": results,
+    }
+
+
+def evaluate_command(
+    checkpoint: Annotated[str, typer.Argument(help="open_clip or stage folder, .safetensors or .pt file; s3:// too.")],
+    data: Annotated[
+        list[str], typer.Option("--data", help="clip_benchmark folder, folder of shards, or pattern; may be repeated.")
+    ],
+    model: Annotated[str | None, typer.Option(help="Architecture of a weights file that does not say it.")] = None,
+    captions: Annotated[
+        list[str] | None,
+        typer.Option("--captions", help="As data.captions.keys, for retrieval; may be repeated. Default txt|lines."),
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …; default cuda where there is one.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures or texts encoded at a time.")] = 256,
+    cache: Annotated[str, typer.Option(help="Folder for decoded pictures, as preload.cache.")] = CACHE,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")] = False,
+) -> None:
+    """Measure zero-shot classification and retrieval of CHECKPOINT, as clip_benchmark does, in fp32."""
+    chosen = tuple(captions or CAPTIONS)
+    result = evaluate(checkpoint, data, model=model, captions=chosen, device=device, batch_size=batch_size, cache=cache)
+    if as_json:
+        print(json.dumps(result, indent=2))
+    else:
+        from raychain.reporting.measured import measured_table
+
+        measured_table(result)
+
+
+def _read(checkpoint: str, model: str | None) -> Any:
+    """The `Checkpoint`. Raises InputError; nothing is downloaded but what the user's own address names."""
+    from raychain.families import UnknownModelError, model_names
+    from raychain.families.checkpoints import CheckpointError, read_checkpoint
+    from raychain.families.remote import local_checkpoint
+
+    address = checkpoint.removeprefix("local-dir:")
+    fix = "check the file" if model else "name the file's architecture with --model, if it has no open_clip_config.json"
+    if address.startswith(("hf-hub:", "hf_hub:")) or (address in model_names() and not Path(address).exists()):
+        raise InputError("CHECKPOINT", f"{checkpoint}, a name", ALLOWED, "nothing is downloaded here: save the weights "
+                         "yourself, and give their file with --model NAME")  # fmt: skip
+    try:
+        with tempfile.TemporaryDirectory(prefix="raychain-") as scratch:
+            return read_checkpoint(local_checkpoint(address, Path(scratch)), model)
+    except UnknownModelError as error:
+        raise InputError("--model" if model else "CHECKPOINT", model or checkpoint, str(error),
+                         nearest(model or "", model_names(), "give another one")) from None  # fmt: skip
+    except CheckpointError as error:
+        raise InputError("CHECKPOINT", checkpoint, ALLOWED, f"{error}; {_stages(address) or fix}") from None
+
+
+def _stages(address: str) -> str:
+    """Names a run folder's stages; empty if it is none."""
+    stages = Path(address).expanduser() / "stages"
+    names = sorted(path.name for path in stages.iterdir()) if stages.is_dir() else []
+    return f"this is a run folder: give one of its stages, such as {stages / names[-1]}" if names else ""
+
+
+def _preprocessing(clip: Any, checkpoint: str) -> tuple[int, Any, dict[str, Any]]:
+    """Pixels a side, how pictures get there, and open_clip's `preprocess_cfg`."""
+    from open_clip.model import get_model_preprocess_cfg
+
+    from raychain.feed.spec import Resizing
+
+    found = get_model_preprocess_cfg(clip)
+    size = found["size"]
+    height, width = (size, size) if isinstance(size, int) else size
+    mode, interpolation = found.get("resize_mode") or "shortest", found.get("interpolation") or "bicubic"
+    kernel = _KERNELS.get(interpolation)
+    if height != width or mode not in ("shortest", "squash") or kernel is None:
+        raise InputError("CHECKPOINT", f"{checkpoint}: {height} × {width} pixels, resize_mode {mode}, {interpolation}",
+                         "square pictures, resize_mode shortest or squash, bicubic or bilinear",
+                         "measure this one with clip_benchmark")  # fmt: skip
+    return height, Resizing(mode == "squash", kernel), found
+
+
+def _show(line: CountingLine, pictures: int, seen: int) -> None:
+    line.show(seen, pictures)
+
+
+def _device(name: str | None) -> Any:
+    import torch
+
+    chosen = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=chosen).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError("--device", chosen, "cpu, or a device that torch finds here", reason) from None
+
+
+def _check_captions(keys: Sequence[str]) -> None:
+    from raychain.config.captions import caption_key
+
+    for key in keys:
+        try:
+            caption_key(key)
+        except ValueError as error:
+            raise InputError("--captions", key, str(error), "correct the key") from None
+
+
+def _cache_folder(cache: str) -> Path:
+    folder = Path(cache).expanduser()
+    try:
+        (folder / "counts").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError("--cache", cache, f"a folder that can be written ({error})", "give another folder") from None
+    return folder
+
+
+def _described(task: Any) -> dict[str, Any]:
+    from raychain.evaluation.data import ZeroShotData
+
+    pictures = sum(shard.samples for shard in task.shards)
+    if isinstance(task, ZeroShotData):
+        return {"task": "zero_shot", "pictures": pictures, "classes": len(task.classes),
+                "templates": len(task.templates)}  # fmt: skip
+    return {"task": "retrieval", "pictures": pictures, "captions": list(task.caption_keys)}
+
+
+if __name__ == "__main__":
+    from raychain.run import main
+
+    main(evaluate_command, Path(sys.argv[0]).stem)

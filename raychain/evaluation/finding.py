@@ -1,0 +1,42 @@
+"""Which tasks an address holds: clip_benchmark's folders by the files in them, other shards by being shards."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from raychain.errors import InputError
+from raychain.evaluation.data import CLASSES, RetrievalData, ZeroShotData, resolve_retrieval, resolve_zero_shot
+from raychain.storage import Folder
+
+KIND, RETRIEVAL = "dataset_type.txt", "retrieval"
+SPLIT = "test"
+
+
+def find_tasks(
+    address: str, caption_keys: Sequence[str], cache_dir: str | Path, where: str
+) -> list[ZeroShotData | RetrievalData]:
+    """The tasks at an address, one or two.
+
+    A folder with `classnames.txt` is a zero-shot task; one whose `dataset_type.txt` says `retrieval` is a retrieval
+    task on its `test/*.tar`, and so is a folder that has shards nowhere else. What is neither (a folder of shards, a
+    shard, a pattern) is a retrieval task on those shards; `caption_keys` as in `data.captions.keys`.
+
+    Raises InputError, naming `where`, for addresses without shards and for shards that do not fit the task.
+    """
+    if any(c in address for c in "*?[{"):
+        return [resolve_retrieval([address], caption_keys, cache_dir, where)]
+    folder, base = Folder(address), address.rstrip("/")
+    try:
+        names = folder.list() if not address.endswith(".tar") else []
+        kind = (folder.read(KIND) or b"").decode(errors="replace").strip().lower() if KIND in names else ""
+        split = any(name.endswith(".tar") for name in folder.list(SPLIT)) if SPLIT in names else False
+    except OSError as error:
+        raise InputError(where, address, "a folder or shards that can be read", str(error)) from None
+    tasks: list[ZeroShotData | RetrievalData] = []
+    if CLASSES in names:
+        tasks.append(resolve_zero_shot(address, cache_dir, where))
+    if kind == RETRIEVAL or not tasks:
+        inside = split and (kind == RETRIEVAL or not any(name.endswith(".tar") for name in names))
+        tasks.append(resolve_retrieval([f"{base}/{SPLIT}" if inside else address], caption_keys, cache_dir, where))
+    return tasks

@@ -1,0 +1,46 @@
+"""What `raychain evaluate` prints."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+HEADINGS = ("task", "data", "pictures", "result (%)")
+LABELS = {"zero_shot": "zero-shot", "retrieval": "retrieval"}
+
+
+def measured_table(result: Mapping[str, Any], console: Console | None = None) -> None:
+    """Prints the result of `raychain.evaluate.evaluate` on stdout: a row for each task, percentages to two decimals."""
+    console = console or Console(force_terminal=sys.stdout.isatty())
+    console.print(
+        f"{result['checkpoint']}: {result['params'] / 1e6:.2f} M parameters, {result['image_size']} px, "
+        f"{result['device']}, {result['seconds']:.1f} s",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for heading in HEADINGS:
+        table.add_column(heading, justify="right" if heading == "pictures" else "left", overflow="fold")
+    for row in result["results"]:
+        what = f"{row['classes']:,} classes, {row['templates']:,} templates" if "classes" in row else "recall"
+        pictures = f"{row['pictures']:,}"
+        table.add_row(LABELS[row["task"]], Text(f"{row['data']}\n{what}"), pictures, _numbers(row["metrics"]))
+    console.print(table)
+
+
+def _numbers(metrics: Mapping[str, float]) -> str:
+    """`top-1 86.25  top-5 97.10`; recalls in a line for each direction."""
+    if "zero_shot_top1" in metrics:
+        return f"top-1 {metrics['zero_shot_top1']:.2f}  top-5 {metrics['zero_shot_top5']:.2f}"
+    lines = []
+    for direction, label in (("i2t", "image → text"), ("t2i", "text → image")):
+        recalls = "  ".join(f"R@{k} {metrics[f'{direction}_r{k}']:.2f}" for k in (1, 5, 10))
+        lines.append(f"{label}  {recalls}")
+    return "\n".join(lines)
