@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +56,7 @@ def bucket() -> Iterator[Callable[[str], str]]:
     server.stop()
 
 
-@pytest.fixture
-def tree(demo: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def tiny(demo: Path, storage: Path, cache: Path) -> dict[str, Any]:
     """An experiment as a user would write it, that trains in seconds."""
     return {
         "name": "tiny",
@@ -65,7 +67,34 @@ def tree(demo: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -
         "chain": [{"model": "CoM-micro-S", "epochs": "24 steps"}, {"model": "CoM-micro-M", "epochs": "16 steps"}],
         "train": {"global_batch": 32, "warmup": "25 %", "precision": "fp32", "log_every": 4},
         "compute": {"workers": 1, "cpus_per_worker": 1},
-        "preload": {"cache": str(tmp_path_factory.getbasetemp() / "cache")},
+        "preload": {"cache": str(cache)},
         "evaluate": {"zero_shot": str(demo / "zero_shot" / "test"), "retrieval": str(demo / "test")},
-        "storage": str(tmp_path / "runs"),
+        "storage": str(storage),
     }
+
+
+@pytest.fixture
+def tree(demo: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """`tiny`, in a storage of the test's own."""
+    return tiny(demo, tmp_path / "runs", tmp_path_factory.getbasetemp() / "cache")
+
+
+@pytest.fixture(scope="session")
+def trained(ray_session: None, demo: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """`tiny`, trained once for the session, measured every eight steps too. `finished` gives copies."""
+    import raychain
+    from raychain.config.loading import validate
+
+    experiment = tiny(demo, tmp_path_factory.mktemp("trained") / "runs", tmp_path_factory.getbasetemp() / "cache")
+    experiment["evaluate"]["every"] = "8 steps"
+    run = raychain.run(validate(experiment))
+    assert run == json.loads((Path(experiment["storage"]) / "tiny" / "run.json").read_text())
+    return experiment
+
+
+@pytest.fixture
+def finished(trained: dict[str, Any], tmp_path: Path) -> tuple[dict[str, Any], Path, dict[str, Any]]:
+    """run.json of a finished run, its folder, and its experiment: a copy for one test."""
+    shutil.copytree(trained["storage"], tmp_path / "runs")
+    out = tmp_path / "runs" / "tiny"
+    return json.loads((out / "run.json").read_text()), out, deepcopy(trained) | {"storage": str(tmp_path / "runs")}

@@ -29,16 +29,8 @@ def lines(out: Path) -> list[dict]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.fixture
-def finished(ray_session, tree, tmp_path):
-    tree["evaluate"]["every"] = "8 steps"
-    run = raychain.run(validate(tree))
-    return run, tmp_path / "runs" / "tiny", tree
-
-
 def test_a_chain_trains_and_its_run_folder_is_complete(finished):
     run, out, _ = finished
-    assert run == json.loads((out / "run.json").read_text())
     assert run["status"] == "succeeded"
     assert [(s["index"], s["model"], s["status"], s["steps"], s["samples_seen"]) for s in run["stages"]] == [
         (0, "CoM-micro-S", "trained", 24, 24 * 32),
