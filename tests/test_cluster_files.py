@@ -216,7 +216,7 @@ def test_a_submitted_working_directory_has_the_code_and_no_data(tmp_path: Path) 
         shutil.copy(ROOT / ignore, work / ignore)
     left = ["data/demo/train/00000.tar", "runs/demo/run.json", "mine/a.tar", "mine/grown/open_clip_model.safetensors",
             "weights.pt", "cache/shards/a.arrow", ".venv/bin/python", ".venv-gpu/bin/python", ".env", "key.pem",
-            "wandb/run.log", ".mypy_cache/a.json", "raychain/__pycache__/run.cpython-311.pyc", "table.parquet"]  # fmt: skip
+            "wandb/run.log", ".mypy_cache/a.json", "raychain/__pycache__/a.pyc", "table.parquet"]  # fmt: skip
     for name in left:
         (work / name).parent.mkdir(parents=True, exist_ok=True)
         (work / name).write_text("x")
@@ -275,7 +275,8 @@ NODES = """
 import os
 from ray._raylet import GcsClient
 nodes = GcsClient(address=os.environ["RAY_ADDRESS"]).get_all_node_info().values()
-print(*[f"{node.state == 0} {node.node_id.hex()} {int(node.resources_total.get('CPU', 0))}" for node in nodes], sep="\\n")
+for node in nodes:
+    print(node.state == 0, node.node_id.hex(), int(node.resources_total.get("CPU", 0)))
 """
 
 
