@@ -28,7 +28,12 @@ import psutil
 HERE = "127.0.0.1"
 FOLDER = Path(tempfile.gettempdir()) / f"raychain-cluster-{os.getuid()}"
 """Short, because Ray's sockets lie in it."""
-STARTED_S, ENDED_S = 90, 40
+STARTED_S, ENDED_S = 180, 40
+TRIES = 3
+"""Starts of a worker node: on a machine with much else to do, Ray gives up on one after 30 seconds."""
+PORTS = ("object-manager-port", "node-manager-port", "dashboard-agent-listen-port", "dashboard-agent-grpc-port",
+         "runtime-env-agent-port")  # fmt: skip
+"""That two nodes of one machine cannot share."""
 LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 """On Linux Ray takes the machine's outer address where it is told 127.0.0.1; with this, as on a laptop, it does not."""
 RAY = """
@@ -83,7 +88,7 @@ def start(options: argparse.Namespace, state: Path) -> int:
         print(f"a cluster of {state.parent} is running: stop it, or give another --dir", file=sys.stderr)
         return 2
     options.dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    port, dashboard, *others = free_ports(3 + 5 * (options.workers + 1))
+    port, dashboard, client = free_ports(3)
     environment = (
         os.environ
         | LOOPBACK
@@ -93,22 +98,27 @@ def start(options: argparse.Namespace, state: Path) -> int:
             "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S),
         }
     )
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"  # for jobs' `python`
     environment.pop("RAY_AUTH_TOKEN", None)
     environment.pop("RAY_ADDRESS", None)
     head = ["--head", f"--port={port}", f"--dashboard-host={HERE}", f"--dashboard-port={dashboard}", "--num-cpus=0"]
-    head += ["--num-gpus=0", f"--temp-dir={options.dir}", f"--ray-client-server-port={others.pop()}"]
+    head += ["--num-gpus=0", f"--temp-dir={options.dir}", f"--ray-client-server-port={client}"]
     join = [f"--address={HERE}:{port}", f"--num-cpus={options.cpus}", f"--num-gpus={options.gpus}"]
     found: dict[str, Any] = {"address": f"{HERE}:{port}", "dashboard": f"http://{HERE}:{dashboard}", "nodes": []}
-    for number in range(options.workers + 1):
+    for number in range(options.workers + 1):  # one after the other: Ray mixes up two that start at once
         name = f"worker {number}" if number else "head"
-        ports = [others.pop() for _ in range(5)]
         if number and options.gpus:
             mine = range((number - 1) * options.gpus, number * options.gpus)
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, mine))
-        found["nodes"].append(launch(name, join if number else head, ports, environment, options.dir))
-        state.write_text(json.dumps(found, indent=2) + "\n")
-        if not wait_for(found, number + 1, environment):  # one after the other: Ray mixes up two that start at once
-            print(f"not every node came up: see {options.dir}/*.log", file=sys.stderr)
+        for _ in range(TRIES if number else 1):
+            arguments, log = (join if number else head), options.dir / f"{name.replace(' ', '-')}.log"
+            found["nodes"].append(launch(name, arguments, free_ports(len(PORTS)), environment, log))
+            state.write_text(json.dumps(found, indent=2) + "\n")
+            if wait_for(found, number + 1, environment):
+                break
+            end([found["nodes"].pop()])
+        else:
+            print(f"{name} did not come up: see {log}", file=sys.stderr)
             stop(found, state)
             return 1
     print(f"export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH={token}")
@@ -117,17 +127,13 @@ def start(options: argparse.Namespace, state: Path) -> int:
     return 0
 
 
-def launch(
-    name: str, arguments: list[str], ports: list[int], environment: dict[str, str], folder: Path
-) -> dict[str, Any]:
+def launch(name: str, arguments: list[str], ports: list[int], environment: dict[str, str], log: Path) -> dict[str, Any]:
     """A node in a session of its own; what identifies its process."""
-    flags = ("object-manager-port", "node-manager-port", "dashboard-agent-listen-port", "dashboard-agent-grpc-port",
-             "runtime-env-agent-port")  # fmt: skip
     ray = [sys.executable, "-c", RAY, "start", "--block", "--disable-usage-stats"]
     ray += [f"--node-ip-address={HERE}", *arguments]
-    ray += [f"--{flag}={port}" for flag, port in zip(flags, ports, strict=True)]
-    with (folder / f"{name.replace(' ', '-')}.log").open("w") as log:
-        quiet: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
+    ray += [f"--{flag}={port}" for flag, port in zip(PORTS, ports, strict=True)]
+    with log.open("w") as file:
+        quiet: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": file}
         started = subprocess.Popen(ray, env=environment, start_new_session=True, **quiet)
     return {"name": name, "pid": started.pid, "created": psutil.Process(started.pid).create_time()}
 
@@ -145,21 +151,26 @@ def wait_for(found: dict[str, Any], nodes: int, environment: dict[str, str]) -> 
 
 
 def stop(found: dict[str, Any], state: Path) -> int:
-    """Asks each node's processes to end, workers first, and kills after ENDED_S seconds those that are left."""
+    """Ends every node, workers first."""
+    ended = end(found["nodes"][::-1])
+    state.unlink(missing_ok=True)
+    print(f"ended {ended} processes of {found['address']}", file=sys.stderr)
+    return 0
+
+
+def end(nodes: list[dict[str, Any]]) -> int:
+    """Asks the nodes' processes to end, and kills after ENDED_S seconds those that are left; how many there were."""
     family: list[psutil.Process] = []
-    for node in reversed(found["nodes"]):
+    for node in nodes:
         if parent := process(node):
-            members = [*parent.children(recursive=True), parent]
-            family += members
+            family += [*parent.children(recursive=True), parent]
             parent.terminate()
             psutil.wait_procs([parent], timeout=ENDED_S)
     _, left = psutil.wait_procs(family, timeout=5)
     for member in left:  # psutil compares when they were made: another process under the same id is left alone
         member.kill()
     psutil.wait_procs(left, timeout=5)
-    state.unlink(missing_ok=True)
-    print(f"ended {len(family)} processes of {found['address']}")
-    return 0
+    return len(family)
 
 
 def process(node: dict[str, Any]) -> psutil.Process | None:
