@@ -30,7 +30,7 @@ FOLDER = Path(tempfile.gettempdir()) / f"raychain-cluster-{os.getuid()}"
 """Short, because Ray's sockets lie in it."""
 STARTED_S, ENDED_S = 180, 40
 TRIES = 3
-"""Starts of a worker node: on a machine with much else to do, Ray gives up on one after 30 seconds."""
+"""Starts of a node: on a machine with much else to do, Ray gives up on one after 30 seconds."""
 PORTS = ("object-manager-port", "node-manager-port", "dashboard-agent-listen-port", "dashboard-agent-grpc-port",
          "runtime-env-agent-port")  # fmt: skip
 """That two nodes of one machine cannot share."""
@@ -110,7 +110,7 @@ def start(options: argparse.Namespace, state: Path) -> int:
         if number and options.gpus:
             mine = range((number - 1) * options.gpus, number * options.gpus)
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, mine))
-        for _ in range(TRIES if number else 1):
+        for _ in range(TRIES):
             arguments, log = (join if number else head), options.dir / f"{name.replace(' ', '-')}.log"
             found["nodes"].append(launch(name, arguments, free_ports(len(PORTS)), environment, log))
             state.write_text(json.dumps(found, indent=2) + "\n")

@@ -249,7 +249,9 @@ def test_a_local_cluster_listens_here_alone_wants_the_token_drains_and_stops_who
         listening = {c.laddr.ip for c in psutil.net_connections("inet") if c.status == "LISTEN" and c.pid in family}
         assert {ip.removeprefix("::ffff:") for ip in listening} == {"127.0.0.1"}
         plain = {name: value for name, value in os.environ.items() if not name.startswith("RAY_A")}
-        trusted = plain | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_ADDRESS": state["address"]}
+        said = dict(re.findall(r"\b(RAY_\w+)=(\S+)", started.stdout))
+        assert said["RAY_ADDRESS"] == state["address"]
+        trusted = plain | said
         assert [node[0] for node in nodes(trusted)] == [True, True]
         refused = subprocess.run([sys.executable, "-c", NODES], env=trusted | {"RAY_AUTH_TOKEN_PATH": os.devnull},
                                  capture_output=True, text=True)  # fmt: skip
