@@ -150,8 +150,8 @@ class Loader:
         Where room is scarce, one loader of the node at a time waits for it, and the others hold nothing, so that none
         waits for what another keeps while it waits.
         """
-        self._ahead = [window for window in self._ahead if window.stop > place]
         extend(self._ahead, self._coming, place + 1, self.feed.order.sources)
+        self._ahead = [window for window in self._ahead if window.stop > place]
         current = [window for window in self._ahead if window.start <= place]
         following = self._ahead[len(current) :]
         shards = self._in_turn(current)
