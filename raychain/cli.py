@@ -7,6 +7,7 @@ import typer
 from raychain.data import data
 from raychain.grow import grow_command
 from raychain.plan import plan_command
+from raychain.report import report_command
 from raychain.run import guarded, run_command
 
 commands = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
@@ -14,6 +15,7 @@ commands.add_typer(data, name="data")
 commands.command("run")(run_command)
 commands.command("plan")(plan_command)
 commands.command("grow")(grow_command)
+commands.command("report")(report_command)
 
 
 def app() -> None:
