@@ -18,7 +18,7 @@ def chain(run: Run) -> Markup | None:
     """Squares from left to right, on phones from top to bottom; None without stages."""
     if not run.stages:
         return None
-    sizes = [stage.params or 0.0 for stage in run.stages]
+    sizes = [size or 0.0 for size in areas(run.stages)]
 
     def draw(width: float, narrow: bool) -> tuple[float, Markup]:
         return _column(run.stages, sizes, width) if narrow else _row(run.stages, sizes, width)
@@ -26,16 +26,16 @@ def chain(run: Run) -> Markup | None:
     return drawing("The chain of models", draw)
 
 
-def growth_ratio(stages: list[Stage], index: int) -> tuple[float, str] | None:
-    """How much larger stage `index` is than the one before, and what was counted."""
-    if not index:
-        return None
-    before, now = stages[index - 1], stages[index]
-    if before.image_params and now.image_params:
-        return now.image_params / before.image_params, "image tower"
-    if before.params and now.params:
-        return now.params / before.params, "parameters"
-    return None
+def areas(stages: list[Stage]) -> list[float | None]:
+    """What the squares' areas are: parameters of the image tower, or of both towers where one is unknown."""
+    images = [stage.image_params for stage in stages]
+    return images if all(images) else [stage.params for stage in stages]
+
+
+def growth_ratio(stages: list[Stage], index: int) -> float | None:
+    """How much larger stage `index` is than the one before, by `areas`."""
+    before, now = areas(stages)[index - 1 : index + 1] if index else (None, None)
+    return now / before if before and now else None
 
 
 def _side(size: float, largest: float, most: float) -> float:
@@ -55,9 +55,7 @@ def _row(stages: list[Stage], sizes: list[float], width: float) -> tuple[float, 
             left, right = centres[i - 1] + sides[i - 1] / 2 + 10, x - side / 2 - 10
             parts.append(_arrow(left, right, base - 10))
             middle = (left + right) / 2
-            parts.append(label(middle, base - 20, f"×{digits(ratio[0], 2)}", "ratio", "middle"))
-            if i == 1:
-                parts.append(label(middle, base + 8, ratio[1], "tick", "middle"))
+            parts.append(label(middle, base - 20, f"×{digits(ratio, 2)}", "ratio", "middle"))
         room = column - 12
         name = stage.model if text_width(stage.model, 14.5) <= room else shortened([s.model for s in stages])[i]
         parts.append(label(x, base + 26, fitted(name, room, 14.5), f"model {colour(stage.index)}", "middle"))
@@ -72,8 +70,7 @@ def _column(stages: list[Stage], sizes: list[float], width: float) -> tuple[floa
         if ratio := growth_ratio(stages, i):
             x = most / 2
             parts.append(tag("path", d=f"M{x:.1f} {y + 4:.1f}V{y + 30:.1f}m-5 -6l5 6l5 -6", class_="arrow"))
-            text = f"×{digits(ratio[0], 2)}" + (f" {ratio[1]}" if i == 1 else "")
-            parts.append(label(most + 18, y + 22, text, "ratio"))
+            parts.append(label(most + 18, y + 22, f"×{digits(ratio, 2)}", "ratio"))
             y += 38
         side, facts = _side(sizes[i], max(sizes), most), _facts(stage)
         height = max(side, 22.0 + 17 * len(facts))
@@ -101,6 +98,8 @@ def _arrow(left: float, right: float, y: float) -> Markup:
 
 def _facts(stage: Stage) -> list[str]:
     size = f"{digits(stage.params / 1e6)} M parameters" if stage.params else ""
+    if stage.image_params and stage.params:
+        size = f"{digits(stage.image_params / 1e6)} M of {size}"
     cost = f"{macs(stage.macs)} MACs" if stage.macs else ""
     lines = [size, " · ".join(part for part in (stage.length, cost) if part)]
     top = stage.metrics.get("zero_shot_top1")
@@ -119,18 +118,28 @@ def cost_bars(run: Run) -> Markup | None:
     if not total or not alone or not parts_of or None in parts_of:
         return None
     name, _ = baseline(run)
+    spent_macs = sum(
+        stage.macs or 0.0 if stage.done else stage.seen * (stage.macs_per_sample or 0.0) for stage in run.stages
+    )
+    spent_of = "" if all(stage.done for stage in run.stages) else f", {macs(spent_macs)} done"
 
     def draw(width: float, narrow: bool) -> tuple[float, Markup]:
         scale = (width - 2) / max(total, alone)
-        x, parts = 0.0, [label(0.0, 13.0, f"the chain: {macs(total)} MACs", "bar-title")]
+        x, parts = 0.0, [label(0.0, 13.0, f"the chain: {macs(total)} MACs{spent_of}", "bar-title")]
         names = shortened([stage.model for stage in run.stages])
         for stage, short_name in zip(run.stages, names, strict=True):
             length = (stage.macs or 0.0) * scale
-            title = tag("title", f"{stage.model}: {macs(stage.macs)} MACs")
-            parts.append(tag("rect", title, x=x, y=21, width=max(length - 1.5, 0.5), height=26, rx=3,
-                             class_=f"fill {colour(stage.index)}"))  # fmt: skip
+            spent = 1.0 if stage.done else min(stage.seen * (stage.macs_per_sample or 0.0) / (stage.macs or 1.0), 1.0)
+            title, hue = tag("title", f"{stage.model}: {macs(stage.macs)} MACs"), colour(stage.index)
+            if spent < 1:
+                parts.append(tag("rect", title, x=x + 0.6, y=21.6, width=max(length - 2.7, 0.5), height=24.8, rx=3,
+                                 class_=f"fill lost {hue}"))  # fmt: skip
+            parts.append(tag("rect", title, x=x, y=21, width=max(spent * length - 1.5, 0.0), height=26, rx=3,
+                             class_=f"fill {hue}"))  # fmt: skip
             text = stage.model if text_width(stage.model) <= length - 12 else fitted(short_name, length - 8)
-            parts.append(label(x + length / 2 - 0.75, 38.5, text, "on-fill", "middle"))
+            parts.append(
+                label(x + length / 2 - 0.75, 38.5, text, "on-fill" if spent > 0.6 else "on-fill lost", "middle")
+            )
             x += length
         parts.append(label(0.0, 72.0, fitted(f"{name} alone: {macs(alone)} MACs", width), "bar-title"))
         parts.append(tag("rect", x=0, y=80, width=alone * scale, height=26, rx=3, class_="alone"))

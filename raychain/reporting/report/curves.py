@@ -10,6 +10,7 @@ from raychain.reporting.report.markup import Markup, drawing, join, label, tag, 
 from raychain.reporting.report.plot import Frame, colour, fitted, path, shortened, spread
 from raychain.reporting.report.scales import Scale, around, short, ticks
 from raychain.reporting.wording import METRICS
+from raychain.reporting.wording import number as digits
 
 POINTS = 300
 """A line is drawn through at most so many points; more are averaged in groups, and their range is shaded."""
@@ -41,7 +42,7 @@ class Axis:
         self.end = 0.0
         for stage in self.stages:
             self._before[stage.index] = self.end
-            self.end = self.at(stage, _seen(stage))
+            self.end = self.at(stage, stage.seen)
 
     @property
     def title(self) -> str:
@@ -52,11 +53,6 @@ class Axis:
         """Where the stage is once it has seen `samples`."""
         macs = stage.at(samples)
         return macs if self._by_macs and macs is not None else self._before[stage.index] + samples
-
-
-def _seen(stage: Stage) -> float:
-    last = number(stage.lines[-1]["samples"]) if stage.lines else 0.0
-    return max(number(stage.record.get("samples_seen")) or 0.0, last or 0.0)
 
 
 def _thinned(points: Sequence[tuple[float, float | None]]) -> list[Point | None]:
@@ -90,7 +86,7 @@ def _losses(run: Run) -> Markup | None:
     distilled = any("dashed" in kind for _, kind, _ in curves)
 
     def draw(width: float, narrow: bool) -> tuple[float, Markup]:
-        frame = _frame(width, 250 if narrow else 290, axis.end, around(min(values), max(values), zero=distilled))
+        frame = _frame(width, narrow, axis.end, around(min(values), max(values), zero=distilled), 42)
         parts = [_stage_bands(axis, frame), _grid(frame, "contrastive loss"), _bottom(frame, axis.title)]
         for stage, kind, points in curves:
             band = [p for p in points if p]
@@ -100,14 +96,24 @@ def _losses(run: Run) -> Markup | None:
                 parts.append(tag("path", d=d, class_=f"band {colour(stage.index)}"))
             line = [(frame.x(p.x), frame.y(p.value)) if p else None for p in points]
             parts.append(path(line, f"{kind} {colour(stage.index)}"))
-        if distilled:
-            stage, _, points = next(curve for curve in curves if "dashed" in curve[1])
-            first = next(p for p in points if p)
-            x = min(frame.x(first.x), width - 110)
-            parts.append(label(x, frame.y(first.high) - 8, "distillation", f"note {colour(stage.index)}"))
-        return frame.y.start + 44, join(parts)
+        if not narrow:
+            parts.append(_ends(frame, curves))
+        return frame.y.start + 38, join(parts)
 
     return drawing("Loss of every stage over training MACs", draw)
+
+
+def _ends(frame: Frame, curves: Sequence[tuple[Stage, str, list[Point | None]]]) -> Markup:
+    """What the last stage's lines are, and where they end, at the right."""
+    last = curves[-1][0].index
+    ends = []
+    for stage, kind, points in curves:
+        final = next((p for p in reversed(points) if p), None)
+        if stage.index == last and final:
+            ends.append((f"{'distillation' if 'dashed' in kind else 'contrastive'} {digits(final.value)}", final.value))
+    heights = spread([frame.y(value) for _, value in ends], 17, frame.y.end, frame.y.start - 2)
+    hue = f"note {colour(last)}"
+    return join(label(frame.x.end + 12, y + 4, text, hue) for (text, _), y in zip(ends, heights, strict=True))
 
 
 def _loss(line: dict[str, object], key: str) -> float | None:
@@ -117,48 +123,46 @@ def _loss(line: dict[str, object], key: str) -> float | None:
 
 def _accuracies(run: Run) -> Markup | None:
     axis = Axis(run)
-    series: dict[str, list[tuple[float, float]]] = {}
+    series: dict[str, list[tuple[float, float, int]]] = {}
     for stage in axis.stages:
         for samples, metrics in _measured(run, stage):
             for key in ACCURACIES:
                 if key in metrics:
-                    series.setdefault(key, []).append((axis.at(stage, samples), metrics[key]))
+                    series.setdefault(key, []).append((axis.at(stage, samples), metrics[key], stage.index))
     if not series:
         return None
-    top = max(value for points in series.values() for _, value in points)
+    top = max(value for points in series.values() for _, value, _ in points)
 
     def draw(width: float, narrow: bool) -> tuple[float, Markup]:
-        right = 0 if narrow else 150
-        frame = _frame(width, 230 if narrow else 270, axis.end, (0.0, min(100.0, top * 1.1) or 1.0), right)
+        above = 20 + 16 * len(series) if narrow else 28
+        frame = _frame(width, narrow, axis.end, (0.0, min(100.0, top * 1.1) or 1.0), above)
         parts = [_stage_bands(axis, frame, names=False), _grid(frame, "accuracy, %")]
         parts.append(_bottom(frame, axis.title))
-        ends = [(key, points[-1]) for key, points in series.items()]
-        heights = spread([frame.y(v) for _, (_, v) in ends], 16, frame.y.end, frame.y.start - 4)
-        for n, ((key, (x, value)), height) in enumerate(zip(ends, heights, strict=True)):
-            points = [(frame.x(px), frame.y(v)) for px, v in series[key]]
-            parts.append(path(points, f"line m{n}"))
-            parts += [_marker(n, px, py, ACCURACIES[key], v) for (px, py), (_, v) in zip(points, series[key], strict=True)]
+        ends = [(key, points[-1][1]) for key, points in series.items()]
+        heights = spread([frame.y(value) for _, value in ends], 17, frame.y.end, frame.y.start - 4)
+        order = sorted(range(len(ends)), key=lambda n: heights[n])
+        for n, ((key, value), height) in enumerate(zip(ends, heights, strict=True)):
+            parts.append(path([(frame.x(x), frame.y(v)) for x, v, _ in series[key]], f"line m{n}"))
+            parts += [_marker(n, frame.x(x), frame.y(v), ACCURACIES[key], v, hue) for x, v, hue in series[key]]
             text = f"{ACCURACIES[key]} {value:.1f}"
-            if narrow:  # at the right end the curve itself is in the way: above it, in the order of the heights
-                parts.append(label(frame.x.end, 14 + 16 * _rank(heights, n), text, f"note m{n}", "end"))
+            if narrow:  # at the right end is no room: above the curves, in the order of their heights
+                row = 13 + 16 * order.index(n)
+                parts.append(_marker(n, width - 8, row - 4.0, text, value, series[key][-1][2]))
+                parts.append(label(width - 18, row, text, "note", "end"))
             else:
-                parts.append(label(frame.x(x) + 12, height + 4, text, f"note m{n}"))
-        return frame.y.start + 44, join(parts)
+                parts.append(label(frame.x.end + 12, height + 4, text, "note"))
+        return frame.y.start + 38, join(parts)
 
     return drawing("Accuracy over training MACs", draw)
 
 
-def _rank(heights: Sequence[float], n: int) -> int:
-    return sorted(range(len(heights)), key=lambda i: heights[i]).index(n)
-
-
-def _marker(n: int, x: float, y: float, name: str, value: float) -> Markup:
-    """Circle, square and diamond, so that the series differ without colour."""
-    title = tag("title", f"{name} {value:.1f} %")
+def _marker(n: int, x: float, y: float, name: str, value: float, hue: int) -> Markup:
+    """Circle, square and diamond for the series; the colour is the stage's."""
+    title = tag("title", f"{name}: {value:.1f} %")
     if n == 0:
-        return tag("circle", title, cx=x, cy=y, r=4.5, class_=f"dot m{n}")
+        return tag("circle", title, cx=x, cy=y, r=5, class_=f"dot {colour(hue)}")
     turn = f"rotate(45 {x:.1f} {y:.1f})" if n == 2 else None
-    return tag("rect", title, x=x - 4, y=y - 4, width=8, height=8, class_=f"dot m{n}", transform=turn)
+    return tag("rect", title, x=x - 4.2, y=y - 4.2, width=8.4, height=8.4, class_=f"dot {colour(hue)}", transform=turn)
 
 
 def _measured(run: Run, stage: Stage) -> list[tuple[float, dict[str, float]]]:
@@ -171,12 +175,14 @@ def _measured(run: Run, stage: Stage) -> list[tuple[float, dict[str, float]]]:
             logged = {number(line.get("step")): number(line["samples"]) for line in stage.lines}
             found[logged.get(step) or step * batch] = numbers(evaluation.get("metrics"))
     if stage.metrics:
-        found[_seen(stage)] = stage.metrics
+        found[stage.seen] = stage.metrics
     return sorted(found.items())
 
 
-def _frame(width: float, height: float, end: float, values: tuple[float, float], right: float = 0) -> Frame:
-    return Frame(Scale(0.0, end or 1.0, 44, width - 6 - right), Scale(*values, height - 46, 64))
+def _frame(width: float, narrow: bool, end: float, values: tuple[float, float], above: float) -> Frame:
+    """Both charts' frame, so that their axes are in line; wide ones have room for labels at the right."""
+    height = 190.0 if narrow else 216.0
+    return Frame(Scale(0.0, end or 1.0, 44, width - (8 if narrow else 176)), Scale(*values, above + height, above))
 
 
 def _grid(frame: Frame, title: str) -> Markup:
@@ -192,7 +198,7 @@ def _stage_bands(axis: Axis, frame: Frame, *, names: bool = True) -> Markup:
     """A light band for every other stage, with the model's name in it."""
     parts = []
     for short_name, stage in zip(shortened([stage.model for stage in axis.stages]), axis.stages, strict=True):
-        left, right = frame.x(axis.at(stage, 0.0)), frame.x(axis.at(stage, _seen(stage)))
+        left, right = frame.x(axis.at(stage, 0.0)), frame.x(axis.at(stage, stage.seen))
         if stage.index % 2:
             parts.append(tag("rect", x=left, y=frame.y.end, width=max(right - left, 0.0),
                              height=frame.y.start - frame.y.end, class_="shade"))  # fmt: skip
@@ -201,5 +207,7 @@ def _stage_bands(axis: Axis, frame: Frame, *, names: bool = True) -> Markup:
         if names:
             room = right - left - 8
             text = stage.model if text_width(stage.model, 13) <= room else fitted(short_name, room, 13)
-            parts.append(label(left + 6, frame.y.end + 16, text, f"stage-name {colour(stage.index)}"))
+            parts.append(
+                label(left + (3 if stage.index else 0), frame.y.end - 8, text, f"stage-name {colour(stage.index)}")
+            )
     return join(parts)

@@ -45,6 +45,12 @@ class Stage:
         """Whether it is finished."""
         return self.status in ("trained", "reused")
 
+    @property
+    def seen(self) -> float:
+        """Samples it has seen."""
+        last = number(self.lines[-1]["samples"]) if self.lines else 0.0
+        return max(number(self.record.get("samples_seen")) or 0.0, last or 0.0)
+
     def at(self, samples: float) -> float | None:
         """The chain's training MACs once this stage has seen `samples`."""
         if self.macs_per_sample is None or self.first_macs is None:

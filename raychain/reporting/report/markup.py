@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterable
 
 # Addresses may carry credentials (`s3://key:secret@bucket`, `?secret_key=…`), and reports are handed on.
 _USER = re.compile(r"(?<=://)[^/\s@'\"]+@")
-_SECRET = re.compile(r"(?i)((?:secret|token(?!i)|passw|credential|api_?key|access_?key|signature)\w*[\"']?\s*[=:]\s*)[^&\s,;]+")
+_SECRET = re.compile(
+    r"(?i)((?:secret|token(?!i)|passw|credential|api_?key|access_?key|signature)\w*[\"']?\s*[=:]\s*)[^&\s,;]+"
+)
 _UNPRINTABLE = re.compile("[^\t\n\r\x20-\x7e\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 _VOID = {"meta", "link", "br", "hr", "img", "input"}
 

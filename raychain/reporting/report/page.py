@@ -123,10 +123,16 @@ def _figures(figures: list[tuple[str, str, str]]) -> Markup | None:
     if not figures:
         return None
     return tag("div", *(
-        tag("div", tag("div", value, class_="value"), tag("div", what, class_="what"),
+        tag("div", tag("div", value, class_="value"), tag("div", *_unbroken(what), class_="what"),
             tag("div", remark, class_="remark") if remark else None)
         for what, value, remark in figures
     ), class_="figures")  # fmt: skip
+
+
+def _unbroken(text: str) -> list[object]:
+    """The text with words of moderate length, such as model names, kept on one line."""
+    words = text.split(" ")
+    return [part for word in words for part in (tag("span", word, class_="word") if len(word) < 18 else word, " ")]
 
 
 def _run_figures(run: Run, tale: Story | None) -> list[tuple[str, str, str]]:
@@ -137,44 +143,54 @@ def _run_figures(run: Run, tale: Story | None) -> list[tuple[str, str, str]]:
         last = measured[-1]
         shown = [key for key in METRICS if key in last.metrics]
         if shown:
-            others = " · ".join(f"{_arrow(key)} {percent(last.metrics[key])} %" for key in shown[1:])
-            found.append((f"{LABELS[shown[0]]}, {last.model}", f"{percent(last.metrics[shown[0]])} %", others))
+            others = ", ".join(f"{_arrow(key)} {percent(last.metrics[key])} %" for key in shown[1:])
+            found.append((f"{LABELS[shown[0]]} of {last.model}", f"{percent(last.metrics[shown[0]])} %", others))
     planned = "" if run.stages and all(stage.done for stage in run.stages) else "planned: "
     name, length = baseline(run) if run.stages else ("the last model", "")
     speedup, share, cost = (number(totals.get(key)) for key in ("speedup", "percent_of_baseline", "macs"))
     if speedup is not None:
         what = "of its own baseline" if len(run.stages) == 1 else f"against {name} alone"
-        found.append((f"{planned}speed-up {what}", f"{digits(speedup)}×", f"in MACs, alone for {length}" if length else ""))
+        found.append(
+            (f"{planned}speed-up {what}", f"{digits(speedup)}×", f"in MACs, alone for {length}" if length else "")
+        )
     if cost:
         remark = f"{percent(share)} % of the {macs(totals.get('baseline_macs'))} alone" if share is not None else ""
         found.append((f"{planned}training MACs", macs(cost), remark))
     wall = [w for stage in run.stages if (w := number(stage.record.get("wall_s"))) is not None]
     if tale and not planned:
-        found.append(("training time", clock(sum(wall) or tale.trained), f"{clock(tale.at_work)} with all around it"))
+        found.append(("training time", clock(sum(wall) or tale.trained), f"of {clock(tale.at_work)} at work"))
     elif tale:
-        found.append(("training time so far", clock(tale.trained), f"{clock(tale.at_work)} with all around it"))
+        found.append(("training time so far", clock(tale.trained), f"of {clock(tale.at_work)} at work"))
     elif wall:
         found.append(("training time", clock(sum(wall)), ""))
     return found
 
 
 def _arrow(key: str) -> str:
-    return LABELS[key].replace("image → text", "i→t").replace("text → image", "t→i")
+    return {"i2t_r1": "i→t R@1", "t2i_r1": "t→i R@1"}.get(key, LABELS[key])
 
 
 def _chain_note(run: Run) -> str:
     if len(run.stages) < 2:
         return ""
     transfer = mapping(mapping(run.run.get("config")).get("transfer"))
-    grown = " and ".join(f"{transfer[key]} in {key}" for key in ("width", "depth") if transfer.get(key))
+    grown = " and ".join(f"{transfer[key]} ({key})" for key in ("width", "depth") if transfer.get(key))
     alpha = number(mapping(transfer.get("distill")).get("alpha"))
     follows = f" and follows its features (distillation weight {alpha:g})" if alpha else ""
-    return f"Each model starts from the one before it{f', grown {grown},' if grown else ''}{follows}. Areas are parameters."
+    image = all(stage.image_params for stage in run.stages)
+    what = "parameters of the image tower, as are the ratios" if image else "numbers of parameters"
+    return (
+        f"Each model starts from the one before it{f', grown by {grown},' if grown else ''}{follows}. Areas are {what}."
+    )
 
 
 def _learning_note(run: Run) -> str:
     distilled = any(number(line.get("distill_loss")) for line in run.lines[-3:])
-    return "Solid: the contrastive loss, which is comparable between stages. Dashed: the distillation term." if distilled else ""
+    return (
+        "Solid: the contrastive loss, which is comparable between stages. Dashed: the distillation term."
+        if distilled
+        else ""
+    )
 
 
 def _time(run: Run, tale: Story | None) -> Markup | None:
@@ -188,9 +204,13 @@ def _time(run: Run, tale: Story | None) -> Markup | None:
         note += f" It stood still {len(here)} time{'s' if len(here) > 1 else ''}, at most for {span(longest.length)}."
     if tale.away:
         many = len(tale.away)
-        note += f" The run was not at work {'once' if many == 1 else f'{many} times'} in between; the axis is cut there."
+        note += (
+            f" The run was not at work {'once' if many == 1 else f'{many} times'} in between; the axis is cut there."
+        )
     found = tables.gaps(tale)
-    return _section("Time", timeline(run, tale), tag("h3", "When training stood still") if found else None, found, note=note)
+    return _section(
+        "Time", timeline(run, tale), tag("h3", "When training stood still") if found else None, found, note=note
+    )
 
 
 def _search(search: Search, *, alone: bool) -> list[Markup | None]:
@@ -201,7 +221,9 @@ def _search(search: Search, *, alone: bool) -> list[Markup | None]:
         summary = f"{len(search.trials)} trials, {measured} of them measured. Accuracy is {title}."
         head = tag("header", tag("div", tag("h1", "Search"), class_="title"), tag("p", summary, class_="summary"),
                    _figures(_search_figures(search)))  # fmt: skip
-    tree_note = "Stages that begin alike are trained once. ×n: trials that share a stage; the darker outline leads to the best."
+    tree_note = (
+        "Stages that begin alike are trained once. ×n: trials that share a stage; the darker outline leads to the best."
+    )
     return [
         head,
         _section("Accuracy and cost", searched.pareto(search) or _absent("No trial was measured yet."),
@@ -218,7 +240,9 @@ def _search_figures(search: Search) -> list[tuple[str, str, str]]:
         found.append((f"best {METRICS.get(search.metric, search.metric)}", value, searched.named(search, best)))
     if best and best.macs:
         alone = number(search.baseline.get("macs"))
-        remark = f"{100 * best.macs / alone:.1f} % of {search.baseline.get('model', 'the baseline')} alone" if alone else ""
+        remark = (
+            f"{100 * best.macs / alone:.1f} % of {search.baseline.get('model', 'the baseline')} alone" if alone else ""
+        )
         found.append(("its training MACs", macs(best.macs), remark))
         if alone:
             found.append(("its speed-up", f"{digits(alone / best.macs)}×", "in MACs, against the last model alone"))

@@ -31,7 +31,7 @@ class Frame:
                 label(self.x.start - 8, self.y(v) + 4, write(v), "tick", "end"))
             for v in values
         ]  # fmt: skip
-        return join([*lines, label(0.0, self.y.end - 14, title, "axis")])
+        return join([*lines, label(0.0, 13.0, title, "axis") if title else None])
 
     def bottom(self, values: Sequence[float], title: str, write: Callable[[float], str] = short) -> Markup:
         """The horizontal axis: its line, values, and what they are. Values that would touch are left out."""

@@ -79,7 +79,9 @@ def moment(seconds: float, step: float = 1.0) -> str:
 
 
 def span(seconds: float) -> str:
-    """A short length of time: `0.4 s`, `25 s`, `3:10`, `2:05:00`."""
+    """A short length of time: `14 ms`, `0.4 s`, `25 s`, `3:10`, `2:05:00`."""
+    if seconds < 0.095:
+        return f"{1000 * seconds:.0f} ms"
     if seconds < 60:
         return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
     return clock(seconds)

@@ -63,7 +63,9 @@ def parse(document: dict[str, Any]) -> Search:
     listed = document.get("pareto")
     front = [t for t in (_find(item, raw, trials) for item in listed) if t] if isinstance(listed, list) else []
     measured = [t for t in trials if t.macs and metric in t.metrics]
-    front = sorted({t.index: t for t in front if t in measured}.values(), key=lambda t: t.macs or 0) or _front(measured, metric)
+    front = sorted({t.index: t for t in front if t in measured}.values(), key=lambda t: t.macs or 0) or _front(
+        measured, metric
+    )
     if best is None and measured:
         best = max(measured, key=lambda t: t.metrics[metric])
     requested, trained = (_total(document.get(f"stage_epochs_{key}")) for key in ("requested", "trained"))
@@ -126,7 +128,8 @@ def named(search: Search, trial: Trial) -> str:
 
 
 def _short_names(search: Search) -> dict[str, str]:
-    names = list(dict.fromkeys(step.model for trial in search.trials for step in trial.chain))
+    longest_first = sorted(search.trials, key=lambda trial: -len(trial.chain))  # so that models come in their order
+    names = list(dict.fromkeys(step.model for trial in longest_first for step in trial.chain))
     return dict(zip(names, shortened(names), strict=True))
 
 
@@ -143,7 +146,10 @@ def pareto(search: Search) -> Markup | None:
 
     def draw(width: float, narrow: bool) -> tuple[float, Markup]:
         values = [t.metrics[search.metric] for t in shown]
-        frame = Frame(Scale(max(ends[0], low * 0.5), ends[1], 44, width - 8, log), Scale(*around(min(values), max(values)), 330, 40))
+        frame = Frame(
+            Scale(max(ends[0], low * 0.5), ends[1], 44, width - 8, log),
+            Scale(*around(min(values), max(values)), 330, 40),
+        )
         marks = log_ticks(frame.x.low, frame.x.high) if log else ticks(frame.x.low, frame.x.high, 4 if narrow else 8)
         parts = [frame.grid(ticks(frame.y.low, frame.y.high, 5), f"{title}, %"),
                  frame.bottom(marks, "training MACs", lambda v: short(v, si=True))]  # fmt: skip
@@ -152,8 +158,11 @@ def pareto(search: Search) -> Markup | None:
             parts.append(tag("line", x1=x, x2=x, y1=40, y2=330, class_="baseline"))
             name = f"{search.baseline.get('model', 'the last model')} alone"
             parts.append(label(x - 6, 54, fitted(name, x - 60), "note muted", "end"))
-        parts.append(path([(frame.x(t.macs or 1), frame.y(t.metrics[search.metric])) for t in search.front], "line c0", step=True))
         taken: list[tuple[float, float, float, float]] = []
+        corners = [(frame.x(t.macs or 1), frame.y(t.metrics[search.metric])) for t in search.front]
+        parts.append(path(corners, "line c0", step=True))
+        for (x, y), (next_x, next_y) in zip(corners, corners[1:], strict=False):  # labels keep off the line
+            taken += [(x, next_x, y - 2, y + 2), (next_x - 2, next_x + 2, min(y, next_y), max(y, next_y))]
         for trial in shown:
             x, y = frame.x(trial.macs or 1), frame.y(trial.metrics[search.metric])
             told = f"{named(search, trial)}: {macs(trial.macs)} MACs, {percent(trial.metrics[search.metric])} %"
@@ -224,8 +233,6 @@ def tree(search: Search) -> Markup | None:
             if ends_here or not ys:
                 y = 8 + row_height * rows[0] + 15
                 rows[0] += 1
-                if ys:
-                    y = min(y, ys[0]) if False else y
             else:
                 y = (ys[0] + ys[-1]) / 2
             x, box = depth * column, column - (26 if narrow else 46)
@@ -245,7 +252,9 @@ def tree(search: Search) -> Markup | None:
         return 12 + row_height * rows[0], join([*edges, *boxes])
 
     left_out = len([trial for trial in search.trials if trial.chain]) - len(shown)
-    more = tag("p", f"The first {DRAWN} trials; {left_out:,} more are in the table.", class_="muted") if left_out else None
+    more = (
+        tag("p", f"The first {DRAWN} trials; {left_out:,} more are in the table.", class_="muted") if left_out else None
+    )
     return join([drawing("Stages that trials shared", draw), more])
 
 
@@ -256,7 +265,10 @@ def _box(node: _Node, x: float, y: float, width: float, names: dict[str, str], h
     length = step.length.replace("epochs", "ep").replace("epoch", "ep")
     count = f"×{shared}" if shared > 1 else ""
     room = width - 16 - (text_width(count) + 6 if count else 0)
-    text = next((t for t in (f"{step.model} · {length}", f"{names[step.model]} · {length}") if text_width(t) <= room), names[step.model])
+    text = next(
+        (t for t in (f"{step.model} · {length}", f"{names[step.model]} · {length}") if text_width(t) <= room),
+        names[step.model],
+    )
     return tag("g", tag("title", told),
                tag("rect", x=x + 1, y=y - 15, width=width - 1, height=30, rx=6,
                    class_=f"node {colour(hue)}{' best' if best else ''}"),
@@ -270,7 +282,9 @@ def trials(search: Search) -> Markup | None:
         return None
     metrics = list(dict.fromkeys(k for t in search.trials for k in t.metrics))
     metrics = [k for k in METRICS if k in metrics] or metrics[:3]
-    extra = list(dict.fromkeys(k for t in search.trials for k, v in t.rest.items() if isinstance(v, str | int | float)))[:5]
+    extra = list(
+        dict.fromkeys(k for t in search.trials for k, v in t.rest.items() if isinstance(v, str | int | float))
+    )[:5]
     order = sorted(search.trials, key=lambda t: (-t.metrics.get(search.metric, -1e9), t.macs or 0, t.index))
     rows = []
     for trial in order:
@@ -289,4 +303,4 @@ def trials(search: Search) -> Markup | None:
 def _value(value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return MISSING if value is None else str(value)
-    return digits(value)
+    return f"{value:.4g}"

@@ -30,7 +30,7 @@ def table(columns: Sequence[Column], rows: Sequence[Sequence[object]], class_: s
     for row in rows:
         cells = []
         for i in used:
-            value = MISSING if row[i] in (None, "") else row[i]
+            value = MISSING if row[i] in (None, "") and columns[i][0] else row[i]
             cells.append(tag("td", value, class_="num" if columns[i][1] else None, data_label=columns[i][0]))
         body.append(tag("tr", *cells))
     return tag("table", tag("thead", head), tag("tbody", *body), class_=f"cards {class_}".strip())
@@ -56,7 +56,7 @@ def stages(run: Run) -> Markup | None:
             tag("b", stage.model, class_=f"name {colour(i)}"),
             stage.status,
             f"{digits(stage.params / 1e6)} M" if stage.params else None,
-            f"×{digits(ratio[0], 2)}" if ratio else None,
+            f"×{digits(ratio, 2)}" if ratio else None,
             f"{epochs:.4g}" if epochs is not None else stage.length,
             f"{steps:,.0f}" if steps is not None else _progress(stage.lines),
             macs(stage.macs),
@@ -124,7 +124,12 @@ def data_health(run: Run) -> Markup | None:
     kinds = sorted(bad.items(), key=lambda item: -item[1])[:SHOWN]
     parts.append(table((("what is wrong", False), ("samples", True)), [(kind, f"{n:,}") for kind, n in kinds]))
     examples = [
-        (str(e.get("kind", "")), str(e.get("shard", "")).rpartition("/")[2], str(e.get("key", "")), str(e.get("detail", "")))
+        (
+            str(e.get("kind", "")),
+            str(e.get("shard", "")).rpartition("/")[2],
+            str(e.get("key", "")),
+            str(e.get("detail", "")),
+        )
         for e in mappings(health.get("examples"))[:SHOWN]
     ]
     if examples:

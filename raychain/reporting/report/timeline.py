@@ -117,7 +117,9 @@ def _cut_off(run: Run, bars: Sequence[Bar]) -> list[Bar]:
         for line in [*stage.lines, {}]:
             now = number(line.get("time"))
             free = now is not None and not any(a - 1 <= now <= b + 1 for a, b in covered)
-            broken = before is not None and now is not None and any(before <= a <= now for a, _ in [*covered, *restarts])
+            broken = (
+                before is not None and now is not None and any(before <= a <= now for a, _ in [*covered, *restarts])
+            )
             if begun is not None and before is not None and (not free or broken):
                 end = min([a for a, _ in restarts if before <= a <= before + 60], default=before)
                 found.append(Bar(begun, end, "stage", stage.model, stage.index, lost=True))
@@ -139,7 +141,9 @@ def _gaps(bars: Sequence[Bar], away: Sequence[tuple[float, float]], run: Run) ->
         if end - start < LEAST_GAP_S:
             continue
         pauses = [b - a for a, b in away if a < end and b > start]
-        found.append(Gap(start, end, "the run was not at work" if pauses else _why(start, end, bars, run), bool(pauses)))
+        found.append(
+            Gap(start, end, "the run was not at work" if pauses else _why(start, end, bars, run), bool(pauses))
+        )
     return found
 
 
@@ -180,23 +184,25 @@ def timeline(run: Run, tale: Story) -> Markup:
     rows += sorted({bar.category for bar in tale.bars} - set(rows))[:8]
 
     def draw(width: float, narrow: bool) -> tuple[float, Markup]:
-        left = 74.0 if narrow else 92.0
+        left = 78.0 if narrow else 92.0
         clock = Clock(tale, left, width - 8)
         y, parts = 24.0, [_gap_labels(tale, clock, width)]
         for category in rows:
             lanes = _lanes([bar for bar in tale.bars if bar.category == category])
             height = 24.0 if category == "stage" else 15.0
-            parts.append(label(left - 10, y + height / 2 + 4, fitted(ROWS.get(category, category), left - 10), "tick", "end"))
+            parts.append(
+                label(left - 10, y + height / 2 + 4, fitted(ROWS.get(category, category), left - 6), "tick", "end")
+            )
             for lane in lanes:
                 parts += [_drawn(bar, many, clock, y, height, run) for bar, many in _joined(lane, clock)]
                 y += height + 3
             y += 5
         bottom = y
-        for title, key, write in (("workers", "world_size", "step"), ("images/s", "samples_per_s", "")):
-            chart = _over_time(run, tale, clock, key, title, (left, width - 8, y + 30, y + 92), step=bool(write))
+        for title, key in (("workers", "world_size"), ("images/s", "samples_per_s")):
+            chart = _over_time(run, tale, clock, key, title, (left, width - 8, y + 26, y + 88))
             if chart is not None:
                 parts.append(chart)
-                y, bottom = y + 100, y + 92
+                y, bottom = y + 94, y + 88
         parts += [_cut(clock, start, end, 24.0, bottom) for start, end in tale.away]
         parts.append(_axis(tale, clock, bottom + 6, left, width - 8, narrow))
         return bottom + 46, join(parts)
@@ -226,7 +232,12 @@ def _joined(bars: Sequence[Bar], clock: Clock) -> list[tuple[Bar, int]]:
         if found:
             last, many = found[-1]
             short_ones = clock(bar.end) - clock(last.end) < 3 or many > 1
-            if bar.category != "stage" and last.stage == bar.stage and short_ones and clock(bar.start) - clock(last.end) < apart:
+            if (
+                bar.category != "stage"
+                and last.stage == bar.stage
+                and short_ones
+                and clock(bar.start) - clock(last.end) < apart
+            ):
                 found[-1] = (last._replace(end=max(bar.end, last.end)), many + 1)
                 continue
         found.append((bar, 1))
@@ -304,32 +315,39 @@ def _spread_over(values: Sequence[float], tale: Story) -> list[float]:
 
 
 def _over_time(
-    run: Run, tale: Story, clock: Clock, key: str, title: str, box: tuple[float, float, float, float], *, step: bool
+    run: Run, tale: Story, clock: Clock, key: str, title: str, box: tuple[float, float, float, float]
 ) -> Markup | None:
-    """A quantity of metrics.jsonl over time; where training stood still there is none of it."""
+    """A quantity of metrics.jsonl over time; where training stood still there is none of it. Numbers of workers are
+    steps over an area, speeds a line in the stage's colour.
+    """
     left, right, top, base = box
-    lines = sorted(
-        ((time, value) for line in run.lines if (time := number(line.get("time"))) is not None
-         and (value := number(line.get(key))) is not None and tale.start <= time <= tale.end + 60),
-    )  # fmt: skip
-    if not lines:
+    points: dict[int, list[tuple[float, float]]] = {}
+    for stage in run.stages:
+        for line in stage.lines:
+            time, value = number(line.get("time")), number(line.get(key))
+            if time is not None and value is not None:
+                points.setdefault(stage.index, []).append((time, value))
+    if not points:
         return None
-    highest = max(value for _, value in lines)
+    workers = key == "world_size"
+    highest = max(value for inside in points.values() for _, value in inside)
     frame = Frame(Scale(0, 1, left, right), Scale(0.0, highest * 1.08 or 1.0, base, top))
-    points: list[tuple[float, float] | None] = []
-    for start, end in _merged(_training(tale.bars)):
-        inside = [(time, value) for time, value in lines if start - 1 <= time <= end + 1]
-        if not inside:
+    values = [v for v in ticks(0.0, highest, 3) if v == int(v)] if workers else ticks(0.0, highest, 2)
+    parts = [frame.grid(values, "", short), label(left - 10, top - 10, title, "axis", "end")]
+    for bar in tale.bars:
+        inside = [
+            (t, v)
+            for t, v in points.get(-1 if bar.stage is None else bar.stage, [])
+            if bar.start - 1 <= t <= bar.end + 1
+        ]
+        if bar.category != "stage" or not inside:
             continue
-        inside = _thinned(inside)
-        edge = [(start, inside[0][1]), *inside, (end, inside[-1][1])] if step else inside
-        points += [None, *([(clock(start), base)] if step else [])]
-        points += [(clock(time), frame.y(value)) for time, value in edge]
-        points += [(clock(end), base)] if step else []
-    values = [v for v in ticks(0.0, highest, 3) if v == int(v)] if step else ticks(0.0, highest, 2)
-    parts = [frame.grid(values, "", short), label(left - 10, top - 8, title, "axis", "end"), path(points, "line c0", step=step)]
-    if step:
-        parts.insert(1, path(points, "area c0", step=True))
+        inside = [(bar.start, inside[0][1]), *_thinned(inside), (bar.end, inside[-1][1])]
+        drawn: list[tuple[float, float] | None] = [(clock(time), frame.y(value)) for time, value in sorted(inside)]
+        if workers:
+            drawn = [(clock(bar.start), base), *drawn, (clock(bar.end), base)]
+            parts.append(path(drawn, "area plain", step=True))
+        parts.append(path(drawn, "line plain" if workers else f"line {colour(bar.stage or 0)}", step=workers))
     return join(parts)
 
 
