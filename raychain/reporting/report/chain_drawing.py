@@ -123,7 +123,7 @@ def cost_bars(run: Run) -> Markup | None:
     )
     spent_of = "" if all(stage.done for stage in run.stages) else f", {macs(spent_macs)} done"
 
-    def draw(width: float, narrow: bool) -> tuple[float, Markup]:
+    def draw(width: float, _: bool) -> tuple[float, Markup]:
         scale = (width - 2) / max(total, alone)
         x, parts = 0.0, [label(0.0, 13.0, f"the chain: {macs(total)} MACs{spent_of}", "bar-title")]
         names = shortened([stage.model for stage in run.stages])

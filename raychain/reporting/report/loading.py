@@ -1,4 +1,4 @@
-"""What a report needs from a run folder. Nothing in it is trusted: fields may be missing, half-written or of any type."""
+"""What a report needs from a run folder. Nothing there is trusted: fields may be missing, cut off or of any type."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""HTML and SVG as text. Every string that is not `Markup` is escaped, so what a run folder says cannot become markup."""
+"""HTML and SVG as text. Every string that is not `Markup` is escaped: what a run folder says cannot become markup."""
 
 from __future__ import annotations
 

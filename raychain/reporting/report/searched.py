@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -12,7 +13,6 @@ from raychain.reporting.report.plot import Frame, colour, fitted, path, shortene
 from raychain.reporting.report.scales import Scale, around, log_ticks, short, ticks
 from raychain.reporting.report.tables import table
 from raychain.reporting.wording import METRICS, MISSING, macs, percent
-from raychain.reporting.wording import number as digits
 
 DRAWN = 60
 """Trials of the stage tree."""
@@ -29,7 +29,7 @@ class Step(NamedTuple):
 class Trial(NamedTuple):
     """A trial of search.json."""
 
-    index: int
+    position: int
     chain: tuple[Step, ...]
     macs: float | None
     metrics: dict[str, float]
@@ -63,7 +63,7 @@ def parse(document: dict[str, Any]) -> Search:
     listed = document.get("pareto")
     front = [t for t in (_find(item, raw, trials) for item in listed) if t] if isinstance(listed, list) else []
     measured = [t for t in trials if t.macs and metric in t.metrics]
-    front = sorted({t.index: t for t in front if t in measured}.values(), key=lambda t: t.macs or 0) or _front(
+    front = sorted({t.position: t for t in front if t in measured}.values(), key=lambda t: t.macs or 0) or _front(
         measured, metric
     )
     if best is None and measured:
@@ -161,7 +161,7 @@ def pareto(search: Search) -> Markup | None:
         taken: list[tuple[float, float, float, float]] = []
         corners = [(frame.x(t.macs or 1), frame.y(t.metrics[search.metric])) for t in search.front]
         parts.append(path(corners, "line c0", step=True))
-        for (x, y), (next_x, next_y) in zip(corners, corners[1:], strict=False):  # labels keep off the line
+        for (x, y), (next_x, next_y) in itertools.pairwise(corners):  # labels keep off the line
             taken += [(x, next_x, y - 2, y + 2), (next_x - 2, next_x + 2, min(y, next_y), max(y, next_y))]
         for trial in shown:
             x, y = frame.x(trial.macs or 1), frame.y(trial.metrics[search.metric])
@@ -261,7 +261,8 @@ def tree(search: Search) -> Markup | None:
 def _box(node: _Node, x: float, y: float, width: float, names: dict[str, str], hue: int, search: Search) -> Markup:
     step, shared = node.step, len(node.trials)
     best = search.best is not None and search.best in node.trials
-    told = f"{step.model}, {step.length or 'no length'}{f', {step.rest}' if step.rest else ''}: in {shared} trial{'s' if shared > 1 else ''}"
+    settings = f", {step.rest}" if step.rest else ""
+    told = f"{step.model}, {step.length or 'no length'}{settings}: in {shared} trial{'s' if shared > 1 else ''}"
     length = step.length.replace("epochs", "ep").replace("epoch", "ep")
     count = f"×{shared}" if shared > 1 else ""
     room = width - 16 - (text_width(count) + 6 if count else 0)
@@ -285,12 +286,12 @@ def trials(search: Search) -> Markup | None:
     extra = list(
         dict.fromkeys(k for t in search.trials for k, v in t.rest.items() if isinstance(v, str | int | float))
     )[:5]
-    order = sorted(search.trials, key=lambda t: (-t.metrics.get(search.metric, -1e9), t.macs or 0, t.index))
+    order = sorted(search.trials, key=lambda t: (-t.metrics.get(search.metric, -1e9), t.macs or 0, t.position))
     rows = []
     for trial in order:
         mark = "best" if trial == search.best else "Pareto" if trial in search.front else ""
         rows.append((
-            f"{trial.index + 1}", named(search, trial), mark, macs(trial.macs),
+            f"{trial.position + 1}", named(search, trial), mark, macs(trial.macs),
             *(percent(trial.metrics.get(k)) for k in metrics),
             *(_value(trial.rest.get(k)) for k in extra), trial.status,
         ))  # fmt: skip

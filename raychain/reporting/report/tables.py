@@ -94,7 +94,7 @@ def restarts(run: Run, tale: Story | None) -> Markup | None:
 
 def gaps(tale: Story) -> Markup | None:
     """When training stood still, and for what."""
-    found = [gap for gap in tale.gaps]
+    found = tale.gaps
     if not found:
         return None
     longest = sorted(sorted(found, key=lambda gap: -gap.length)[:SHOWN], key=lambda gap: gap.start)
@@ -150,7 +150,7 @@ def environment(run: Run) -> Markup | None:
         "machine": " · ".join(
             part for part in (
                 f"{count(found.get('cpus'))} CPU cores" if count(found.get("cpus")) else "",
-                ", ".join(f"{gpus.count(gpu)} × {gpu}" for gpu in dict.fromkeys(gpus)) or "no GPU on the driver's machine",
+                ", ".join(f"{gpus.count(gpu)} × {gpu}" for gpu in dict.fromkeys(gpus)) or "no GPU at the driver",
             ) if part
         ),
         "system": " · ".join(str(found[key]) for key in ("platform",) if found.get(key)),

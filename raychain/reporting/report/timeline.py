@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -79,10 +80,10 @@ def story(run: Run) -> Story | None:
     if end - start <= 0:
         return None
     busy = _merged((bar.start, bar.end) for bar in bars)
-    idle = [(a[1], b[0]) for a, b in zip(busy, busy[1:], strict=False)]
+    idle = [(a[1], b[0]) for a, b in itertools.pairwise(busy)]
     at_work = sum(b - a for a, b in busy)
     away = [(a, b) for a, b in idle if b - a > max(AWAY_S, AWAY_SHARE * at_work)]
-    return Story(bars, _gaps(bars, away, run), away, start, end)
+    return Story(bars, _gaps(bars, away), away, start, end)
 
 
 def _bar(raw: dict[str, object]) -> Bar:
@@ -134,21 +135,19 @@ def _cut_off(run: Run, bars: Sequence[Bar]) -> list[Bar]:
     return found
 
 
-def _gaps(bars: Sequence[Bar], away: Sequence[tuple[float, float]], run: Run) -> list[Gap]:
+def _gaps(bars: Sequence[Bar], away: Sequence[tuple[float, float]]) -> list[Gap]:
     trained = _merged(_training(bars))
     found = []
-    for (_, start), (end, _) in zip(trained, trained[1:], strict=False):
+    for (_, start), (end, _) in itertools.pairwise(trained):
         if end - start < LEAST_GAP_S:
             continue
         pauses = [b - a for a, b in away if a < end and b > start]
-        found.append(
-            Gap(start, end, "the run was not at work" if pauses else _why(start, end, bars, run), bool(pauses))
-        )
+        found.append(Gap(start, end, "the run was not at work" if pauses else _why(start, end, bars), bool(pauses)))
     return found
 
 
-def _why(start: float, end: float, bars: Sequence[Bar], run: Run) -> str:
-    """What lies in a gap: `restart (failure)`, `CoM-micro-S → CoM-micro-M: evaluate 1.1 s, build 0.2 s`."""
+def _why(start: float, end: float, bars: Sequence[Bar]) -> str:
+    """What lies in a gap: `CoM-micro-S: restart after failure 21 s`, `CoM-micro-S → CoM-micro-M: evaluate 1.1 s, build 0.2 s`."""
     inside: dict[str, float] = {}
     for bar in bars:
         shared = min(bar.end, end) - max(bar.start, start)
