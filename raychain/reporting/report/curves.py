@@ -182,7 +182,7 @@ def _measured(run: Run, stage: Stage) -> list[tuple[float, dict[str, float]]]:
 def _frame(width: float, narrow: bool, end: float, values: tuple[float, float], above: float) -> Frame:
     """Both charts' frame, so that their axes are in line; wide ones have room for labels at the right."""
     height = 190.0 if narrow else 216.0
-    return Frame(Scale(0.0, end or 1.0, 44, width - (8 if narrow else 176)), Scale(*values, above + height, above))
+    return Frame(Scale(0.0, end or 1.0, 44, width - (8 if narrow else 186)), Scale(*values, above + height, above))
 
 
 def _grid(frame: Frame, title: str) -> Markup:

@@ -19,6 +19,7 @@ from raychain.reporting.report.timeline import Story, story, timeline
 from raychain.reporting.wording import METRICS, clock, macs, percent
 from raychain.reporting.wording import number as digits
 
+NBSP = "\u00a0"
 STATES = {"succeeded": "✓", "failed": "✕", "interrupted": "❚❚", "running": "▶"}
 LABELS = {"zero_shot_top1": "zero-shot top-1", "i2t_r1": "image → text R@1", "t2i_r1": "text → image R@1"}
 
@@ -143,7 +144,7 @@ def _run_figures(run: Run, tale: Story | None) -> list[tuple[str, str, str]]:
         last = measured[-1]
         shown = [key for key in METRICS if key in last.metrics]
         if shown:
-            others = ", ".join(f"{_arrow(key)} {percent(last.metrics[key])} %" for key in shown[1:])
+            others = ", ".join(f"{_arrow(key)} {percent(last.metrics[key])} %".replace(" ", NBSP) for key in shown[1:])
             found.append((f"{LABELS[shown[0]]} of {last.model}", f"{percent(last.metrics[shown[0]])} %", others))
     planned = "" if run.stages and all(stage.done for stage in run.stages) else "planned: "
     name, length = baseline(run) if run.stages else ("the last model", "")
@@ -179,9 +180,8 @@ def _chain_note(run: Run) -> str:
     follows = f" and follows its features (distillation weight {alpha:g})" if alpha else ""
     image = all(stage.image_params for stage in run.stages)
     what = "parameters of the image tower, as are the ratios" if image else "numbers of parameters"
-    return (
-        f"Each model starts from the one before it{f', grown by {grown},' if grown else ''}{follows}. Areas are {what}."
-    )
+    grown = f", grown by the operators {grown}," if grown else ""
+    return f"Each model starts from the one before it{grown}{follows}. Areas are {what}."
 
 
 def _learning_note(run: Run) -> str:
@@ -221,9 +221,7 @@ def _search(search: Search, *, alone: bool) -> list[Markup | None]:
         summary = f"{len(search.trials)} trials, {measured} of them measured. Accuracy is {title}."
         head = tag("header", tag("div", tag("h1", "Search"), class_="title"), tag("p", summary, class_="summary"),
                    _figures(_search_figures(search)))  # fmt: skip
-    tree_note = (
-        "Stages that begin alike are trained once. ×n: trials that share a stage; the darker outline leads to the best."
-    )
+    tree_note = "Chains that begin alike share those stages. ×n: in n trials; the heavier outline leads to the best."
     return [
         head,
         _section("Accuracy and cost", searched.pareto(search) or _absent("No trial was measured yet."),

@@ -187,7 +187,17 @@ def _place(
 ) -> tuple[float, float] | None:
     """Where a label beside a point touches nothing else."""
     length = text_width(text)
-    for dx, dy in ((12, 18), (12, -10), (-length - 12, -10), (-length - 12, 18), (-length / 2, -16), (-length / 2, 26)):
+    before, middle = -length - 12, -length / 2
+    for dx, dy in (
+        (12, 18),
+        (12, -10),
+        (before, -10),
+        (before, 4),
+        (before, 18),
+        (middle, -16),
+        (middle, 26),
+        (12, 34),
+    ):
         left, base = x + dx, y + dy
         box = (left, left + length, base - 12, base + 3)
         if left < 46 or box[1] > width - 4 or box[2] < 40 or box[3] > 328:
@@ -289,13 +299,14 @@ def trials(search: Search) -> Markup | None:
     order = sorted(search.trials, key=lambda t: (-t.metrics.get(search.metric, -1e9), t.macs or 0, t.position))
     rows = []
     for trial in order:
-        mark = "best" if trial == search.best else "Pareto" if trial in search.front else ""
+        mark = "best" if trial == search.best else "Pareto" if trial in search.front else None
+        mark = tag("span", mark, class_="mark") if mark else None
         rows.append((
-            f"{trial.position + 1}", named(search, trial), mark, macs(trial.macs),
+            join([named(search, trial) or MISSING, mark], " "), f"{trial.position + 1}", macs(trial.macs),
             *(percent(trial.metrics.get(k)) for k in metrics),
             *(_value(trial.rest.get(k)) for k in extra), trial.status,
         ))  # fmt: skip
-    heads = (("trial", True), ("chain: model, epochs", False), ("", False), ("MACs", True),
+    heads = (("chain: model, epochs", False), ("trial", True), ("MACs", True),
              *((f"{METRICS.get(k, k)} %", True) for k in metrics),
              *((k.replace("_", " "), False) for k in extra), ("status", False))  # fmt: skip
     return table(heads, rows, "sortable")

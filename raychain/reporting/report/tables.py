@@ -30,7 +30,7 @@ def table(columns: Sequence[Column], rows: Sequence[Sequence[object]], class_: s
     for row in rows:
         cells = []
         for i in used:
-            value = MISSING if row[i] in (None, "") and columns[i][0] else row[i]
+            value = MISSING if row[i] in (None, "") else row[i]
             cells.append(tag("td", value, class_="num" if columns[i][1] else None, data_label=columns[i][0]))
         body.append(tag("tr", *cells))
     return tag("table", tag("thead", head), tag("tbody", *body), class_=f"cards {class_}".strip())
@@ -53,7 +53,7 @@ def stages(run: Run) -> Markup | None:
         wall, gap, wait = (number(record.get(key)) for key in ("wall_s", "gap_s", "data_wait_s"))
         steps, epochs = number(record.get("steps")), number(record.get("epochs"))
         rows.append((
-            tag("b", stage.model, class_=f"name {colour(i)}"),
+            tag("b", stage.model, class_=f"name {colour(i)}{' word' if len(stage.model) < 18 else ''}"),
             stage.status,
             f"{digits(stage.params / 1e6)} M" if stage.params else None,
             f"×{digits(ratio, 2)}" if ratio else None,

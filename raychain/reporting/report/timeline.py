@@ -147,7 +147,7 @@ def _gaps(bars: Sequence[Bar], away: Sequence[tuple[float, float]]) -> list[Gap]
 
 
 def _why(start: float, end: float, bars: Sequence[Bar]) -> str:
-    """What lies in a gap: `CoM-micro-S: restart after failure 21 s`, `CoM-micro-S → CoM-micro-M: evaluate 1.1 s, build 0.2 s`."""
+    """What lies in a gap: `CoM-micro-S: restart after failure 21 s`, `CoM-micro-S → CoM-micro-M: evaluate 1.1 s`."""
     inside: dict[str, float] = {}
     for bar in bars:
         shared = min(bar.end, end) - max(bar.start, start)
@@ -256,7 +256,7 @@ def _drawn(bar: Bar, many: int, clock: Clock, y: float, height: float, run: Run)
     models = shortened([stage.model for stage in run.stages])
     brief = models[bar.stage] if bar.stage is not None and 0 <= bar.stage < len(models) else bar.name
     text = bar.name if text_width(bar.name) <= width - 12 else fitted(brief, width - 8)
-    on = "on-fill lost" if bar.lost else "on-fill"
+    on = "gap" if bar.category == "restart" else "on-fill lost" if bar.lost else "on-fill"
     return tag("g", box, label(x + width / 2, y + height / 2 + 4.2, text, on, "middle"))
 
 
