@@ -27,7 +27,8 @@ def report(run_dir: str | Path) -> str:
         write_report(folder)
     except OSError as error:
         raise InputError("RUN_DIR", run_dir, "a folder that can be written", str(error)) from None
-    return f"{str(run_dir).rstrip('/')}/{REPORT}"
+    path, mark, query = str(run_dir).partition("?" if "://" in str(run_dir) else "\0")  # s3://… may have options
+    return f"{path.rstrip('/')}/{REPORT}{mark}{query}"
 
 
 def report_command(

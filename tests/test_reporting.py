@@ -115,6 +115,18 @@ def test_metrics_lines_carry_the_contract_keys_and_valid_json(tmp_path):
     assert (first["loss"], second["loss"]) == (2.5, None)
 
 
+def test_evaluations_stand_in_run_json_and_those_after_a_resumed_step_are_measured_again(tmp_path):
+    folder = Folder(str(tmp_path))
+    measured = [event("evaluation", stage=0, step=n, metrics={"zero_shot_top1": 1.0 * n}) for n in (4, 8)]
+    log(folder, stage_start(), *measured, finish=False)
+    log(folder, stage_start(0, 4), event("evaluation", stage=0, step=8, metrics={"zero_shot_top1": 9.0}))
+    found = folder.read_json("run.json")["evaluations"]
+    assert [(e["stage"], e["step"], e["metrics"]) for e in found] == [
+        (0, 4, {"zero_shot_top1": 4.0}),
+        (0, 8, {"zero_shot_top1": 9.0}),
+    ]
+
+
 def test_a_resumed_stage_replaces_the_lines_it_runs_again_and_no_others(tmp_path):
     folder = Folder(str(tmp_path))
     log(folder, stage_start(), *map(step, range(8)), stage_start(1), *(step(i, 1) for i in range(6)), finish=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 
-from raychain.reporting.report.loading import Run, Stage, mapping, number
+from raychain.reporting.report.loading import Run, Stage, amount, mapping
 from raychain.reporting.report.markup import Markup, drawing, join, label, tag, text_width
 from raychain.reporting.report.plot import colour, fitted, shortened
 from raychain.reporting.wording import macs
@@ -113,7 +113,7 @@ def _facts(stage: Stage) -> list[str]:
 def cost_bars(run: Run) -> Markup | None:
     """The chain's MACs, stage by stage, over the baseline's; None where either is unknown."""
     totals = mapping(run.run.get("totals"))
-    total, alone = number(totals.get("macs")), number(totals.get("baseline_macs"))
+    total, alone = amount(totals.get("macs")), amount(totals.get("baseline_macs"))
     parts_of = [stage.macs for stage in run.stages]
     if not total or not alone or not parts_of or None in parts_of:
         return None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +14,8 @@ from raychain.reporting.runlog import METRICS, RUN, TRACE
 from raychain.storage import Folder
 
 SEARCH = "search.json"
+MOST = 1e40
+"""No quantity of a run is larger."""
 MOST_STAGES = 64
 """Stages that are drawn."""
 
@@ -49,7 +50,7 @@ class Stage:
     def seen(self) -> float:
         """Samples it has seen."""
         last = number(self.lines[-1]["samples"]) if self.lines else 0.0
-        return max(number(self.record.get("samples_seen")) or 0.0, last or 0.0)
+        return max(amount(self.record.get("samples_seen")) or 0.0, last or 0.0)
 
     def at(self, samples: float) -> float | None:
         """The chain's training MACs once this stage has seen `samples`."""
@@ -89,19 +90,21 @@ def read(folder: Folder) -> tuple[Run | None, dict[str, Any] | None]:
 
 
 def number(value: Any) -> float | None:
-    """`value` as a finite number, or None."""
+    """`value` as a number that can be drawn, or None."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    try:
-        return float(value) if math.isfinite(value) else None
-    except OverflowError:
-        return None
+    return float(value) if -MOST < value < MOST else None
+
+
+def amount(value: Any) -> float | None:
+    """`value` as a number that is not negative, or None."""
+    found = number(value)
+    return found if found is not None and found >= 0 else None
 
 
 def count(value: Any) -> int:
     """`value` as a number of things; 0 where it is none."""
-    found = number(value)
-    return int(found) if found is not None and found > 0 else 0
+    return int(amount(value) or 0)
 
 
 def mapping(value: Any) -> dict[str, Any]:
@@ -137,7 +140,7 @@ def _lines(content: bytes) -> dict[int, list[dict[str, Any]]]:
         except (ValueError, RecursionError):
             continue
         stage = number(line.get("stage")) if isinstance(line, dict) else None
-        if stage is not None and number(line.get("samples")) is not None:
+        if stage is not None and stage >= 0 and amount(line.get("samples")) is not None:
             found.setdefault(int(stage), []).append(line)
     return {stage: sorted(lines, key=lambda line: number(line["samples"]) or 0) for stage, lines in found.items()}
 
@@ -162,8 +165,8 @@ def _stages(run: dict[str, Any], lines: dict[int, list[dict[str, Any]]]) -> list
     for index, (name, size) in enumerate(zip(names, sizes, strict=True)):
         entry, record = (planned[index] if index < len(planned) else {}), records.get(index, {})
         mine, status = lines.get(index, []), str(record.get("status") or "")
-        per_sample, macs = None, number(record.get("macs"))
-        seen = number(record.get("samples_seen")) or (number(mine[-1]["samples"]) if mine and status else None)
+        per_sample, macs = None, amount(record.get("macs"))
+        seen = amount(record.get("samples_seen")) or (number(mine[-1]["samples"]) if mine and status else None)
         if macs is not None and seen:
             per_sample = macs / seen
         elif size is not None:
@@ -175,7 +178,7 @@ def _stages(run: dict[str, Any], lines: dict[int, list[dict[str, Any]]]) -> list
         stages.append(
             Stage(
                 index, name, status or ("unfinished" if mine else "not started"),
-                number(record.get("params")) or (float(size.params) if size else None),
+                amount(record.get("params")) or (float(size.params) if size else None),
                 float(size.image.params) if size else None,
                 _length(record, entry), macs, per_sample, known, numbers(record.get("metrics")), record, mine,
             )

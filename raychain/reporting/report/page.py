@@ -11,7 +11,7 @@ from typing import Any
 from raychain.reporting.report import searched, tables
 from raychain.reporting.report.chain_drawing import baseline, chain, cost_bars
 from raychain.reporting.report.curves import learning
-from raychain.reporting.report.loading import Run, mapping, number
+from raychain.reporting.report.loading import Run, amount, mapping, number
 from raychain.reporting.report.markup import Markup, join, tag
 from raychain.reporting.report.scales import span
 from raychain.reporting.report.searched import Search
@@ -148,7 +148,7 @@ def _run_figures(run: Run, tale: Story | None) -> list[tuple[str, str, str]]:
             found.append((f"{LABELS[shown[0]]} of {last.model}", f"{percent(last.metrics[shown[0]])} %", others))
     planned = "" if run.stages and all(stage.done for stage in run.stages) else "planned: "
     name, length = baseline(run) if run.stages else ("the last model", "")
-    speedup, share, cost = (number(totals.get(key)) for key in ("speedup", "percent_of_baseline", "macs"))
+    speedup, share, cost = (amount(totals.get(key)) for key in ("speedup", "percent_of_baseline", "macs"))
     if speedup is not None:
         what = "of its own baseline" if len(run.stages) == 1 else f"against {name} alone"
         found.append(
@@ -157,7 +157,7 @@ def _run_figures(run: Run, tale: Story | None) -> list[tuple[str, str, str]]:
     if cost:
         remark = f"{percent(share)} % of the {macs(totals.get('baseline_macs'))} alone" if share is not None else ""
         found.append((f"{planned}training MACs", macs(cost), remark))
-    wall = [w for stage in run.stages if (w := number(stage.record.get("wall_s"))) is not None]
+    wall = [w for stage in run.stages if (w := amount(stage.record.get("wall_s"))) is not None]
     if tale and not planned:
         found.append(("training time", clock(sum(wall) or tale.trained), f"of {clock(tale.at_work)} at work"))
     elif tale:
@@ -237,7 +237,7 @@ def _search_figures(search: Search) -> list[tuple[str, str, str]]:
         value = f"{percent(best.metrics[search.metric])} %"
         found.append((f"best {METRICS.get(search.metric, search.metric)}", value, searched.named(search, best)))
     if best and best.macs:
-        alone = number(search.baseline.get("macs"))
+        alone = amount(search.baseline.get("macs"))
         remark = (
             f"{100 * best.macs / alone:.1f} % of {search.baseline.get('model', 'the baseline')} alone" if alone else ""
         )

@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from raychain.reporting.report.loading import mapping, mappings, number, numbers
+from raychain.reporting.report.loading import amount, mapping, mappings, number, numbers
 from raychain.reporting.report.markup import Markup, drawing, join, label, tag, text_width
 from raychain.reporting.report.plot import Frame, colour, fitted, path, shortened
 from raychain.reporting.report.scales import Scale, around, log_ticks, short, ticks
@@ -77,7 +77,7 @@ def _trial(index: int, entry: dict[str, Any]) -> Trial:
     steps = tuple(_step(stage) for stage in chain[:16]) if isinstance(chain, list) else ()
     rest = {str(k): v for k, v in entry.items() if k not in KNOWN}
     status = str(entry.get("status") or "")
-    return Trial(index, steps, number(entry.get("macs")), numbers(entry.get("metrics")), status, rest)
+    return Trial(index, steps, amount(entry.get("macs")), numbers(entry.get("metrics")), status, rest)
 
 
 def _step(stage: Any) -> Step:
@@ -138,7 +138,7 @@ def pareto(search: Search) -> Markup | None:
     shown = [t for t in search.trials if t.macs and search.metric in t.metrics]
     if not shown:
         return None
-    alone, title = number(search.baseline.get("macs")), METRICS.get(search.metric, search.metric)
+    alone, title = amount(search.baseline.get("macs")), METRICS.get(search.metric, search.metric)
     costs = [t.macs or 1.0 for t in shown] + ([alone] if alone else [])
     low, high = min(costs), max(costs)
     log = high / low > 8

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from raychain.reporting.report.chain_drawing import growth_ratio
-from raychain.reporting.report.loading import Run, count, mapping, mappings, number
+from raychain.reporting.report.loading import Run, amount, count, mapping, mappings, number
 from raychain.reporting.report.markup import Markup, join, plain_text, tag
 from raychain.reporting.report.plot import colour
 from raychain.reporting.report.scales import span
@@ -50,7 +50,7 @@ def stages(run: Run) -> Markup | None:
     rows = []
     for i, stage in enumerate(run.stages):
         record, ratio = stage.record, growth_ratio(run.stages, i)
-        wall, gap, wait = (number(record.get(key)) for key in ("wall_s", "gap_s", "data_wait_s"))
+        wall, gap, wait = (amount(record.get(key)) for key in ("wall_s", "gap_s", "data_wait_s"))
         steps, epochs = number(record.get("steps")), number(record.get("epochs"))
         rows.append((
             tag("b", stage.model, class_=f"name {colour(i)}{' word' if len(stage.model) < 18 else ''}"),
