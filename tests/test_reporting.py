@@ -88,6 +88,7 @@ def test_run_json_follows_the_run_from_running_to_its_status(tmp_path):
         "stages": [],
         "totals": {},
         "restarts": [],
+        "evaluations": [],
     }
     records.handle(event("stage_end", stage=1, record={"index": 1, "status": "failed", "loss": float("nan")}))
     records.handle(event("stage_end", stage=0, record=RECORD))

@@ -101,6 +101,7 @@ class RunLog:
             case "evaluation":
                 measured = {k: event[k] for k in ("time", "stage", "step", "metrics")}
                 self._run["evaluations"].append(measured)
+                self._write_run()
                 with self._later(TENSORBOARD):
                     self._scalars.evaluation(event)
             case "restart":
