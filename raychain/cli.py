@@ -8,6 +8,7 @@ from raychain.data import data
 from raychain.evaluate import evaluate_command
 from raychain.grow import grow_command
 from raychain.plan import plan_command
+from raychain.report import report_command
 from raychain.run import guarded, run_command
 
 commands = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
@@ -16,6 +17,7 @@ commands.command("run")(run_command)
 commands.command("plan")(plan_command)
 commands.command("evaluate")(evaluate_command)
 commands.command("grow")(grow_command)
+commands.command("report")(report_command)
 
 
 def app() -> None:

@@ -88,6 +88,7 @@ def test_run_json_follows_the_run_from_running_to_its_status(tmp_path):
         "stages": [],
         "totals": {},
         "restarts": [],
+        "evaluations": [],
     }
     records.handle(event("stage_end", stage=1, record={"index": 1, "status": "failed", "loss": float("nan")}))
     records.handle(event("stage_end", stage=0, record=RECORD))
@@ -113,6 +114,18 @@ def test_metrics_lines_carry_the_contract_keys_and_valid_json(tmp_path):
     )
     assert set(keys.split()) <= first.keys()
     assert (first["loss"], second["loss"]) == (2.5, None)
+
+
+def test_evaluations_stand_in_run_json_and_those_after_a_resumed_step_are_measured_again(tmp_path):
+    folder = Folder(str(tmp_path))
+    measured = [event("evaluation", stage=0, step=n, metrics={"zero_shot_top1": 1.0 * n}) for n in (4, 8)]
+    log(folder, stage_start(), *measured, finish=False)
+    log(folder, stage_start(0, 4), event("evaluation", stage=0, step=8, metrics={"zero_shot_top1": 9.0}))
+    found = folder.read_json("run.json")["evaluations"]
+    assert [(e["stage"], e["step"], e["metrics"]) for e in found] == [
+        (0, 4, {"zero_shot_top1": 4.0}),
+        (0, 8, {"zero_shot_top1": 9.0}),
+    ]
 
 
 def test_a_resumed_stage_replaces_the_lines_it_runs_again_and_no_others(tmp_path):

@@ -25,6 +25,7 @@ from raychain.reporting.environment import environment
 from raychain.reporting.events import Event, event
 from raychain.reporting.health import DataHealth
 from raychain.reporting.progress import Progress
+from raychain.reporting.report.writing import REPORT, write_report
 from raychain.reporting.runlog import RUN, RunLog
 from raychain.reporting.trackers import Trackers
 from raychain.storage import Folder, patiently
@@ -46,7 +47,10 @@ def run_chain(task: ChainTask, *, address: str | None = None, verbose: bool = Fa
         leases = [stack.enter_context(Lease(out, LEASE))]
         leases[0].acquire(_patience(f"{task.out} is in use"))
         records = [_claim(stage, out, store, leases, stack) for stage in task.stages]
-        return _run(task, out, store, records, leases, address, verbose)
+        try:
+            return _run(task, out, store, records, leases, address, verbose)
+        finally:
+            _report(out)
 
 
 def _run(
@@ -107,6 +111,14 @@ def _run(
     if not complete:
         raise Interrupted
     return log.run
+
+
+def _report(out: Folder) -> None:
+    """Writes the run's page, whatever became of the run; it can be written again at any time."""
+    try:
+        write_report(out)
+    except Exception as error:  # a page is no reason to fail a run
+        print(f"raychain: warning: {out.address}/{REPORT} was not written: {error}", file=sys.stderr, flush=True)
 
 
 def _claim(

@@ -53,6 +53,8 @@ class RunLog:
         earlier_run = out.read_json(RUN)
         known = earlier_run.get("restarts") if isinstance(earlier_run, dict) else None
         self._run["restarts"] = known if isinstance(known, list) else []
+        measured = earlier_run.get("evaluations") if isinstance(earlier_run, dict) else None
+        self._run["evaluations"] = [e for e in measured if isinstance(e, dict)] if isinstance(measured, list) else []
         self._restart: Event | None = None
         self._bars = trace.bars(out.read_json(TRACE))
         self._scalars = Scalars(self._root / TENSORBOARD)
@@ -86,6 +88,8 @@ class RunLog:
                     self._bars.append(trace.bar(span | {"start": self._restart["time"], "end": event["time"]}))
                     self._restart = None
                 self._keep_metrics(lambda line: line["stage"] != stage or line["step"] <= first)
+                kept = [e for e in self._run["evaluations"] if e.get("stage") != stage or e.get("step", 0) <= first]
+                self._run["evaluations"] = kept
             case "step":
                 line = {k: v for k, v in event.items() if k != "event"}
                 self._unwritten.append(json.dumps(plain(line), allow_nan=False).encode() + b"\n")
@@ -95,6 +99,9 @@ class RunLog:
             case "span":
                 self._bars.append(trace.bar(event))
             case "evaluation":
+                measured = {k: event[k] for k in ("time", "stage", "step", "metrics")}
+                self._run["evaluations"].append(measured)
+                self._write_run()
                 with self._later(TENSORBOARD):
                     self._scalars.evaluation(event)
             case "restart":
