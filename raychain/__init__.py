@@ -8,7 +8,7 @@ from types import ModuleType
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["grow", "plan", "run"]
+__all__ = ["grow", "plan", "run", "search"]
 
 
 class _Command(ModuleType):
