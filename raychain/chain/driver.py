@@ -208,7 +208,8 @@ def session(task: ChainTask, address: str | None, verbose: bool) -> Iterator[Non
         memory = 256 * 2**20
         ray.init(address="local", num_cpus=cpus, include_dashboard=False, object_store_memory=memory, **options)
     try:
-        yield
+        with contextlib.redirect_stdout(sys.stderr):  # Ray prints warnings of its nodes to stdout, which is for results
+            yield
     finally:
         ray.shutdown()
 

@@ -33,6 +33,8 @@ from raychain.training.task import ChainTask
 
 SCHEMA = 1
 RESULT, BEST = "search.json", "best.yaml"
+PROBE = "1000000000 steps"
+"""Long enough for any warm-up, to see what a step costs."""
 TRIES = 50
 """Choices that are asked of a sampler for one new affordable chain, before the space is walked through."""
 
@@ -230,9 +232,13 @@ class Searcher:
         controls = self.plan.search.controls
         if best is None or controls is None or not controls.equal_macs:
             return
-        macs = self.space.macs(best.params)  # in full; the proxy takes its part of the length
+        share = self.plan.search.proxy.epochs if self.plan.search.proxy else 1.0
         for size in self.space.sizes:
-            self._propose("equal-macs", {CHAIN: size.name, "length": str(self.space.alone(size.name, macs))})
+            probe = self._task("equal-macs", {CHAIN: size.name, "length": PROBE})
+            if probe is not None:
+                stage = probe.stages[0]
+                steps = max(1, round(best.macs * stage.steps / stage.macs / share))  # of which a proxy takes its share
+                self._propose("equal-macs", {CHAIN: size.name, "length": f"{steps} steps"})
 
     def _checks(self) -> None:
         """The proxy's best, its worst, and some in between, trained in full."""

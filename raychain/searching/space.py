@@ -137,12 +137,6 @@ class Space:
         size = model_size(self.baseline.model, self.experiment.data.image_size)
         return self._stage_macs(size, None, self.baseline.epochs)
 
-    def alone(self, model: str, macs: float) -> Duration:
-        """How long the model alone trains for these MACs, in whole steps."""
-        size = next(size for size in self.sizes if size.name == model)
-        step = self._stage_macs(size, None, Duration(1, "steps"))
-        return Duration(max(1, round(macs / step)), "steps")
-
     def nearest(self, stages: Sequence[tuple[str, Duration]]) -> Params | None:
         """The choices nearest to a chain; None where the space has no such models."""
         chain = ARROW.join(model for model, _ in stages)
