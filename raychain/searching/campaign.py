@@ -82,7 +82,7 @@ class Campaign:
 
     `source` gives the next trial, or None while it has none; it is asked only when a worker group is free and no stage
     ready, so that the sampler knows as many results as possible. `finished` hears of every stage that is there,
-    `ended` of every trial.
+    `ended` of every trial; `idle` is called before every wait.
     """
 
     def __init__(
@@ -94,9 +94,10 @@ class Campaign:
         begun: Callable[[Job], None] = lambda _: None,
         finished: Callable[[str, Record, Job | None], None] = lambda *_: None,
         ended: Callable[[Trial], None] = lambda _: None,
+        idle: Callable[[], None] = lambda: None,
     ) -> None:
         self.runner, self.slots = runner, slots
-        self.known, self.begun, self.finished, self.ended = known, begun, finished, ended
+        self.known, self.begun, self.finished, self.ended, self.idle = known, begun, finished, ended, idle
         self.tree = StageTree()
         self.trials: dict[int, Trial] = {}
         self.records: dict[str, Record] = {}
@@ -137,6 +138,7 @@ class Campaign:
                 self.runner.start(job)
             if not self.running:
                 return not self.stopping
+            self.idle()
             self._handle(self.runner.wait())
 
     def waiting(self) -> int:

@@ -106,12 +106,20 @@ class Searcher:
         self.sampled = 0
         self.walk: Iterator[Params] | None = None
         self.campaign: Campaign
+        self.unsaved = False
+        self._entries: dict[int, dict[str, Any]] = {}
 
     def run(self, slots: int, *, verbose: bool) -> dict[str, Any]:
         """All phases: chosen chains with the controls, models alone at the best chain's MACs, the proxy's check."""
         runner = RayRunner(self.progress.event, verbose=verbose)
         self.campaign = campaign = Campaign(
-            runner, slots, known=self._known, begun=self._begin, finished=self._finished, ended=self._ended
+            runner,
+            slots,
+            known=self._known,
+            begun=self._begin,
+            finished=self._finished,
+            ended=self._ended,
+            idle=self._save,
         )
         self.progress.opening(slots, self.space.size)
 
@@ -142,7 +150,6 @@ class Searcher:
         self.seeds = self._planned()
         for params in self._controls():
             self._propose("control", params)
-        self._write("running")
         if not self.campaign.run(lambda: self._sample(slots)):
             return False
         for phase in (self._equal_macs, self._checks):
@@ -304,7 +311,7 @@ class Searcher:
         return record if isinstance(record, dict) else None
 
     def _begin(self, job: Job) -> None:
-        self._write("running")
+        self.unsaved = True
         self.progress.begin(job)
 
     def _finished(self, key: str, record: Record, job: Job | None) -> None:
@@ -322,7 +329,13 @@ class Searcher:
         if trial.kind in ("planned", "sampled"):
             self.sampler.tell(trial.params, self._values(trial))
         self.progress.ended(trial, list(self.campaign.trials.values()))
-        self._write("running")
+        self.unsaved = True
+
+    def _save(self) -> None:
+        """search.json as it stands, if anything has changed; compact, as it is written often."""
+        if self.unsaved:
+            self.plan.out.write(RESULT, json.dumps(self._result("running")).encode())
+            self.unsaved = False
 
     def _write(self, status: str) -> dict[str, Any]:
         result = self._result(status)
@@ -363,8 +376,10 @@ class Searcher:
         }
 
     def _entry(self, trial: Trial) -> dict[str, Any]:
+        if trial.number in self._entries:
+            return self._entries[trial.number]
         transfer = trial.task.experiment.transfer.model_dump(mode="json") if len(trial.chain) > 1 else None
-        return {
+        entry = {
             "number": trial.number,
             "kind": trial.kind,
             "chain": trial.chain,
@@ -376,6 +391,9 @@ class Searcher:
             "params": trial.params,
             "keys": trial.keys,
         }
+        if trial.status != "running":
+            self._entries[trial.number] = entry
+        return entry
 
     def _proxy(self, trials: list[Trial], metric: str) -> dict[str, Any] | None:
         if self.plan.search.proxy is None:
