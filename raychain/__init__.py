@@ -8,7 +8,7 @@ from types import ModuleType
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["evaluate", "grow", "plan", "report", "run"]
+__all__ = ["evaluate", "grow", "plan", "report", "run", "search"]
 
 
 class _Command(ModuleType):

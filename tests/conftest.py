@@ -20,7 +20,7 @@ def ray_session() -> Iterator[None]:
     """Four logical CPUs, whatever the machine has."""
     import ray
 
-    ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield
     ray.shutdown()
 

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 
@@ -35,11 +35,20 @@ LEASE = ".driver"
 """The run folder's lease."""
 
 
-def run_chain(task: ChainTask, *, address: str | None = None, verbose: bool = False) -> dict[str, Any]:
+class Watch(NamedTuple):
+    """Somebody who runs several chains at once: sees their events instead of a person, and can stop them."""
+
+    handle: Callable[[Event], None]
+    stop: threading.Event
+
+
+def run_chain(
+    task: ChainTask, *, address: str | None = None, verbose: bool = False, watch: Watch | None = None
+) -> dict[str, Any]:
     """Trains what is not published yet; returns the content of run.json.
 
     Waits for a driver that is at work on the same run folder, and for those that train a stage of it for another.
-    Raises RunFailed or Interrupted; run.json says so too, and what was trained is kept.
+    Raises RunFailed or Interrupted; run.json says so too, and what was trained is kept. With `watch` nothing is shown.
     """
     out = Folder(task.out)
     store = StageStore(Folder(task.store)) if task.store else None
@@ -48,7 +57,7 @@ def run_chain(task: ChainTask, *, address: str | None = None, verbose: bool = Fa
         leases[0].acquire(_patience(f"{task.out} is in use"))
         records = [_claim(stage, out, store, leases, stack) for stage in task.stages]
         try:
-            return _run(task, out, store, records, leases, address, verbose)
+            return _run(task, out, store, records, leases, address, verbose, watch)
         finally:
             _report(out)
 
@@ -61,6 +70,7 @@ def _run(
     leases: Sequence[Lease],
     address: str | None,
     verbose: bool,
+    watch: Watch | None,
 ) -> dict[str, Any]:
     """`run_chain` once the stages that have no record are this driver's."""
     started = time.time()
@@ -78,8 +88,9 @@ def _run(
         log.finish("succeeded", totals(task, time.time() - started))
         return log.run
     progress = Progress(len(task.stages))
+    show = watch.handle if watch else progress.handle
     steps = [stage.steps for stage in task.stages]
-    trackers = Trackers(out, task.experiment, task.stages[-1].key, steps, progress.handle)
+    trackers = Trackers(out, task.experiment, task.stages[-1].key, steps, show)
 
     def finish(status: str) -> None:
         log.note("data_health", health.record())
@@ -92,11 +103,12 @@ def _run(
             trackers.finish(status, final)
 
     def spoilt() -> bool:
-        return health.exceeded or any(lease.lost for lease in leases)
+        return health.exceeded or any(lease.lost for lease in leases) or (watch is not None and watch.stop.is_set())
 
     try:
-        with _sharing(task, out, store, progress.handle) as share, progress, _session(task, address, verbose):
-            handlers = [health.handle, log.handle, share, trackers.handle, progress.handle]
+        shown = contextlib.nullcontext() if watch else progress
+        with _sharing(task, out, store, show) as share, shown, session(task, address, verbose):
+            handlers = [health.handle, log.handle, share, trackers.handle, show]
             complete = _execute(task, handlers, verbose, spoilt)
         if health.exceeded:
             raise RunFailed(health.describe())
@@ -176,22 +188,23 @@ def _sharing(
     """A handler that copies every finished stage to the store, in the background."""
     with ThreadPoolExecutor(1, thread_name_prefix="share") as pool:
 
-        def contribute(stage: StageTask) -> None:
+        def contribute(stage: StageTask, record: dict[str, Any]) -> None:
             assert store
             try:
                 patiently(lambda: store.contribute(stage.key, out, stage.folder))
             except (OSError, UnusableStageError) as error:
                 tell(event("warning", message=f"stage {stage.folder} is not shared through {task.store}: {error}"))
+            tell(event("shared", stage=stage.index, record=record))
 
         def handle(found: Event) -> None:
             if store and found["event"] == "stage_end":
-                pool.submit(contribute, task.stages[found["stage"]])
+                pool.submit(contribute, task.stages[found["stage"]], found["record"])
 
         yield handle
 
 
 @contextlib.contextmanager
-def _session(task: ChainTask, address: str | None, verbose: bool) -> Iterator[None]:
+def session(task: ChainTask, address: str | None, verbose: bool) -> Iterator[None]:
     """A Ray connection: an existing one of this process, the cluster at `address` or RAY_ADDRESS, or a local one."""
     if ray.is_initialized():
         yield
@@ -203,9 +216,12 @@ def _session(task: ChainTask, address: str | None, verbose: bool) -> Iterator[No
         ray.init(address=address, **options)
     else:
         cpus = max(os.cpu_count() or 1, math.ceil(compute.max_workers * worker_cpus(task.experiment)))
-        ray.init("local", num_cpus=cpus, include_dashboard=False, object_store_memory=256 * 2**20, **options)
+        # "local": without it Ray joins whatever cluster happens to run on this machine
+        memory = 256 * 2**20
+        ray.init(address="local", num_cpus=cpus, include_dashboard=False, object_store_memory=memory, **options)
     try:
-        yield
+        with contextlib.redirect_stdout(sys.stderr):  # Ray prints warnings of its nodes to stdout, which is for results
+            yield
     finally:
         ray.shutdown()
 
@@ -218,12 +234,15 @@ def _execute(
 ) -> bool:
     """Trains on Ray until the chain is complete (True), or a signal or `spoilt` had the workers save and return."""
     groups = Groups(task, handlers, verbose=verbose)
-    with _stop_signals(groups.stop):
-        return groups.run(spoilt)
+    try:
+        with stop_signals(groups.stop):
+            return groups.run(spoilt)
+    finally:
+        groups.close()
 
 
 @contextlib.contextmanager
-def _stop_signals(request_stop: Callable[[], Any]) -> Iterator[None]:
+def stop_signals(request_stop: Callable[[], Any]) -> Iterator[None]:
     """The first SIGINT or SIGTERM lets the workers save and return, the second ends the driver at once."""
     asked: list[int] = []
 

@@ -105,6 +105,11 @@ class Groups:
         self.stopping = True
         self.mailbox.request_stop.remote()
 
+    def close(self) -> None:
+        """Ends the mailbox's process; a search runs many chains on one connection to Ray."""
+        with contextlib.suppress(ray.exceptions.RayError):
+            ray.kill(self.mailbox)
+
     def run(self, spoilt: Callable[[], bool]) -> bool:
         """Trains until the chain is complete (True), or until `stop` or `spoilt` ended it.
 

@@ -8,6 +8,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,7 +41,7 @@ SCHEMA = 2
 def check_experiment(experiment: Experiment, address: str | None = None) -> None:
     """Everything that can be wrong without looking at data. Raises InputError."""
     check_chain(experiment)
-    _check_compute(experiment, address)
+    check_compute(experiment, address)
     check_trackers(experiment.track)
 
 
@@ -81,7 +82,8 @@ def _check_growth(experiment: Experiment, i: int) -> None:
         raise InputError(f"chain.{i}.model", f"{small} → {large}", allowed, str(error)) from None
 
 
-def _check_compute(experiment: Experiment, address: str | None) -> None:
+def check_compute(experiment: Experiment, address: str | None) -> None:
+    """Whether the workers get a pair each, and GPUs where this machine is to have them. Raises InputError."""
     compute, batch = experiment.compute, experiment.train.global_batch
     if batch < compute.max_workers:
         raise InputError(
@@ -147,6 +149,14 @@ def make_task(
     )
     check_health(DataHealth(task.shards, experiment.data.max_bad_fraction))
     return task
+
+
+def replan(task: ChainTask, experiment: Experiment, out: str) -> ChainTask:
+    """The task of another chain on the same data and evaluation, which are not looked at again. Raises InputError."""
+    feed = task.stages[0].feed
+    readings = [Reading(feed.shards, feed.order)] * len(experiment.chain)
+    stages = _stages(experiment, readings, Folder(out))
+    return replace(task, experiment=experiment, out=Folder(out).path if is_local(out) else out, stages=stages)
 
 
 def check_health(health: DataHealth) -> None:

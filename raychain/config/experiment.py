@@ -6,9 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     PositiveInt,
     ValidationInfo,
@@ -18,20 +16,10 @@ from pydantic import (
 
 from raychain.config.allocation import EpochRule, MacsBudget, RatioBounds
 from raychain.config.captions import caption_key
+from raychain.config.component import Component, OneOrMore, Seed
 from raychain.config.durations import Bytes, Duration, Epochs, Every, Horizon, Interval, Warmup
+from raychain.config.search import Search
 
-
-class Component(BaseModel):
-    """Frozen, no unknown keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False)
-
-
-OneOrMore = Annotated[
-    tuple[str, ...], BeforeValidator(lambda v: (v,) if isinstance(v, str) else v), Field(min_length=1)
-]
-"""Strings; a single one need not be in a list."""
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -335,6 +323,8 @@ class Experiment(Component):
     track: Track = Track()
     baseline: Baseline | None = None
     """Absent: the last model trained alone for the first stage's epochs."""
+    search: Search | None = None
+    """What `raychain search` varies; `raychain run` trains the chain as it stands."""
     storage: str = "runs"
     """Folder or address under which run folders are made."""
 

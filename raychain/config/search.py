@@ -1,0 +1,113 @@
+"""What `raychain search` may vary and how it looks for the best chain, as a user writes it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, NonNegativeFloat, PositiveInt, model_validator
+
+from raychain.config.allocation import EpochRule, MacsBudget, RatioBounds
+from raychain.config.component import Component, OneOrMore, Seed
+from raychain.config.durations import Epochs, Warmup
+
+MOST_CHOICES = 1000
+"""Of one range."""
+
+
+def _choices(value: Any) -> Any:
+    """`{low: 2, high: 8, step: 2}` as the list of its values; one value as a list."""
+    if not isinstance(value, dict):
+        return value if isinstance(value, list | tuple) else [value]
+    numbers: list[Any] = [value.get(key) for key in ("low", "high", "step")]
+    if value.keys() != {"low", "high", "step"} or not all(isinstance(n, int | float) for n in numbers):
+        raise ValueError("allowed is a list of choices, or a range {low: 2, high: 8, step: 2}")
+    low, high, step = numbers
+    if not (step > 0 and low <= high and (high - low) / step < MOST_CHOICES):
+        raise ValueError(f"allowed is a range with low <= high and a step above zero, of at most {MOST_CHOICES} values")
+    return [round(low + i * step, 9) for i in range(int((high - low) / step + 1e-9) + 1)]
+
+
+Lengths = Annotated[tuple[Epochs, ...], BeforeValidator(_choices), Field(min_length=1)]
+"""Choices, each "N epochs" (the unit of bare numbers), "N steps" or "N samples"; or {low, high, step} in epochs."""
+Amounts = Annotated[tuple[NonNegativeFloat, ...], BeforeValidator(_choices), Field(min_length=1)]
+Warmups = Annotated[tuple[Warmup, ...], BeforeValidator(_choices), Field(min_length=1)]
+
+
+class Space(Component):
+    """The chains that are tried: every combination of these choices within the limits."""
+
+    models: OneOrMore | None = None
+    """Names, with braces and globs. Every chain ends with the largest. Absent: the experiment's family, or the models
+    of its chain."""
+    lengths: Annotated[tuple[PositiveInt, ...], BeforeValidator(_choices), Field(min_length=1)] | None = None
+    """Numbers of models a chain may have. Absent: all from two on."""
+    ratios: RatioBounds | None = None
+    """Bounds of every expansion ratio (parameters of the image tower). Absent: none."""
+    budget: MacsBudget | None = None
+    """Upper bound of a chain's training MACs: "30 %" of the baseline, "9.5 EMACs", or a number."""
+    first: Lengths | None = None
+    """Length of the first stage. Absent: that of the experiment's chain, else the planner's."""
+    grown: Lengths | None = None
+    """Length of every other stage, each chosen on its own."""
+    rules: Annotated[tuple[EpochRule, ...], Field(min_length=1)] | None = None
+    """Instead of `grown`: [epochs of the second model, epochs of the last], linear in between. Absent, and without
+    `grown`: the planner's."""
+    width: OneOrMore | None = None
+    """Growth operators for widths. Absent, as for the keys below: that of `transfer`."""
+    depth: OneOrMore | None = None
+    """Growth operators for layers."""
+    alpha: Amounts | None = None
+    """Weights of the distillation; 0: none."""
+    warmup: Warmups | None = None
+    """Warm-ups of grown stages."""
+
+    @model_validator(mode="after")
+    def _one_of(self) -> Space:
+        if self.grown and self.rules:
+            raise ValueError("allowed is either `grown` or `rules`: both are the lengths of the grown stages")
+        return self
+
+
+class Proxy(Component):
+    """Cheaper trials that stand for the full ones. `best.yaml` is the full experiment again."""
+
+    shards: float = Field(1.0, gt=0, le=1)
+    """Share of the training shards that is read (at least one); an epoch becomes as much shorter."""
+    epochs: float = Field(1.0, gt=0, le=1)
+    """Share of every stage's length."""
+    image_size: int | None = Field(None, ge=8)
+    """Pixels a side."""
+    check: int = Field(3, ge=0)
+    """Trials, from the best to the worst, that are trained in full too, to say whether the proxy ranks them alike."""
+
+
+class Controls(Component):
+    """Models trained alone, without which a good chain proves little. They come on top of `trials`."""
+
+    lengths: Lengths | None = None
+    """Lengths of each model alone. Absent: those of the first stage."""
+    equal_macs: bool = True
+    """At the end each model alone at the best chain's MACs."""
+
+
+class Search(Component):
+    """How `raychain search` looks for a chain that is better than the planner's."""
+
+    space: Space = Space()
+    sampler: Literal["tpe", "random", "grid"] = "tpe"
+    """Optuna's tree-structured Parzen estimator, random choices, or every combination in turn."""
+    aim: Literal["metric", "pareto"] = "metric"
+    """What TPE looks for: the highest metric, or the front of metric and MACs."""
+    metric: Literal["zero_shot_top1", "i2t_r1", "t2i_r1"] = "zero_shot_top1"
+    """Of the last stage."""
+    trials: int = 24
+    """Chains that are tried, the seeds included."""
+    concurrent: PositiveInt | None = None
+    """Worker groups at once. Absent: as many as the cluster holds."""
+    seeds: int = Field(3, ge=0)
+    """The planner's proposals, as near as the space has them, that are tried first."""
+    seed: Seed = 0
+    """Of the sampler."""
+    controls: Controls | None = Controls()
+    """null: none."""
+    proxy: Proxy | None = None

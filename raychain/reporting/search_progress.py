@@ -1,0 +1,128 @@
+"""What the user sees while a search goes: plain lines on stderr, as several chains train at once."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Any, Protocol
+
+from raychain.reporting.events import Event
+from raychain.reporting.wording import METRICS, clock, macs, number, percent
+
+STEP_EVERY_S = 60.0
+
+
+class ShownTrial(Protocol):
+    """What is shown of a trial (searching.campaign.Trial)."""
+
+    number: int
+    kind: Any
+    status: Any
+    reason: str | None
+    metrics: dict[str, float]
+
+    @property
+    def macs(self) -> int:
+        """Training MACs."""
+
+    @property
+    def chain(self) -> list[dict[str, Any]]:
+        """Models and epochs."""
+
+
+class ShownJob(Protocol):
+    """What is shown of a worker group's work (searching.campaign.Job)."""
+
+    @property
+    def trial(self) -> ShownTrial:
+        """The trial whose chain it trains."""
+
+    keys: list[str]
+
+
+class SearchProgress:
+    """Prints a line for every stage that ends and every trial that is over, a slow one for long stages."""
+
+    def __init__(self, trials: int, metric: str) -> None:
+        self.trials, self.metric = trials, metric
+        self.quiet = False
+        """While an earlier call's trials are taken up."""
+        self._over: set[int] = set()
+        self._lock, self._shown = threading.Lock(), {}  # type: tuple[threading.Lock, dict[tuple[int, int], float]]
+        self._warned: set[str] = set()
+
+    def say(self, text: str) -> None:
+        """One line."""
+        with self._lock:
+            print(text, file=sys.stderr, flush=True)
+
+    def opening(self, slots: int, size: int) -> None:
+        """What will be done."""
+        groups = f"{slots} worker groups" if slots > 1 else "one worker group"
+        self.say(f"search: {min(self.trials, size)} of {size:,} possible chains, {groups} at once")
+
+    def continued(self, over: int, left: int) -> None:
+        """What an earlier call has done."""
+        self.say(f"search: continued: {over} trials are over, {left} go on")
+
+    def begin(self, job: ShownJob) -> None:
+        """A worker group begins."""
+        stages = len(job.keys)
+        left = "" if stages == len(job.trial.chain) else f", the last {stages} of {len(job.trial.chain)} stages"
+        self.say(f"{_title(job.trial)}: {describe(job.trial.chain)}{left}")
+
+    def event(self, job: ShownJob, event: Event) -> None:
+        """Something happened in a worker group."""
+        with suppress(Exception):  # a display is no reason to lose a search
+            self._event(job, event)
+
+    def ended(self, trial: ShownTrial, trials: Sequence[ShownTrial]) -> None:
+        """A trial is over."""
+        if self.quiet:
+            return
+        own = [t for t in trials if t.kind in ("planned", "sampled")]
+        over = sum(t.status != "running" for t in own)
+        count = f" [{over}/{self.trials}]" if trial.kind in ("planned", "sampled") else ""
+        if trial.status == "failed":
+            self.say(f"{_title(trial)}{count}: failed: {trial.reason}")
+            return
+        best = max((t.metrics[self.metric] for t in own if self.metric in t.metrics), default=None)
+        ahead = f" · best chain so far {percent(best)} %" if best is not None else ""
+        measured = f"{METRICS[self.metric]} {percent(trial.metrics.get(self.metric))} %"
+        self.say(f"{_title(trial)}{count}: {describe(trial.chain)} · {macs(trial.macs)} MACs · {measured}{ahead}")
+
+    def _event(self, job: ShownJob, event: Event) -> None:
+        title = _title(job.trial)
+        match event["event"]:
+            case "step":
+                place = job.trial.number, event["stage"]
+                now = time.monotonic()
+                if now - self._shown.setdefault(place, now) >= STEP_EVERY_S:
+                    self._shown[place] = now
+                    model = job.trial.chain[event["stage"]]["model"]
+                    rate = f"{number(event['samples_per_s'])} images/s"
+                    self.say(f"{title}: {model} epoch {event['epoch']:.1f} · loss {number(event['loss'])} · {rate}")
+            case "stage_end":
+                record = event["record"]
+                value = record["metrics"].get(self.metric)
+                measured = f" · {METRICS[self.metric]} {percent(value)} %" if value is not None else ""
+                took = f" in {clock(record.get('wall_s'))}"
+                self.say(f"{title}: {record['model']} {record['epochs']:.4g} epochs {record['status']}{took}{measured}")
+            case "restart":
+                self.say(f"{title}: {event['message']}")
+            case "warning" if event["message"] not in self._warned:
+                self._warned.add(event["message"])
+                self.say(f"{title}: warning: {event['message']}")
+
+
+def describe(chain: Sequence[Mapping[str, Any]]) -> str:
+    """`CoM-micro-S 8 → CoM-micro-M 3`."""
+    return " → ".join(f"{stage['model']} {stage['epochs']:.4g}" for stage in chain)
+
+
+def _title(trial: ShownTrial) -> str:
+    names = {"control": " (alone)", "equal-macs": " (alone, equal MACs)", "full": " (in full)"}
+    return f"trial {trial.number}{names.get(trial.kind, '')}"

@@ -1,0 +1,84 @@
+"""The table at the end of a search."""
+
+from __future__ import annotations
+
+import sys
+import textwrap
+from collections.abc import Mapping
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from raychain.reporting.search_progress import describe
+from raychain.reporting.wording import METRICS, macs, number, percent
+
+SHOWN = 30
+"""Trials, the best ones."""
+KINDS = {"planned": "planner", "sampled": "", "control": "alone", "equal-macs": "equal MACs", "full": "in full"}
+
+
+def search_table(result: Mapping[str, Any], console: Console | None = None) -> None:
+    """Prints a search.json on stdout: trials from the best on, the best chain against models alone, what was shared."""
+    console = console or Console(force_terminal=sys.stdout.isatty())
+    metric, best, front = result["metric"], result["best"], {trial["number"] for trial in result["pareto"]}
+    trials = sorted(result["trials"], key=lambda trial: (-trial["metrics"].get(metric, -1.0), trial["macs"]))
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, show_edge=False)
+    for heading in ("", "trial", "chain and epochs", "", "MACs", "% of\nbase", f"{METRICS[metric]}\n%"):
+        left = heading in ("", "chain and epochs")
+        table.add_column(heading, justify="left" if left else "right", no_wrap=heading == "MACs", overflow="fold")
+    for trial in trials[:SHOWN]:
+        mark = "★" if best and trial["number"] == best["number"] else "·" if trial["number"] in front else ""
+        value = percent(trial["metrics"].get(metric)) if trial["status"] == "succeeded" else trial["status"]
+        table.add_row(
+            mark,
+            str(trial["number"]),
+            Text(describe(trial["chain"]) + _varied(trial)),
+            KINDS[trial["kind"]],
+            macs(trial["macs"]),
+            number(100 * trial["macs"] / result["baseline"]["macs"], 2),
+            value,
+        )
+    console.print(table)
+    hidden = f"; {len(trials) - SHOWN} more in search.json" if len(trials) > SHOWN else ""
+    _say(console, f"★ best chain, · on the front of {METRICS[metric]} and MACs{hidden}")
+    base = result["baseline"]
+    _say(console, f"base: {base['model']} alone, {macs(base['macs'])} MACs")
+    for found in result["comparisons"]:
+        _say(console, f"against {found['model']} alone: {_against(found, metric)}")
+    if result["proxy"]:
+        _say(console, _proxy(result["proxy"]))
+    requested, trained = result["stage_epochs_requested"], result["stage_epochs_trained"]
+    share = f" ({100 * trained / requested:.0f} %)" if requested else ""
+    _say(console, f"stages shared: {trained:g} epochs trained of {requested:g} in all trials{share}")
+
+
+def _varied(trial: Mapping[str, Any]) -> str:
+    """What of the transfer was chosen."""
+    names = ("width", "depth", "alpha", "warmup")
+    found = [f"{name} {trial['params'][name]}" for name in names if name in trial["params"]]
+    return f" ({', '.join(found)})" if found else ""
+
+
+def _against(found: Mapping[str, Any], metric: str) -> str:
+    parts = []
+    for name, words in (("at_equal_macs", "for no more MACs"), ("at_most", "at its best")):
+        if control := found[name]:
+            lead = control["chain_is_ahead_by"]
+            verdict = f"ahead by {lead:.1f}" if lead > 0.05 else f"behind by {-lead:.1f}" if lead < -0.05 else "equal"
+            reached = f"{percent(control[metric])} % ({macs(control['macs'])} MACs)"
+            parts.append(f"{words} it reaches {reached}: the chain is {verdict}")
+    return "; ".join(parts)
+
+
+def _proxy(proxy: Mapping[str, Any]) -> str:
+    checked, correlation = len(proxy["checked"]), proxy["rank_correlation"]
+    if correlation is None:
+        return f"proxy: {checked} trials were trained in full, too few or too much alike to tell whether it ranks alike"
+    return f"proxy: rank correlation {correlation:.2f} with {checked} trials in full"
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(textwrap.fill(text, console.width, break_on_hyphens=False), highlight=False, markup=False)

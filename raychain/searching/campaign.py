@@ -1,0 +1,195 @@
+"""The loop of a search: gives worker groups stages to train while there are trials, and ends trials. Knows no Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, Protocol
+
+from raychain.searching.tree import StageTree
+from raychain.training.task import ChainTask
+
+Record = dict[str, Any]
+Kind = Literal["planned", "sampled", "control", "equal-macs", "full"]
+
+
+@dataclass
+class Trial:
+    """One chain that is tried."""
+
+    number: int
+    kind: Kind
+    params: dict[str, Any]
+    """The sampler's choices; for other kinds, what tells it from the others."""
+    task: ChainTask
+    status: Literal["running", "succeeded", "failed"] = "running"
+    reason: str | None = None
+    """Why it failed."""
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def keys(self) -> list[str]:
+        """Its stages."""
+        return [stage.key for stage in self.task.stages]
+
+    @property
+    def macs(self) -> int:
+        """Training MACs of the whole chain, whoever trains its stages."""
+        return sum(stage.macs for stage in self.task.stages)
+
+    @property
+    def chain(self) -> list[dict[str, Any]]:
+        """Models and epochs."""
+        return [{"model": stage.model, "epochs": stage.epochs} for stage in self.task.stages]
+
+
+@dataclass(eq=False)
+class Job:
+    """A path of stages for one worker group, and the trial whose chain it is."""
+
+    trial: Trial
+    keys: list[str]
+
+
+class StageDone(NamedTuple):
+    """A job finished a stage, and others can use it."""
+
+    job: Job
+    key: str
+    record: Record
+
+
+class JobEnded(NamedTuple):
+    """A job is over: an error (None: without), or it was stopped."""
+
+    job: Job
+    error: str | None = None
+    stopped: bool = False
+
+
+class Runner(Protocol):
+    """What trains: on Ray (searching.running), or simulated."""
+
+    def start(self, job: Job) -> None:
+        """Begins; returns at once."""
+
+    def wait(self) -> StageDone | JobEnded:
+        """The next thing that happened."""
+
+
+class Campaign:
+    """Keeps `slots` worker groups busy.
+
+    `source` gives the next trial, or None while it has none; it is asked only when a worker group is free and no stage
+    ready, so that the sampler knows as many results as possible. `finished` hears of every stage that is there,
+    `ended` of every trial; `idle` is called before every wait.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        slots: int,
+        *,
+        known: Callable[[Trial, int], Record | None],
+        begun: Callable[[Job], None] = lambda _: None,
+        finished: Callable[[str, Record, Job | None], None] = lambda *_: None,
+        ended: Callable[[Trial], None] = lambda _: None,
+        idle: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.runner, self.slots = runner, slots
+        self.known, self.begun, self.finished, self.ended, self.idle = known, begun, finished, ended, idle
+        self.tree = StageTree()
+        self.trials: dict[int, Trial] = {}
+        self.records: dict[str, Record] = {}
+        self.running: list[Job] = []
+        self.cut: list[Job] = []
+        """Jobs that were stopped."""
+        self.stopping = False
+        self._prepared: list[Job] = []
+
+    def add(self, trial: Trial) -> None:
+        """A trial whose stages are to be trained, as far as they are not known."""
+        self.trials[trial.number] = trial
+        path = [(stage.key, float(stage.macs)) for stage in trial.task.stages]
+        fresh = [key not in self.tree.nodes for key, _ in path]
+        state = self.tree.add(trial.number, path)
+        if state != "waiting":
+            self._end(trial.number, state == "done", "a stage that it shares failed")
+            return
+        for index, (key, _) in enumerate(path):
+            if self.tree.nodes[key].state == "done":
+                continue
+            if not fresh[index] or (record := self.known(trial, index)) is None:
+                break
+            self._done(key, record, None)
+
+    def resume(self, trial: Trial) -> None:
+        """As `add`; what is left of it is trained first, by one worker group, as it was before an interruption."""
+        self.add(trial)
+        if trial.status == "running" and (keys := self.tree.take_trial(trial.keys)):
+            self._prepared.append(Job(trial, keys))
+
+    def run(self, source: Callable[[], Trial | None]) -> bool:
+        """Until `source` has no more trials and all are over (True), or `stopping` (False)."""
+        while True:
+            while not self.stopping and len(self.running) < self.slots and (job := self._next(source)):
+                self.running.append(job)
+                self.begun(job)
+                self.runner.start(job)
+            if not self.running:
+                return not self.stopping
+            self.idle()
+            self._handle(self.runner.wait())
+
+    def waiting(self) -> int:
+        """Trials that are not over."""
+        return sum(trial.status == "running" for trial in self.trials.values())
+
+    def _next(self, source: Callable[[], Trial | None]) -> Job | None:
+        if self._prepared:
+            return self._prepared.pop(0)
+        while not (keys := self.tree.take()):
+            trial = source()
+            if trial is None:
+                return None
+            self.add(trial)
+        return Job(self.trials[self.tree.nodes[keys[-1]].ends[0]], keys)
+
+    def _handle(self, notice: StageDone | JobEnded) -> None:
+        job = notice.job
+        if isinstance(notice, StageDone):
+            self._done(notice.key, notice.record, job)
+            return
+        self.running.remove(job)
+        left = [key for key in job.keys if self.tree.nodes[key].state == "taken"]
+        if notice.stopped or not left:
+            self.tree.release(left)
+            self.cut += [job] if notice.stopped else []
+            return
+        for number in self.tree.failed(left[0]):
+            self._end(number, False, notice.error or "its worker group ended without a result")
+
+    def _done(self, key: str, record: Record, job: Job | None) -> None:
+        if key not in self.records:
+            self.records[key] = record
+            self.finished(key, record, job)
+        for number in self.tree.done(key):
+            self._end(number, True)
+
+    def _end(self, number: int, succeeded: bool, reason: str | None = None) -> None:
+        trial = self.trials[number]
+        trial.status = "succeeded" if succeeded else "failed"
+        trial.reason = None if succeeded else reason
+        if succeeded:
+            trial.metrics = dict(self.records[trial.keys[-1]].get("metrics") or {})
+        self.ended(trial)
+
+
+def ratio(trials: Sequence[Trial], trained: set[str]) -> tuple[float, float]:
+    """Epochs of all stages of all trials, and of the stages that were trained for them."""
+    stages = [stage for trial in trials for stage in trial.task.stages]
+    distinct = {stage.key: stage.epochs for stage in stages}
+    return (
+        round(sum(stage.epochs for stage in stages), 4),
+        round(sum(epochs for key, epochs in distinct.items() if key in trained), 4),
+    )

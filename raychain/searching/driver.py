@@ -1,0 +1,473 @@
+"""A search from its experiment to search.json: phases, sampling, continuing after an interruption."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from raychain.chain import cluster
+from raychain.chain.driver import LEASE, session, stop_signals
+from raychain.chain.lease import Holder, Lease
+from raychain.chain.plan import make_task, replan, worker_cpus
+from raychain.chain.store import STORE, StageStore
+from raychain.config.durations import Duration
+from raychain.config.experiment import Experiment
+from raychain.config.search import Search
+from raychain.errors import InputError, Interrupted, RunFailed
+from raychain.feed.shards import expand
+from raychain.reporting.search_progress import SearchProgress
+from raychain.searching.campaign import Campaign, Job, Kind, Record, Trial, ratio
+from raychain.searching.outcome import best_chain, comparisons, pareto, rank_correlation, score, scored
+from raychain.searching.running import RayRunner
+from raychain.searching.sampling import Sampler, make_sampler
+from raychain.searching.space import CHAIN, Params, Space, make_space, proxied, with_stages
+from raychain.storage import Folder
+from raychain.training.stage import STAGE_RECORD
+from raychain.training.task import ChainTask
+
+SCHEMA = 1
+RESULT, BEST = "search.json", "best.yaml"
+PROBE = "1000000000 steps"
+"""Long enough for any warm-up, to see what a step costs."""
+TRIES = 50
+"""Choices that are asked of a sampler for one new affordable chain, before the space is walked through."""
+
+
+@dataclass
+class Plan:
+    """What is known before anything starts."""
+
+    experiment: Experiment
+    search: Search
+    space: Space
+    base: ChainTask
+    """A task of trials' data and evaluation."""
+    full: ChainTask | None
+    """The same without the proxy; None where there is none."""
+    shards: list[str] | None
+    """What the proxy reads; None: all."""
+    out: Folder
+    store: str
+
+
+def plan_search(experiment: Experiment, out: str, store: str) -> Plan:
+    """Checks everything and finds the data. Raises InputError."""
+    search = experiment.search or Search()
+    _check(experiment, search)
+    space = make_space(experiment)
+    shortest = [(space.chains[0][0], space.lengths[space.first[-1]])]
+    whole = with_stages(experiment, shortest)
+    shards = _part_of_shards(experiment, search)
+    small = proxied(whole, search.proxy, shards) if search.proxy else whole
+    base = make_task(small, out, store=store)
+    full = make_task(whole, out, store=store) if search.proxy and search.proxy.check else None
+    return Plan(experiment, search, space, base, full, shards, Folder(out), store)
+
+
+def run_search(plan: Plan, *, address: str | None = None, verbose: bool = False) -> dict[str, Any]:
+    """Searches, or goes on with a search of the same settings in the same folder; returns the content of search.json.
+
+    Raises RunFailed where no chain could be trained, Interrupted after a signal; what was trained is kept.
+    """
+    with Lease(plan.out, LEASE) as lease:
+        progress = SearchProgress(plan.search.trials, plan.search.metric)
+        lease.acquire(_patience(progress.say, plan.out.address))
+        searcher = Searcher(plan, progress)
+        with session(plan.base, address, verbose):
+            return searcher.run(_slots(plan), verbose=verbose)
+
+
+class Searcher:
+    """One search at work."""
+
+    def __init__(self, plan: Plan, progress: SearchProgress) -> None:
+        self.plan, self.progress = plan, progress
+        search, self.space = plan.search, plan.space
+        self.sampler: Sampler = make_sampler(plan.space, search.sampler, search.seed, pareto=search.aim == "pareto")
+        self.store = StageStore(Folder(plan.store))
+        self.identity = _identity(plan.experiment)
+        before = plan.out.read_json(RESULT)
+        self.before: dict[str, Any] = before if isinstance(before, dict) else {}
+        if self.before and self.before.get("identity") != self.identity:
+            raise InputError("--out", plan.out.address, "a folder of this search, or a new one",
+                             "it holds a search of other settings: give another --out")  # fmt: skip
+        self.trained: set[str] = set(self.before.get("trained") or ())
+        self.earlier: dict[str, int] = {
+            key: int(number) for number, keys in (self.before.get("begun") or {}).items() for key in keys
+        }
+        self.seeds: Iterator[Params] = iter(())
+        self.seen: dict[str, Trial] = {}
+        self.sampled = 0
+        self.walk: Iterator[Params] | None = None
+        self.campaign: Campaign
+        self.unsaved = False
+        self._entries: dict[int, dict[str, Any]] = {}
+
+    def run(self, slots: int, *, verbose: bool) -> dict[str, Any]:
+        """All phases: chosen chains with the controls, models alone at the best chain's MACs, the proxy's check."""
+        runner = RayRunner(self.progress.event, verbose=verbose)
+        self.campaign = campaign = Campaign(
+            runner,
+            slots,
+            known=self._known,
+            begun=self._begin,
+            finished=self._finished,
+            ended=self._ended,
+            idle=self._save,
+        )
+        self.progress.opening(slots, self.space.size)
+
+        def stop() -> None:
+            campaign.stopping = True
+            runner.stop()
+
+        with stop_signals(stop):
+            try:
+                complete = self._phases(slots)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    self._write("interrupted")
+                raise
+        if not complete:
+            self._write("interrupted")
+            raise Interrupted
+        best = best_chain(campaign.trials.values(), self.plan.search.metric)
+        if best is None:
+            self._write("failed")
+            reasons = {trial.reason for trial in campaign.trials.values() if trial.reason}
+            raise RunFailed("no chain could be trained: " + "; ".join(sorted(reasons)))
+        self._write_best(best)
+        return self._write("succeeded")
+
+    def _phases(self, slots: int) -> bool:
+        self._restore()
+        self.seeds = self._planned()
+        for params in self._controls():
+            self._propose("control", params)
+        if not self.campaign.run(lambda: self._sample(slots)):
+            return False
+        for phase in (self._equal_macs, self._checks):
+            phase()
+            if not self.campaign.run(lambda: None):
+                return False
+        return True
+
+    def _restore(self) -> None:
+        """The trials of an earlier call, those first that were under way."""
+        self.progress.quiet = True
+        entries = sorted(self.before.get("trials") or (), key=lambda entry: entry["number"])
+        begun = set(map(int, self.before.get("begun") or {}))
+        for entry in entries:
+            fixed = self.sampler.ask(entry["params"]) if entry["kind"] in ("planned", "sampled") else entry["params"]
+            trial = self._trial(entry["kind"], fixed or entry["params"], entry["number"])
+            self.sampled += trial.kind in ("planned", "sampled")
+            self.seen.setdefault(self._name(trial), trial)
+            self.campaign.resume(trial) if entry["number"] in begun else self.campaign.add(trial)
+        self.progress.quiet = False
+        if entries:
+            self.progress.continued(len(entries) - self.campaign.waiting(), self.campaign.waiting())
+
+    def _planned(self) -> Iterator[Params]:
+        found: set[str] = set()
+        with contextlib.suppress(InputError):  # the planner may have nothing for such a family
+            for params in self.space.planned():
+                if len(found) == self.plan.search.seeds:
+                    return
+                task = self._task("planned", params) if self.space.affordable(params) else None
+                if task is not None and task.stages[-1].key not in found:
+                    found.add(task.stages[-1].key)
+                    yield params
+
+    def _sample(self, slots: int) -> Trial | None:
+        """A new trial, if it is time for one."""
+        search = self.plan.search
+        learns = search.sampler == "tpe"
+        if self.sampled >= search.trials or (learns and self.campaign.waiting() >= 2 * slots + self._alone()):
+            return None
+        for params in self.seeds:
+            asked = self.sampler.ask(params) or params
+            if trial := self._new("planned", asked):
+                return trial
+        for _ in range(TRIES):
+            asked_params = self.sampler.ask()
+            if asked_params is None:
+                break
+            if trial := self._new("sampled", asked_params):
+                return trial
+        self.walk = self.walk or self.space.points()
+        for params in self.walk:
+            if self.space.affordable(params) and (trial := self._new("sampled", params, asked=False)):
+                return trial
+        return None
+
+    def _alone(self) -> int:
+        return sum(t.status == "running" and t.kind == "control" for t in self.campaign.trials.values())
+
+    def _new(self, kind: Kind, params: Params, *, asked: bool = True) -> Trial | None:
+        """A trial of these choices; None, and the sampler knows, where they are too expensive or nothing new."""
+        task = self._task(kind, params) if self.space.affordable(params) else None
+        known = self.seen.get(task.stages[-1].key) if task else None
+        if task is None or known is not None:
+            if asked:
+                self.sampler.tell(params, self._values(known))
+            return None
+        if not asked:
+            self.sampler.ask(params)
+        trial = self._trial(kind, params, task=task)
+        self.seen[self._name(trial)] = trial
+        self.sampled += 1
+        return trial
+
+    def _controls(self) -> Iterator[Params]:
+        controls = self.plan.search.controls
+        if controls is None:
+            return
+        lengths = [str(length) for length in controls.lengths or ()] or list(self.space.first)
+        for size in self.space.sizes:
+            for length in lengths:
+                yield {CHAIN: size.name, "length": length}
+        yield {CHAIN: self.space.baseline.model, "length": str(self.space.baseline.epochs)}
+
+    def _equal_macs(self) -> None:
+        best = best_chain(self.campaign.trials.values(), self.plan.search.metric)
+        controls = self.plan.search.controls
+        if best is None or controls is None or not controls.equal_macs:
+            return
+        share = self.plan.search.proxy.epochs if self.plan.search.proxy else 1.0
+        for size in self.space.sizes:
+            probe = self._task("equal-macs", {CHAIN: size.name, "length": PROBE})
+            if probe is not None:
+                stage = probe.stages[0]
+                steps = max(1, round(best.macs * stage.steps / stage.macs / share))  # of which a proxy takes its share
+                self._propose("equal-macs", {CHAIN: size.name, "length": f"{steps} steps"})
+
+    def _checks(self) -> None:
+        """The proxy's best, its worst, and some in between, trained in full."""
+        proxy, full = self.plan.search.proxy, self.plan.full
+        ranked = scored((t for t in self.campaign.trials.values() if t.kind in ("planned", "sampled")),
+                        self.plan.search.metric)  # fmt: skip
+        if proxy is None or full is None or not ranked:
+            return
+        count = min(proxy.check, len(ranked))
+        places = [round(i * (len(ranked) - 1) / max(1, count - 1)) for i in range(count)]
+        for place in dict.fromkeys(places):
+            self._propose("full", ranked[place].params)
+
+    def _propose(self, kind: Kind, params: Params) -> None:
+        """Adds a trial that is no sampler's, unless it is there; one that cannot be trained is left out."""
+        if any(trial.kind == kind and trial.params == params for trial in self.campaign.trials.values()):
+            return
+        if (task := self._task(kind, params)) is not None:
+            self.campaign.add(self._trial(kind, params, task=task))
+
+    def _trial(self, kind: Kind, params: Params, number: int | None = None, task: ChainTask | None = None) -> Trial:
+        task = task or self._task(kind, params)
+        assert task is not None, "it was possible before"
+        number = max(self.campaign.trials, default=-1) + 1 if number is None else number
+        return Trial(number, kind, params, task)
+
+    def _task(self, kind: Kind, params: Params) -> ChainTask | None:
+        """What the workers are told; None where a stage would be too short for a step or its warm-up."""
+        experiment = self._experiment(params)
+        proxy, base = self.plan.search.proxy, self.plan.base
+        if proxy and kind == "full":
+            assert self.plan.full is not None
+            base = self.plan.full
+        elif proxy:
+            experiment = proxied(experiment, proxy, self.plan.shards)
+        try:
+            task = replan(base, experiment, self.plan.out.address)
+            # the folder of the chain: what is left of an interrupted stage is there
+            folder = f"{self.plan.out.address.rstrip('/')}/chains/{task.stages[-1].key[:12]}"
+            return replan(base, experiment, folder)
+        except InputError:
+            return None
+
+    def _experiment(self, params: Params) -> Experiment:
+        if "length" in params:
+            length = self.space.lengths.get(params["length"]) or _length(params["length"])
+            return with_stages(self.space.experiment, [(params[CHAIN], length)])
+        return self.space.chosen(params)
+
+    def _name(self, trial: Trial) -> str:
+        return trial.task.stages[-1].key
+
+    def _values(self, trial: Trial | None) -> tuple[float, float] | None:
+        value = score(trial, self.plan.search.metric) if trial else None
+        return None if trial is None or value is None else (value, float(trial.macs))
+
+    def _known(self, trial: Trial, index: int) -> Record | None:
+        """The record of a stage that the store has already."""
+        key = trial.task.stages[index].key
+        if not self.store.has(key):
+            return None
+        record = self.store.storage.read_json(f"{STORE}/{key}/{STAGE_RECORD}")
+        return record if isinstance(record, dict) else None
+
+    def _begin(self, job: Job) -> None:
+        self.unsaved = True
+        self.progress.begin(job)
+
+    def _finished(self, key: str, record: Record, job: Job | None) -> None:
+        """A stage is there: trained by this search, now or before it was interrupted, or by somebody else."""
+        if (job and record.get("status") == "trained") or (job is None and key in self.earlier):
+            self.trained.add(key)
+
+    def _ended(self, trial: Trial) -> None:
+        measured = self.campaign.records.get(trial.keys[-1], {}).get("evaluation")
+        if trial.status == "succeeded" and measured != trial.task.evaluation:
+            trial.status, trial.metrics = "failed", {}
+            trial.reason = "its last stage was measured on other data before: give another --out or storage"
+        elif trial.status == "succeeded" and score(trial, self.plan.search.metric) is None:
+            trial.status, trial.reason = "failed", f"its last stage has no {self.plan.search.metric}"
+        if trial.kind in ("planned", "sampled"):
+            self.sampler.tell(trial.params, self._values(trial))
+        self.progress.ended(trial, list(self.campaign.trials.values()))
+        self.unsaved = True
+
+    def _save(self) -> None:
+        """search.json as it stands, if anything has changed; compact, as it is written often."""
+        if self.unsaved:
+            self.plan.out.write(RESULT, json.dumps(self._result("running")).encode())
+            self.unsaved = False
+
+    def _write(self, status: str) -> dict[str, Any]:
+        result = self._result(status)
+        self.plan.out.write_json(RESULT, result)
+        return result
+
+    def _result(self, status: str) -> dict[str, Any]:
+        trials, metric = sorted(self.campaign.trials.values(), key=lambda t: t.number), self.plan.search.metric
+        own = [trial for trial in trials if trial.kind != "full"]
+        best = best_chain(trials, metric)
+        requested, trained = ratio(trials, self.trained)
+        baseline = next((t for t in own if t.kind == "control" and t.params == {
+            CHAIN: self.space.baseline.model, "length": str(self.space.baseline.epochs)}), None)  # fmt: skip
+        begun = {job.trial.number: job.keys for job in (*self.campaign.running, *self.campaign.cut)}
+        return {
+            "schema": SCHEMA,
+            "name": self.plan.experiment.name,
+            "status": status,
+            "identity": self.identity,
+            "metric": metric,
+            "config": self.plan.experiment.model_dump(mode="json"),
+            "space_size": self.space.size,
+            "trials": [self._entry(trial) for trial in trials],
+            "pareto": [self._entry(trial) for trial in pareto(own, metric)],
+            "best": self._entry(best) if best else None,
+            "baseline": {
+                "model": self.space.baseline.model,
+                "epochs": baseline.chain[0]["epochs"] if baseline else str(self.space.baseline.epochs),
+                "macs": baseline.macs if baseline else self.space.baseline_macs,
+                "metrics": baseline.metrics if baseline else {},
+            },
+            "comparisons": comparisons(own, best, metric) if best else [],
+            "stage_epochs_requested": requested,
+            "stage_epochs_trained": trained,
+            "proxy": self._proxy(trials, metric),
+            "trained": sorted(self.trained),
+            "begun": {str(number): keys for number, keys in begun.items()},
+        }
+
+    def _entry(self, trial: Trial) -> dict[str, Any]:
+        if trial.number in self._entries:
+            return self._entries[trial.number]
+        transfer = trial.task.experiment.transfer.model_dump(mode="json") if len(trial.chain) > 1 else None
+        entry = {
+            "number": trial.number,
+            "kind": trial.kind,
+            "chain": trial.chain,
+            "transfer": transfer,
+            "macs": trial.macs,
+            "metrics": trial.metrics,
+            "status": trial.status,
+            **({"reason": trial.reason} if trial.reason else {}),
+            "params": trial.params,
+            "keys": trial.keys,
+        }
+        if trial.status != "running":
+            self._entries[trial.number] = entry
+        return entry
+
+    def _proxy(self, trials: list[Trial], metric: str) -> dict[str, Any] | None:
+        if self.plan.search.proxy is None:
+            return None
+        pairs = []
+        for full in (trial for trial in trials if trial.kind == "full"):
+            cheap = next(t for t in trials if t.kind in ("planned", "sampled") and t.params == full.params)
+            small, large = score(cheap, metric), score(full, metric)
+            if small is not None and large is not None:
+                pairs.append({"trial": cheap.number, "full_trial": full.number, "proxy": small, "full": large})
+        return {
+            **self.plan.search.proxy.model_dump(mode="json"),
+            "checked": pairs,
+            "rank_correlation": rank_correlation([(float(pair["proxy"]), float(pair["full"])) for pair in pairs]),
+        }
+
+    def _write_best(self, best: Trial) -> None:
+        experiment = self._experiment(best.params)
+        plain = experiment.model_copy(update={"name": f"{experiment.name}-best"})
+        tree = plain.model_dump(mode="json", exclude_unset=True)
+        tree = {key: value for key, value in tree.items() if value is not None}
+        self.plan.out.write(BEST, yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=110).encode())
+
+
+def _slots(plan: Plan) -> int:
+    """Worker groups at once: what the cluster holds of them, or what the user wants if that is less."""
+    compute = plan.experiment.compute
+    worker = {"CPU": float(worker_cpus(plan.experiment))} | (
+        {"GPU": float(compute.gpus_per_worker)} if compute.gpus_per_worker else {}
+    )
+    room = max(1, cluster.capacity(worker) // compute.max_workers)
+    return min(room, plan.search.concurrent or room)
+
+
+def _check(experiment: Experiment, search: Search) -> None:
+    if search.trials < 1:
+        raise InputError("search.trials", search.trials, "at least one trial", "--trials 1, or leave it out for 24")
+    evaluate = experiment.evaluate
+    needs = "zero_shot" if search.metric == "zero_shot_top1" else "retrieval"
+    if getattr(evaluate, needs) is None:
+        other = [name for name in ("zero_shot", "retrieval") if getattr(evaluate, name)]
+        instead = {"zero_shot": "zero_shot_top1", "retrieval": "i2t_r1"}
+        fix = f"or --set search.metric={instead[other[0]]}" if other else "or nothing can be compared"
+        raise InputError("search.metric", search.metric, f"a metric that is measured: it needs evaluate.{needs}",
+                         f"set evaluate.{needs}, {fix}")  # fmt: skip
+
+
+def _part_of_shards(experiment: Experiment, search: Search) -> list[str] | None:
+    if search.proxy is None or search.proxy.shards == 1:
+        return None
+    found = [address for source in experiment.data.train for address in expand(source.shards, "data.train")]
+    return found[: max(1, round(search.proxy.shards * len(found)))]
+
+
+def _identity(experiment: Experiment) -> str:
+    """Of all that determines what is tried; more trials or worker groups make no other search."""
+    tree = experiment.model_dump(mode="json", exclude={"compute", "preload", "track", "checkpoint"})
+    if tree.get("search"):
+        tree["search"] = {k: v for k, v in tree["search"].items() if k not in ("trials", "concurrent")}
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _length(text: str) -> Duration:
+    amount, unit = text.split(" ")
+    return Duration(float(amount), unit)
+
+
+def _patience(say: Callable[[str], None], where: str) -> Callable[[Holder], bool]:
+    told: list[str] = []
+
+    def wait(holder: Holder) -> bool:
+        if str(holder) not in told:
+            told.append(str(holder))
+            say(f"{where} is in use by another driver ({holder}): waiting for it")
+        return True
+
+    return wait

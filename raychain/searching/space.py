@@ -1,0 +1,386 @@
+"""The chains a search may try: a finite set of choices, the limits they keep, and the experiment of each."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from raychain.chain.costing import proposals_for
+from raychain.chain.plan import check_chain, epoch_samples
+from raychain.config.durations import Duration
+from raychain.config.experiment import Baseline, Distill, Experiment, Stage
+from raychain.config.search import Proxy, Search
+from raychain.errors import InputError
+from raychain.families import UnknownModelError, matching_models
+from raychain.planning.macs import ModelSize, model_size, stage_macs
+from raychain.planning.principles import alone_epochs, default_rules, linear_epochs, ratio_excess
+
+Params = dict[str, Any]
+"""Choice by dimension: plain text and numbers."""
+ARROW = " → "
+MOST_CHAINS = 4096
+"""Of a space."""
+CHAIN, FIRST, GROWN, RULE, WIDTH, DEPTH, ALPHA, WARMUP = (
+    "chain", "first", "grown.", "rule", "width", "depth", "alpha", "warmup",
+)  # fmt: skip
+
+
+class Dimension(NamedTuple):
+    """One choice that a sampler makes."""
+
+    name: str
+    choices: tuple[str | float, ...]
+    ordered: bool
+    """Neighbours are alike: lengths and weights, not names."""
+
+
+@dataclass(frozen=True)
+class Space:
+    """Everything that can be tried, for one experiment."""
+
+    experiment: Experiment
+    samples: int
+    """Of an epoch."""
+    sizes: tuple[ModelSize, ...]
+    """The models, smallest first."""
+    chains: tuple[tuple[str, ...], ...]
+    lengths: dict[str, Duration]
+    """Every length by its name."""
+    first: tuple[str, ...]
+    grown: tuple[str, ...]
+    """Lengths of grown stages; empty where there are rules."""
+    rules: dict[str, tuple[float, float]]
+    operators: dict[str, tuple[str | float, ...]]
+    """Choices of the transfer, by dimension."""
+    baseline: Baseline
+
+    @property
+    def chain_dimension(self) -> Dimension:
+        """The choice that is made first: which models."""
+        return Dimension(CHAIN, tuple(ARROW.join(chain) for chain in self.chains), ordered=False)
+
+    def dimensions(self, chain: str) -> list[Dimension]:
+        """What is left to choose for a chain of these models."""
+        models = chain.split(ARROW)
+        found = [Dimension(FIRST, self.first, ordered=True)]
+        if len(models) == 1:
+            return found
+        if self.rules:
+            found.append(Dimension(RULE, tuple(self.rules), ordered=False))
+        else:
+            found += [Dimension(GROWN + model, self.grown, ordered=True) for model in models[1:]]
+        ordered = (ALPHA, WARMUP)
+        return found + [Dimension(name, values, name in ordered) for name, values in self.operators.items()]
+
+    @property
+    def size(self) -> int:
+        """How many combinations there are, those beyond the budget included."""
+        return sum(
+            math.prod(len(dimension.choices) for dimension in self.dimensions(chain))
+            for chain in self.chain_dimension.choices
+            if isinstance(chain, str)
+        )
+
+    def points(self) -> Iterator[Params]:
+        """Every combination."""
+        for chain in self.chain_dimension.choices:
+            dimensions = self.dimensions(str(chain))
+            for choices in itertools.product(*(dimension.choices for dimension in dimensions)):
+                names = (dimension.name for dimension in dimensions)
+                yield {CHAIN: chain, **dict(zip(names, choices, strict=True))}
+
+    def stages(self, params: Params) -> list[tuple[str, Duration]]:
+        """Models and their lengths."""
+        models = params[CHAIN].split(ARROW)
+        first = self.lengths[params[FIRST]]
+        if len(models) == 1:
+            return [(models[0], first)]
+        if RULE in params:
+            epochs = linear_epochs(0, self.rules[params[RULE]], len(models) - 1)[1:]
+            later = [Duration(amount, "epochs") for amount in epochs]
+        else:
+            later = [self.lengths[params[GROWN + model]] for model in models[1:]]
+        return list(zip(models, [first, *later], strict=True))
+
+    def chosen(self, params: Params) -> Experiment:
+        """The experiment with the chain and the transfer of these choices."""
+        transfer = self.experiment.transfer
+        distill, changes = transfer.distill, {name: params[name] for name in (WIDTH, DEPTH) if name in params}
+        if WARMUP in params:
+            changes[WARMUP] = self.lengths[params[WARMUP]]
+        if ALPHA in params:
+            changes["distill"] = (distill or Distill()).model_copy(update={ALPHA: params[ALPHA]})
+            if params[ALPHA] == 0:
+                changes["distill"] = None
+        return with_stages(self.experiment, self.stages(params), transfer.model_copy(update=changes))
+
+    def macs(self, params: Params) -> int:
+        """Training MACs of the chain."""
+        follows = params.get(ALPHA, 1.0) != 0 and (ALPHA in params or self.experiment.transfer.distill is not None)
+        sizes, total, teacher = {size.name: size for size in self.sizes}, 0, None
+        for model, length in self.stages(params):
+            total += self._stage_macs(sizes[model], teacher if follows else None, length)
+            teacher = sizes[model]
+        return total
+
+    def affordable(self, params: Params) -> bool:
+        """Within the budget, if there is one."""
+        budget = _settings(self.experiment).space.budget
+        return budget is None or self.macs(params) <= budget.macs(self.baseline_macs)
+
+    @property
+    def baseline_macs(self) -> int:
+        """Of the training that chains are compared with."""
+        size = model_size(self.baseline.model, self.experiment.data.image_size)
+        return self._stage_macs(size, None, self.baseline.epochs)
+
+    def nearest(self, stages: Sequence[tuple[str, Duration]]) -> Params | None:
+        """The choices nearest to a chain; None where the space has no such models."""
+        chain = ARROW.join(model for model, _ in stages)
+        if chain not in self.chain_dimension.choices:
+            return None
+        params: Params = {CHAIN: chain, FIRST: self._near(stages[0][1], self.first)}
+        if len(stages) == 1:
+            return params
+        if self.rules:
+            wanted = [self._steps(length) for _, length in stages[1:]]
+
+            def distance(rule: str) -> float:
+                found = self.stages(params | {RULE: rule})[1:]
+                return sum(abs(math.log(self._steps(length) / w)) for (_, length), w in zip(found, wanted, strict=True))
+
+            params[RULE] = min(self.rules, key=distance)
+        else:
+            params |= {GROWN + model: self._near(length, self.grown) for model, length in stages[1:]}
+        return params | {name: self._usual(name, values) for name, values in self.operators.items()}
+
+    def planned(self) -> Iterator[Params]:
+        """The experiment's own chain and the planner's proposals, best first, as near as the space has them."""
+        if self.experiment.chain and (own := self.nearest([(s.model, s.epochs) for s in self.experiment.chain])):
+            yield own
+        if not 2 <= len(self.sizes) <= 16:
+            return
+        family = self.experiment.model_copy(
+            update={"family": tuple(size.name for size in self.sizes), "chain": (), "allocation": None}
+        )
+        for proposal in proposals_for(family)[0]:
+            cost = proposal.cost
+            epochs = [Duration(amount, "epochs") for amount in cost.epochs]
+            if found := self.nearest(list(zip(cost.models, epochs, strict=True))):
+                yield found
+
+    def _near(self, length: Duration, names: Sequence[str]) -> str:
+        wanted = max(1, self._steps(length))
+        return min(names, key=lambda name: abs(math.log(max(1, self._steps(self.lengths[name])) / wanted)))
+
+    def _usual(self, name: str, values: Sequence[str | float]) -> str | float:
+        transfer = self.experiment.transfer
+        if name == ALPHA:
+            alpha = transfer.distill.alpha if transfer.distill else 0.0
+            return min(values, key=lambda value: abs(float(value) - alpha))
+        usual = {WIDTH: transfer.width, DEPTH: transfer.depth, WARMUP: str(transfer.warmup)}[name]
+        return usual if usual in values else values[0]
+
+    def _steps(self, length: Duration) -> int:
+        return length.steps(epoch_samples=self.samples, global_batch=self.experiment.train.global_batch)
+
+    def _stage_macs(self, size: ModelSize, teacher: ModelSize | None, length: Duration) -> int:
+        samples = self._steps(length) * self.experiment.train.global_batch
+        forward = teacher.forward if teacher else None
+        return stage_macs(size.forward, forward, samples, self.experiment.data.captions.per_image)
+
+
+def make_space(experiment: Experiment) -> Space:
+    """The space of an experiment with `search`, checked: something is left to try, and every growth works.
+
+    Raises InputError, with the nearest alternative where limits exclude everything.
+    """
+    search = _settings(experiment)
+    _check_stages(experiment)
+    names = search.space.models or experiment.family or tuple(stage.model for stage in experiment.chain)
+    where = "search.space.models" if search.space.models else "family" if experiment.family else "chain"
+    try:
+        matched = matching_models(names)
+        sizes = sorted((model_size(name, experiment.data.image_size) for name in matched), key=lambda s: s.params)
+    except (UnknownModelError, ValueError) as error:
+        raise InputError(where, ", ".join(names), str(error), "correct the name or pattern") from None
+    samples = epoch_samples(experiment, experiment.data)
+    batch = experiment.train.global_batch
+
+    def steps(length: Duration) -> int:
+        return length.steps(epoch_samples=samples, global_batch=batch)
+
+    own = search.space
+    planned = (experiment.allocation and experiment.allocation.first) or alone_epochs(samples)
+    first = own.first or ((experiment.chain[0].epochs,) if experiment.chain else (Duration(planned, "epochs"),))
+    grown: tuple[Duration, ...] = own.grown or ()
+    if not grown and not own.rules and experiment.chain:
+        grown = tuple(stage.epochs for stage in experiment.chain[1:])
+    rules: tuple[tuple[float, float], ...] = ()
+    if not grown:
+        longest = max(steps(length) for length in first) * batch / samples
+        rules = (
+            own.rules
+            or (experiment.allocation.rules if experiment.allocation else None)
+            or tuple((_tidy(a), _tidy(b)) for a, b in default_rules(longest))
+        )
+    warmups = own.warmup or ()
+    operators: dict[str, tuple[str | float, ...]] = {}
+    for name, choices in ((WIDTH, own.width), (DEPTH, own.depth), (ALPHA, own.alpha), (WARMUP, warmups)):
+        if choices:
+            operators[name] = tuple(dict.fromkeys(str(c) if isinstance(c, Duration) else c for c in choices))
+    longest_first = max(first, key=steps)
+    space = Space(
+        experiment=experiment,
+        samples=samples,
+        sizes=tuple(sizes),
+        chains=_chains(sizes, search, where),
+        lengths={str(length): length for length in (*first, *grown, *warmups)},
+        first=tuple(dict.fromkeys(str(length) for length in sorted(first, key=steps))),
+        grown=tuple(dict.fromkeys(str(length) for length in sorted(grown, key=steps))),
+        rules={f"{a:g}{ARROW}{b:g}": (a, b) for a, b in rules},
+        operators=operators,
+        baseline=experiment.baseline or Baseline(model=sizes[-1].name, epochs=longest_first),
+    )
+    _check_budget(space)
+    _check_growth(space)
+    return space
+
+
+def with_stages(experiment: Experiment, stages: Sequence[tuple[str, Duration]], transfer: Any = None) -> Experiment:
+    """The experiment as a plain chain of these models and lengths."""
+    chain = tuple(Stage(model=model, epochs=length) for model, length in stages)
+    changes = {"chain": chain, "family": None, "allocation": None, "search": None}
+    return experiment.model_copy(update=changes | {"transfer": transfer or experiment.transfer})
+
+
+def proxied(experiment: Experiment, proxy: Proxy, shards: Sequence[str] | None) -> Experiment:
+    """The experiment at the proxy's fidelity; `shards` are those that are read, where not all are."""
+    data, train, transfer = experiment.data, experiment.train, experiment.transfer
+    if shards is not None:
+        sources = type(data).model_validate(data.model_dump(mode="json") | {"train": list(shards)}).train
+        data = data.model_copy(update={"train": sources, "samples": None})
+    if proxy.image_size:
+        data = data.model_copy(update={"image_size": proxy.image_size})
+    chain = tuple(stage.model_copy(update={"epochs": _part(stage.epochs, proxy.epochs)}) for stage in experiment.chain)
+
+    def warmup(length: Duration | None) -> Duration | None:
+        share = proxy.epochs if length and length.unit == "epochs" else proxy.epochs * proxy.shards
+        return length if length is None or length.unit == "%" else _part(length, share)
+
+    return experiment.model_copy(
+        update={
+            "data": data,
+            "chain": chain,
+            "train": train.model_copy(update={"warmup": warmup(train.warmup)}),
+            "transfer": transfer.model_copy(update={"warmup": warmup(transfer.warmup)}),
+        }
+    )
+
+
+def _settings(experiment: Experiment) -> Search:
+    return experiment.search or Search()
+
+
+def _part(length: Duration, share: float) -> Duration:
+    amount = length.amount * share
+    return Duration(max(1, round(amount)) if length.unit != "epochs" else amount, length.unit)
+
+
+def _tidy(epochs: float) -> float:
+    return float(f"{epochs:.3g}")
+
+
+def _chains(sizes: Sequence[ModelSize], search: Search, where: str) -> tuple[tuple[str, ...], ...]:
+    """Subsets that end with the largest model and keep the lengths and ratios."""
+    *others, largest = sizes
+    wanted = search.space.lengths or range(2, len(sizes) + 1)
+    if len(sizes) < 2:
+        raise InputError(where, largest.name, "at least two models", "add models to search.space.models")
+    possible = [count for count in wanted if count <= len(sizes)]
+    if not possible:
+        given = ", ".join(map(str, wanted))
+        raise InputError("search.space.lengths", given, f"at most the {len(sizes)} models there are",
+                         f"set it to {len(sizes)}, or add models")  # fmt: skip
+    if sum(math.comb(len(others), count - 1) for count in possible) > MOST_CHAINS:
+        raise InputError(where, f"{len(sizes)} models", f"at most {MOST_CHAINS} chains", "leave some models out, "
+                         "or set search.space.lengths")  # fmt: skip
+    found = [
+        (*chosen, largest) for count in possible for chosen in itertools.combinations(others, count - 1)
+    ]  # fmt: skip
+    bounds = search.space.ratios
+    if bounds is None:
+        return tuple(tuple(size.name for size in chain) for chain in found)
+
+    def ratios(chain: Sequence[ModelSize]) -> list[float]:
+        return [b.image.params / a.image.params for a, b in itertools.pairwise(chain)]
+
+    def excess(chain: Sequence[ModelSize]) -> float:
+        return sum(ratio_excess(ratio, bounds) for ratio in ratios(chain))
+
+    kept = tuple(tuple(size.name for size in chain) for chain in found if excess(chain) == 0)
+    if not kept:
+        near = min(found, key=excess)
+        has = ratios(near)
+        low, high = math.floor(10 * min(has)) / 10, math.ceil(10 * max(has)) / 10
+        raise InputError(
+            "search.space.ratios",
+            f"[{bounds[0]:g}, {bounds[1]:g}]",
+            "bounds that some chain keeps",
+            f"the nearest is {ARROW.join(size.name for size in near)}: allow [{min(low, bounds[0]):g}, "
+            f"{max(high, bounds[1]):g}]",
+        )
+    return kept
+
+
+def _check_stages(experiment: Experiment) -> None:
+    for index, stage in enumerate(experiment.chain):
+        own = stage.model_fields_set - {"model", "epochs"}
+        if own:
+            raise InputError(
+                f"chain.{index}.{min(own)}",
+                getattr(stage, min(own)),
+                "only model and epochs in the chain of an experiment that is searched",
+                "set it for all stages in `train`, for grown ones in `transfer`",
+            )
+
+
+def _check_budget(space: Space) -> None:
+    """Leaves at least one affordable combination, or raises InputError with the cheapest."""
+    if _settings(space.experiment).space.budget is None:
+        return
+    cheapest: Params | None = None
+    for chain in space.chain_dimension.choices:
+        dimensions = space.dimensions(str(chain))
+        ends = {d.name: d.choices[:1] if d.name != RULE and d.name != ALPHA else d.choices for d in dimensions}
+        for choices in itertools.product(*ends.values()):
+            params = {CHAIN: chain, **dict(zip(ends, choices, strict=True))}
+            if cheapest is None or space.macs(params) < space.macs(cheapest):
+                cheapest = params
+    assert cheapest is not None
+    if space.affordable(cheapest):
+        return
+    stages = ARROW.join(f"{model} {length}" for model, length in space.stages(cheapest))
+    percent = 100 * space.macs(cheapest) / space.baseline_macs
+    raise InputError(
+        "search.space.budget",
+        _settings(space.experiment).space.budget,
+        f"at least {percent:.1f} % of the baseline ({space.macs(cheapest):.3g} MACs)",
+        f'the cheapest chain is {stages}; raise the budget to "{math.ceil(10 * percent) / 10:g} %", or allow shorter '
+        f"stages",
+    )
+
+
+def _check_growth(space: Space) -> None:
+    """Every pair of neighbours under every operator."""
+    transfer = space.experiment.transfer
+    pairs = sorted({pair for chain in space.chains for pair in itertools.pairwise(chain)})
+    for width, depth in itertools.product(
+        space.operators.get(WIDTH, (transfer.width,)), space.operators.get(DEPTH, (transfer.depth,))
+    ):
+        own = transfer.model_copy(update={WIDTH: width, DEPTH: depth})
+        for pair in pairs:
+            check_chain(with_stages(space.experiment, [(model, Duration(1, "epochs")) for model in pair], own))

@@ -1,0 +1,335 @@
+"""The search without Ray: the tree of stages and its schedule, the space and its limits, samplers, what is found."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import random
+import sys
+import time
+import tracemalloc
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from raychain.config.loading import validate
+from raychain.errors import InputError
+from raychain.run import main
+from raychain.search import search_command
+from raychain.searching.campaign import Campaign, Job, JobEnded, StageDone, Trial, ratio
+from raychain.searching.outcome import comparisons, pareto, rank_correlation
+from raychain.searching.sampling import make_sampler
+from raychain.searching.space import make_space, proxied
+from raychain.searching.tree import StageTree
+
+MICRO: dict[str, Any] = {
+    "name": "micro",
+    "data": {"train": "nowhere/{0..3}.tar", "samples": 16_000},
+    "chain": [{"model": "CoM-micro-S", "epochs": 8}, {"model": "CoM-micro-M", "epochs": 3}],
+    "train": {"global_batch": 128, "warmup": "10 %"},
+    "evaluate": {"zero_shot": "nowhere"},
+}
+SPACE: dict[str, Any] = {"models": "CoM-micro-{S,M,L}", "first": [4, 8], "grown": {"low": 1, "high": 3, "step": 1}}
+
+
+@dataclass
+class Stage:
+    """As much of a StageTask as a campaign looks at."""
+
+    key: str
+    model: str
+    epochs: float
+    macs: float
+
+
+@dataclass
+class Chain:
+    stages: tuple[Stage, ...]
+
+
+def trial(number: int, stages: list[tuple[str, float]]) -> Trial:
+    """A chain of (model, epochs) whose keys stand for all that comes before, as real ones do."""
+    keys = list(itertools.accumulate(f"{model}{epochs:g}/" for model, epochs in stages))
+    made = [Stage(key, model, epochs, epochs * 3 ** ord(model[0]) / 3 ** ord("a"))
+            for key, (model, epochs) in zip(keys, stages, strict=True)]  # fmt: skip
+    return Trial(number, "sampled", {"number": number}, Chain(tuple(made)))  # type: ignore[arg-type]
+
+
+@dataclass
+class Simulated:
+    """Trains stages in no time of ours, on a clock of its own."""
+
+    fails: frozenset[str] = frozenset()
+    stops_after: int | None = None
+    clock: float = 0.0
+    busy: float = 0.0
+    trained: list[str] = field(default_factory=list)
+    events: list[tuple[float, int, StageDone | JobEnded]] = field(default_factory=list)
+    order: Any = field(default_factory=itertools.count)
+
+    def start(self, job: Job) -> None:
+        at, costs = self.clock, {stage.key: stage.macs for stage in job.trial.task.stages}
+        for key in job.keys:
+            at += costs[key]
+            if key in self.fails:
+                self._push(at, JobEnded(job, f"{key} is not finite"))
+                return
+            if self.stops_after is not None and len(self.trained) >= self.stops_after:
+                self._push(at, JobEnded(job, stopped=True))
+                return
+            self.trained.append(key)
+            self.busy += costs[key]
+            self._push(at, StageDone(job, key, {"status": "trained", "metrics": {"top1": 1.0}}))
+        self._push(at, JobEnded(job))
+
+    def wait(self) -> StageDone | JobEnded:
+        self.clock, _, notice = heapq.heappop(self.events)
+        return notice
+
+    def _push(self, at: float, notice: StageDone | JobEnded) -> None:
+        heapq.heappush(self.events, (at, next(self.order), notice))
+
+
+def campaign(runner: Simulated, slots: int, known: dict[str, Any] | None = None) -> Campaign:
+    return Campaign(runner, slots, known=lambda t, i: (known or {}).get(t.keys[i]))
+
+
+CHAINS = st.lists(
+    st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from([1.0, 2.0])), min_size=1, max_size=4),
+    min_size=1,
+    max_size=12,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(CHAINS, st.integers(1, 5), st.booleans())
+def test_every_trial_ends_and_no_stage_is_trained_twice(chains: Any, slots: int, at_once: bool) -> None:
+    runner = Simulated()
+    work = campaign(runner, slots)
+    trials = [trial(number, chain) for number, chain in enumerate(chains)]
+    if at_once:
+        for one in trials:
+            work.add(one)
+    source = iter([] if at_once else trials)
+    assert work.run(lambda: next(source, None))
+    assert {one.status for one in trials} == {"succeeded"}
+    needed = {key for one in trials for key in one.keys}
+    assert sorted(runner.trained) == sorted(needed)
+    requested, trained = ratio(trials, set(runner.trained))
+    assert trained <= requested
+
+
+@settings(max_examples=100, deadline=None)
+@given(CHAINS, st.integers(1, 4), st.integers(0, 10))
+def test_a_search_that_was_stopped_goes_on_and_trains_the_rest(chains: Any, slots: int, after: int) -> None:
+    runner = Simulated(stops_after=after)
+    first = campaign(runner, slots)
+    trials = [trial(number, chain) for number, chain in enumerate(chains)]
+    for one in trials:
+        first.add(one)
+    first.stopping = len({key for one in trials for key in one.keys}) > after
+    while first.running or not first.stopping:
+        if first.run(lambda: None) or first.stopping:
+            break
+    again = Simulated()
+    second = campaign(again, slots, {key: {"status": "trained", "metrics": {}} for key in runner.trained})
+    cut = {job.trial.number for job in first.cut}
+    for one in [trial(number, chain) for number, chain in enumerate(chains)]:
+        second.resume(one) if one.number in cut else second.add(one)
+    assert second.run(lambda: None)
+    assert not set(again.trained) & set(runner.trained)
+    assert {one.status for one in second.trials.values()} == {"succeeded"}
+
+
+def test_a_failed_stage_fails_the_trials_that_need_it_and_no_others() -> None:
+    runner = Simulated(fails=frozenset({"a1/b2/"}))
+    work = campaign(runner, 2)
+    chains = [[("a", 1), ("b", 2), ("c", 1)], [("a", 1), ("b", 2)], [("a", 1), ("b", 1)], [("a", 1)]]
+    for number, chain in enumerate(chains):
+        work.add(trial(number, chain))
+    assert work.run(lambda: None)
+    assert [work.trials[n].status for n in range(4)] == ["failed", "failed", "succeeded", "succeeded"]
+    assert work.trials[1].reason == "a1/b2/ is not finite"
+    late = trial(4, [("a", 1), ("b", 2), ("c", 3)])
+    work.add(late)
+    assert late.status == "failed"
+
+
+def test_the_longest_remaining_way_is_trained_first() -> None:
+    tree = StageTree()
+    tree.add(0, [("a", 1), ("b", 1)])
+    tree.add(1, [("a", 1), ("c", 5)])
+    tree.add(2, [("d", 3)])
+    assert tree.take() == ["a", "c"]
+    assert tree.take() == ["d"]
+    assert tree.take() == []
+    tree.done("a")
+    assert tree.take() == ["b"]
+
+
+def test_a_thousand_chains_on_256_gpus_keep_them_busy_at_little_cost() -> None:
+    draw = random.Random(0)
+    chains = []
+    for _ in range(1000):
+        models = sorted(draw.sample("abcdef", draw.randint(2, 4)))
+        chains.append([(model, draw.choice([2.0, 4.0, 8.0, 12.0])) for model in models])
+    runner = Simulated()
+    work = campaign(runner, 256)
+    tracemalloc.start()
+    began = time.perf_counter()
+    for number, chain in enumerate(chains):
+        work.add(trial(number, chain))
+    before = tracemalloc.get_traced_memory()[0]
+    assert work.run(lambda: None)
+    spent, after = time.perf_counter() - began, tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    stages = len(work.tree.nodes)
+    critical = max(node.longest for node in work.tree.nodes.values() if node.parent is None)
+    bound = max(runner.busy / 256, critical)
+    assert sorted(runner.trained) == sorted(work.tree.nodes)
+    assert bound / runner.clock >= 0.9
+    assert spent / stages < 0.2
+    assert after - before < 2000 * stages
+
+
+def experiment(**search: Any) -> Any:
+    return validate(MICRO | {"search": {"space": SPACE} | search})
+
+
+def test_the_space_has_every_chain_up_to_the_largest_model() -> None:
+    space = make_space(experiment())
+    assert space.chains == (
+        ("CoM-micro-S", "CoM-micro-L"),
+        ("CoM-micro-M", "CoM-micro-L"),
+        ("CoM-micro-S", "CoM-micro-M", "CoM-micro-L"),
+    )
+    points = list(space.points())
+    assert len(points) == space.size == 2 * 3 + 2 * 3 + 2 * 3 * 3
+    chosen = space.chosen(points[0] | {"first": "8 epochs"})
+    assert [(stage.model, str(stage.epochs)) for stage in chosen.chain] == [
+        ("CoM-micro-S", "8 epochs"),
+        ("CoM-micro-L", "1 epochs"),
+    ]
+
+
+def test_the_macs_of_a_choice_are_those_of_its_plan() -> None:
+    from raychain.chain.costing import cost_of
+
+    space = make_space(experiment(space=SPACE | {"alpha": [0, 2], "width": ["centred", "embed"]}))
+    for params in list(space.points())[::17]:
+        assert space.macs(params) == cost_of(space.chosen(params)).cost.macs
+
+
+@pytest.mark.parametrize(
+    ("search", "where", "fix"),
+    [
+        ({"trials": 0}, "search.trials", "--trials 1"),
+        ({"metric": "i2t_r1"}, "search.metric", "search.metric=zero_shot_top1"),
+        ({"space": SPACE | {"budget": "1 %"}}, "search.space.budget", "the cheapest chain is"),
+        ({"space": SPACE | {"ratios": [50, 60]}}, "search.space.ratios", "the nearest is"),
+        ({"space": SPACE | {"lengths": [9]}}, "search.space.lengths", "set it to 3"),
+        ({"space": SPACE | {"models": "CoM-micro-S"}}, "search.space.models", "add models"),
+        ({"space": SPACE | {"models": ["CoM-micro-S", "CoM-micr-L"]}}, "search.space.models", "correct the name"),
+        ({"space": SPACE | {"width": ["centered"]}}, "transfer.width", "did you mean centred?"),
+    ],
+)
+def test_impossible_requests_name_the_nearest_possible_one(
+    search: dict[str, Any], where: str, fix: str, tmp_path: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    file = tmp_path / "micro.yaml"
+    file.write_text(yaml.safe_dump(MICRO | {"storage": str(tmp_path / "runs"), "search": {"space": SPACE} | search}))
+    monkeypatch.setattr(sys, "argv", ["raychain.search", str(file)])
+    with pytest.raises(SystemExit) as stop:
+        main(search_command, "search")
+    message = capsys.readouterr().err
+    assert stop.value.code == 2, message
+    assert where in message
+    assert fix in message
+
+
+def test_the_alternative_to_a_budget_that_excludes_all_works() -> None:
+    with pytest.raises(InputError) as error:
+        make_space(experiment(space=SPACE | {"budget": "1 %"}))
+    share = str(error.value).split('raise the budget to "')[1].split('"')[0]
+    space = make_space(experiment(space=SPACE | {"budget": share}))
+    assert any(space.affordable(params) for params in space.points())
+    assert not all(space.affordable(params) for params in space.points())
+
+
+def test_what_the_planner_proposes_is_tried_as_near_as_the_space_has_it() -> None:
+    tree = {k: v for k, v in MICRO.items() if k != "chain"} | {"family": "CoM-micro-{S,M,L}"}
+    space = make_space(validate(tree | {"search": {}}))
+    first = next(space.planned())
+    assert first in list(space.points())
+    assert next(make_space(experiment()).planned())["first"] == "8 epochs"
+
+
+@pytest.mark.parametrize("kind", ["tpe", "random", "grid"])
+@pytest.mark.parametrize("pareto_too", [False, True])
+def test_samplers_choose_within_the_space_and_take_fixed_choices(kind: str, pareto_too: bool) -> None:
+    space = make_space(experiment(space=SPACE | {"alpha": {"low": 0, "high": 2, "step": 0.5}}))
+    sampler = make_sampler(space, kind, 0, pareto=pareto_too)
+    points = list(space.points())
+    fixed = points[7]
+    assert sampler.ask(fixed) == fixed
+    sampler.tell(fixed, (30.0, 1e9))
+    for _ in range(15):
+        params = sampler.ask()
+        assert params in points
+        assert params is not None
+        sampler.tell(params, (10.0 * len(params["chain"]), float(space.macs(params))))
+
+
+def test_tpe_finds_what_pays() -> None:
+    space = make_space(experiment())
+
+    def worth(params: Any) -> float:
+        return 10.0 * (params["first"] == "8 epochs") + 5.0 * (params.get("grown.CoM-micro-L") == "3 epochs")
+
+    sampler = make_sampler(space, "tpe", 0, pareto=False)
+    found = []
+    for _ in range(40):
+        params = sampler.ask()
+        found.append(worth(params))
+        sampler.tell(params or {}, (found[-1], 1.0))
+    assert sum(found[20:]) > sum(found[:20])
+
+
+def test_a_proxy_shortens_stages_and_warm_ups_alike() -> None:
+    tree = MICRO | {"train": MICRO["train"] | {"warmup": "100 steps"}, "search": {"proxy": {"epochs": 0.25}}}
+    whole = validate(tree)
+    assert whole.search
+    assert whole.search.proxy
+    small = proxied(whole, whole.search.proxy, None)
+    assert [str(stage.epochs) for stage in small.chain] == ["2 epochs", "0.75 epochs"]
+    assert str(small.train.warmup) == "25 steps"
+
+
+def finished(number: int, kind: Any, stages: list[tuple[str, float]], top1: float) -> Trial:
+    made = trial(number, stages)
+    made.kind, made.status, made.metrics = kind, "succeeded", {"top1": top1}
+    return made
+
+
+def test_the_front_has_what_nothing_beats_and_controls_are_compared() -> None:
+    chain = finished(0, "sampled", [("a", 4), ("b", 2)], 40.0)
+    worse = finished(1, "sampled", [("a", 8), ("b", 8)], 39.0)
+    small = finished(2, "control", [("a", 4)], 30.0)
+    equal = finished(3, "equal-macs", [("b", 3)], 41.0)
+    trials = [chain, worse, small, equal]
+    assert [t.number for t in pareto(trials, "top1")] == [2, 3]
+    against = {found["model"]: found for found in comparisons(trials, chain, "top1")}
+    assert against["a"]["at_equal_macs"]["chain_is_ahead_by"] == 10
+    assert against["b"]["at_most"]["chain_is_ahead_by"] == -1
+
+
+def test_rank_correlation_is_spearmans() -> None:
+    assert rank_correlation([(1, 10), (2, 20), (3, 30)]) == 1
+    assert rank_correlation([(1, 30), (2, 20), (3, 10)]) == -1
+    assert rank_correlation([(1, 1), (2, 3), (3, 2), (4, 4)]) == 0.8
+    assert rank_correlation([(1, 1), (2, 2)]) is None
