@@ -231,7 +231,7 @@ def test_a_submitted_working_directory_has_the_code_and_no_data(tmp_path: Path) 
     assert (tmp_path / "package.zip").stat().st_size < 4 * 2**20
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_local_cluster_listens_here_alone_wants_the_token_drains_and_stops_whole(tmp_path_factory) -> None:
     folder = tmp_path_factory.mktemp("c")
     token = folder / "token"

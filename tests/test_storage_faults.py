@@ -103,6 +103,7 @@ class Line:
             end.close()
 
 
+@pytest.mark.long
 def test_object_storage_that_stalls_for_30_seconds_does_not_stop_training(tree, tmp_path, monkeypatch):
     port = _free_port()
     server = subprocess.Popen(

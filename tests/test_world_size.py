@@ -154,7 +154,7 @@ def _train(rank: int, world: int, rendezvous: str, task: Any, leave: int | None)
         dist.destroy_process_group()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_losses_do_not_depend_on_the_number_of_workers_or_its_changes(tree, tmp_path) -> None:
     """200 steps in fp32 with distillation and three captions: relative deviation at most 1e-4."""
     tree |= {"evaluate": {}, "checkpoint": {"every": "1000 steps"}}
