@@ -52,7 +52,7 @@ def test_a_chain_trains_and_its_run_folder_is_complete(finished):
     assert not (out / "checkpoints").exists() or not list((out / "checkpoints").rglob("*.safetensors"))
     assert {p.name for p in out.iterdir() if p.is_dir()} <= {"stages", "tensorboard", "checkpoints", ".driver"}
     assert "✓</i> succeeded" in (out / "report.html").read_text()
-    assert [(e["stage"], e["step"]) for e in run["evaluations"]] == [(0, 24), (1, 16)]
+    assert [(e["stage"], e["step"]) for e in run["evaluations"]] == [(0, 8), (0, 16), (0, 24), (1, 0), (1, 8), (1, 16)]
 
 
 def test_open_clip_alone_gives_the_metrics_of_the_run(finished, demo):
