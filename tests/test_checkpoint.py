@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from payload import Payload
 
 from raychain.families import build
 from raychain.storage import Folder
@@ -67,16 +68,13 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
-class Bomb:
-    def __reduce__(self):
-        return os.mkdir, (os.environ["BOMB"],)
-
-
 DAMAGES = {
     "bit flip": lambda path: flip(path / "model.safetensors"),
     "truncated": lambda path: os.truncate(path / "optimizer.safetensors", 1000),
     "missing": lambda path: (path / "optimizer.safetensors").unlink(),
-    "pickle": lambda path: (path / "model.safetensors").write_bytes(pickle.dumps(Bomb())),
+    "pickle": lambda path: (path / "model.safetensors").write_bytes(
+        pickle.dumps(Payload(path.parents[2] / "exploded"))
+    ),
     "no checksums": lambda path: (path / MARKER).write_text('{"key": "key", "counters": {"step": 2}}'),
     "half-written": lambda path: (path / MARKER).unlink(),
     "another stage's": lambda path: (path / MARKER).write_text((path / MARKER).read_text().replace("key", "yek", 2)),
@@ -84,8 +82,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_checkpoint_is_not_used_but_the_one_before(damage, tmp_path, monkeypatch, caplog):
-    monkeypatch.setenv("BOMB", str(tmp_path / "exploded"))
+def test_a_damaged_checkpoint_is_not_used_but_the_one_before(damage, tmp_path, caplog):
     checkpoints, _ = saved(tmp_path)
     DAMAGES[damage](file(tmp_path, 2, ""))
     assert checkpoints.latest() == 1

@@ -20,6 +20,7 @@ import webdataset
 from growing import perturb
 from moto.server import ThreadedMotoServer
 from open_clip.transform import PreprocessCfg, image_transform_v2
+from payload import Payload
 from PIL import Image
 from pyarrow import fs
 from safetensors.torch import save_file
@@ -205,16 +206,6 @@ def test_pictures_are_to_the_bit_those_of_open_clip(mode: str, kernel: Any, shap
     theirs = image_transform_v2(config, is_train=False)(Image.open(content)).permute(1, 2, 0) * 255
     ours = resize_exactly(content.getvalue(), 40, Resizing(mode == "squash", kernel))
     assert np.array_equal(ours, theirs.round().byte().numpy())
-
-
-class Payload:
-    """Would run when unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (str(self.path),)
 
 
 CASES: dict[str, tuple[list[str], list[str]]] = {

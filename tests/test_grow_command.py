@@ -14,6 +14,7 @@ import open_clip
 import pytest
 import torch
 from growing import perturb
+from payload import Payload
 from safetensors.torch import save_file
 
 import raychain
@@ -100,16 +101,6 @@ def test_operators_are_taken_and_embed_does_not_keep_the_function(folder, tmp_pa
     assert status == 0
     assert (report["width"], report["depth"]) == ("embed", "interleave")
     assert report["drift"]["image"]["cosine"] < 0.99
-
-
-class Payload:
-    """Would run when unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (str(self.path),)
 
 
 CASES: dict[str, tuple[list[str], list[str]]] = {

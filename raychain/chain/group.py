@@ -211,7 +211,8 @@ class Groups:
         finally:
             with contextlib.suppress(Exception):
                 cluster.remove(ray.get(self.mailbox.placements.remote(), timeout=10))
-            storage.delete(name)
+            with contextlib.suppress(OSError):  # Ray's own few files; the storage may be away
+                storage.delete(name)
 
     def _watch(self, attempt: Attempt) -> None:
         """Asks the group to save and return where its nodes leave, or where more workers would fit."""
