@@ -7,9 +7,10 @@ import hashlib
 import json
 import logging
 import os
+import random
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,22 +23,32 @@ CHUNK = 2**22
 """Bytes read at once where a file is copied or hashed."""
 SCRATCH = ".tmp"
 """How the names of files end that are being written."""
-RETRIES_S = (1, 2, 4, 8, 15, 30)
-"""Pauses between attempts of what can be tried again."""
+PAUSES_S = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0)
+"""Between attempts to write what must not be lost: a full disk that is cleared, storage that is back in a minute."""
+FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+"""Errors that trying again does not mend."""
+
 T = TypeVar("T")
 
 
-def patiently(work: Callable[[], T]) -> T:
-    """`work()`, which may be tried again after an OSError: a full disk that is cleared, storage that is back in a
-    minute. The last error is raised.
+def patiently(action: Callable[[], T], what: str, pauses_s: Sequence[float] = PAUSES_S) -> T:
+    """`action()`, tried again after each of the pauses if it raises OSError (timeouts are among them).
+
+    Each pause is spread by half, so that many do not come together. Raises FINAL errors at once, else OSError that
+    begins with `what`.
     """
-    for pause in RETRIES_S:
+    tries = len(pauses_s) + 1
+    for tried in range(1, tries + 1):
         try:
-            return work()
+            return action()
+        except FINAL:
+            raise
         except OSError as error:
-            log.warning("storage: %s; trying again in %d s", error, pause)
-            time.sleep(pause)
-    return work()
+            if tried == tries:
+                raise OSError(f"{what}: gave up after {tries} tries: {error}") from error
+            log.warning("%s: try %d of %d failed: %s", what, tried, tries, error)
+            time.sleep(pauses_s[tried - 1] * random.uniform(0.5, 1.5))
+    raise AssertionError("unreachable")
 
 
 def is_local(address: str) -> bool:
@@ -96,7 +107,7 @@ class Folder:
         try:
             with self.fs.open_input_stream(self.join(name)) as stream:
                 return stream.read()
-        except FileNotFoundError:  # perhaps only just
+        except (FileNotFoundError, NotADirectoryError):  # perhaps only just
             return None
 
     def write(self, name: str, content: bytes) -> None:

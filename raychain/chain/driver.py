@@ -191,7 +191,7 @@ def _sharing(
         def contribute(stage: StageTask, record: dict[str, Any]) -> None:
             assert store
             try:
-                patiently(lambda: store.contribute(stage.key, out, stage.folder))
+                patiently(lambda: store.contribute(stage.key, out, stage.folder), str(task.store))
             except (OSError, UnusableStageError) as error:
                 tell(event("warning", message=f"stage {stage.folder} is not shared through {task.store}: {error}"))
             tell(event("shared", stage=stage.index, record=record))

@@ -3,45 +3,28 @@
 from __future__ import annotations
 
 import io
-import logging
-import random
-import time
 from collections.abc import Callable
 from typing import Any, BinaryIO, TypeVar, cast
 
+from raychain import storage
 from raychain.storage import is_local, resolve
-
-log = logging.getLogger("raychain.feed")
 
 TRIES = 5
 PAUSE_S = 0.5
-"""Before the second try; doubles with every further one, and is spread by half so that readers do not come together."""
+"""Before the second try; doubles with every further one."""
 READ_AHEAD = 2**21
 """Bytes asked of object storage at once: one request for many members, not one for each."""
-FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
-"""Errors that asking again does not mend."""
-
 T = TypeVar("T")
 
 
 def patiently(address: str, action: Callable[[], T]) -> T:
-    """`action()`, tried TRIES times if `address` is object storage and it raises OSError (timeouts are among them).
+    """`action()`, tried TRIES times if `address` is object storage and it raises OSError.
 
     Raises what it raised for local paths and for files that are not there, else OSError that names the address.
     """
-    for tried in range(1, TRIES + 1):
-        try:
-            return action()
-        except FINAL:
-            raise
-        except OSError as error:
-            if is_local(address):
-                raise
-            if tried == TRIES:
-                raise OSError(f"{address}: gave up after {TRIES} tries: {error}") from error
-            log.warning("%s: try %d of %d failed: %s", address, tried, TRIES, error)
-            time.sleep(PAUSE_S * 2 ** (tried - 1) * random.uniform(0.5, 1.5))
-    raise AssertionError("unreachable")
+    if is_local(address):
+        return action()
+    return storage.patiently(action, address, [PAUSE_S * 2**tried for tried in range(TRIES - 1)])
 
 
 def open_input(address: str, read_ahead: int = READ_AHEAD) -> BinaryIO:

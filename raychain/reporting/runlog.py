@@ -122,7 +122,7 @@ class RunLog:
     def finish(self, status: str, totals: Mapping[str, Any]) -> None:
         """Writes everything with the final status (succeeded, failed, interrupted) and totals; no event comes after."""
         self._run |= {"status": status, "totals": dict(totals)}
-        patiently(self._write_all)
+        patiently(self._write_all, str(self._root))
         with self._later(TENSORBOARD):
             self._scalars.close()
         if self._scratch:

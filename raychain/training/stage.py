@@ -377,7 +377,8 @@ class ChainWorker:
                 moments=moments,
             )
             (Path(scratch) / STAGE_RECORD).write_text(json.dumps({**record, "files": files}, indent=2) + "\n")
-            patiently(lambda: self.out.publish(Path(scratch), f"stages/{stage.folder}", STAGE_RECORD))
+            name = f"stages/{stage.folder}"
+            patiently(lambda: self.out.publish(Path(scratch), name, STAGE_RECORD), f"{self.out.address}/{name}")
         checkpoints.clear()
         self._span(f"export {stage.model}", "export", started, stage)
         self.emit({"event": "stage_end", "stage": stage.index, "record": record})
