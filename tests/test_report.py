@@ -397,8 +397,29 @@ def test_a_search_has_its_front_its_tree_and_its_trials(tmp_path):
 )
 def test_the_front_and_the_best_are_found_however_they_are_given(shown):
     search = searched.parse(SEARCH | shown)
-    assert [t.position for t in search.front] == [0, 1, 3]
+    assert [t.number for t in search.front] == [0, 1, 3]
     assert search.best == search.trials[3]
+
+
+def test_stages_of_other_settings_are_not_shared_and_settings_that_differ_are_shown(tmp_path):
+    trials = [
+        trial(("S", 4), ("L", 1), macs=1e12 * (n + 1), top=20.0 + n, number=10 + n, keys=["s", f"l{n}"], reason="x",
+              params={"chain": "S", "alpha": 1.0 + n, "width": "centred"})
+        for n in range(3)
+    ]  # fmt: skip
+    root = made(write(tmp_path / "search", None, None, None, {"name": "my", "status": "running", "trials": trials}))
+    titles = [t.text for t in root.iter("title")]
+    assert titles.count("CoM-micro-L, 1 epoch: in 1 trial") == 2 * 3  # wide and narrow
+    assert titles.count("CoM-micro-S, 4 epochs: in 3 trials") == 2
+    assert [th.text for th in root.iter("th")] == [
+        "chain: model, epochs",
+        "trial",
+        "MACs",
+        "zero-shot top-1 %",
+        "alpha",
+        "status",
+    ]
+    assert "my (search) ▶ running" in words(root)
 
 
 def test_a_folder_that_is_no_run_is_one_error_with_status_2(tmp_path):

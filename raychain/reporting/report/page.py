@@ -28,11 +28,11 @@ def page(run: Run | None, found: dict[str, Any] | None) -> str:
     """The document for a run, a search, or both."""
     search = searched.parse(found) if found is not None else None
     content: list[Markup | None] = []
-    name = str(run.run.get("name") or "run") if run else "search"
+    name = str((run.run if run else found or {}).get("name") or "run") + ("" if run else " (search)")
     if run:
         content += _run(run)
     if search:
-        content += _search(search, alone=run is None)
+        content += _search(search, None if run or found is None else _title(name, found))
     made = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
     foot = tag("footer", f"Made by raychain report, {made}.")
     return _document(f"{name} · raychain", join([*content, foot]))
@@ -84,17 +84,21 @@ def _absent(text: str) -> Markup:
 
 
 def _headline(run: Run, tale: Story | None) -> Markup:
-    status = str(run.run.get("status") or "unknown")
-    chip = tag("span", tag("i", STATES.get(status, "?"), aria_hidden="true"), f" {status}",
-               class_=f"status {status}" if status in STATES else "status")  # fmt: skip
-    name = str(run.run.get("name") or "run")
     return tag(
         "header",
-        tag("div", tag("h1", name), chip, class_="title"),
-        tag("p", _summary(run, status), class_="summary"),
+        _title(str(run.run.get("name") or "run"), run.run),
+        tag("p", _summary(run, str(run.run.get("status") or "unknown")), class_="summary"),
         _figures(_run_figures(run, tale)),
         cost_bars(run),
     )
+
+
+def _title(name: str, document: dict[str, Any]) -> Markup:
+    """The name, and how the run or the search ended."""
+    status = str(document.get("status") or "unknown")
+    chip = tag("span", tag("i", STATES.get(status, "?"), aria_hidden="true"), f" {status}",
+               class_=f"status {status}" if status in STATES else "status")  # fmt: skip
+    return tag("div", tag("h1", name), chip if document.get("status") else None, class_="title")
 
 
 def _summary(run: Run, status: str) -> str:
@@ -213,13 +217,13 @@ def _time(run: Run, tale: Story | None) -> Markup | None:
     )
 
 
-def _search(search: Search, *, alone: bool) -> list[Markup | None]:
+def _search(search: Search, heading: Markup | None) -> list[Markup | None]:
     measured = sum(search.metric in trial.metrics for trial in search.trials)
     title = METRICS.get(search.metric, search.metric)
     head = None
-    if alone:
+    if heading:
         summary = f"{len(search.trials)} trials, {measured} of them measured. Accuracy is {title}."
-        head = tag("header", tag("div", tag("h1", "Search"), class_="title"), tag("p", summary, class_="summary"),
+        head = tag("header", heading, tag("p", summary, class_="summary"),
                    _figures(_search_figures(search)))  # fmt: skip
     tree_note = "Chains that begin alike share those stages. ×n: in n trials; the heavier outline leads to the best."
     return [

@@ -24,12 +24,14 @@ class Step(NamedTuple):
     model: str
     length: str
     rest: str
+    key: str = ""
+    """Its content address, where search.json gives it: stages of one key are one."""
 
 
 class Trial(NamedTuple):
     """A trial of search.json."""
 
-    position: int
+    number: int
     chain: tuple[Step, ...]
     macs: float | None
     metrics: dict[str, float]
@@ -49,7 +51,7 @@ class Search(NamedTuple):
     trained: float | None
 
 
-KNOWN = {"chain", "macs", "metrics", "status", "id", "trial", "index", "key", "keys"}
+KNOWN = {"chain", "macs", "metrics", "status", "id", "trial", "index", "number", "key", "keys", "params", "reason"}
 
 
 def parse(document: dict[str, Any]) -> Search:
@@ -58,12 +60,12 @@ def parse(document: dict[str, Any]) -> Search:
     trials = [_trial(i, entry) for i, entry in enumerate(raw)]
     names = [key for key in METRICS if any(key in trial.metrics for trial in trials)]
     names += [key for trial in trials for key in trial.metrics]
-    metric = names[0] if names else "zero_shot_top1"
+    metric = str(document.get("metric") or (names[0] if names else "zero_shot_top1"))
     best = _find(document.get("best"), raw, trials)
     listed = document.get("pareto")
     front = [t for t in (_find(item, raw, trials) for item in listed) if t] if isinstance(listed, list) else []
     measured = [t for t in trials if t.macs and metric in t.metrics]
-    front = sorted({t.position: t for t in front if t in measured}.values(), key=lambda t: t.macs or 0) or _front(
+    front = sorted({t.number: t for t in front if t in measured}.values(), key=lambda t: t.macs or 0) or _front(
         measured, metric
     )
     if best is None and measured:
@@ -75,16 +77,29 @@ def parse(document: dict[str, Any]) -> Search:
 def _trial(index: int, entry: dict[str, Any]) -> Trial:
     chain = entry.get("chain")
     steps = tuple(_step(stage) for stage in chain[:16]) if isinstance(chain, list) else ()
-    rest = {str(k): v for k, v in entry.items() if k not in KNOWN}
-    status = str(entry.get("status") or "")
-    return Trial(index, steps, amount(entry.get("macs")), numbers(entry.get("metrics")), status, rest)
+    keys = entry.get("keys")
+    if isinstance(keys, list) and len(keys) == len(steps):
+        steps = tuple(step._replace(key=str(key)) for step, key in zip(steps, keys, strict=True))
+    told = ("chain", "length", "first", "rules")  # the chain says these
+    params = {str(k): v for k, v in mapping(entry.get("params")).items() if not isinstance(v, dict | list)}
+    settings = {k: v for k, v in params.items() if k not in told and not k.startswith("grown.")}
+    rest = {str(k): v for k, v in entry.items() if k not in KNOWN} | settings
+    status, numbered = str(entry.get("status") or ""), number(entry.get("number"))
+    return Trial(
+        index if numbered is None else int(numbered),
+        steps,
+        amount(entry.get("macs")),
+        numbers(entry.get("metrics")),
+        status,
+        rest,
+    )
 
 
 def _step(stage: Any) -> Step:
     if not isinstance(stage, dict):
         return Step(str(stage), "", "")
     epochs = stage.get("epochs")
-    length = f"{epochs:g} epochs" if number(epochs) is not None else str(epochs or "")
+    length = f"{epochs:.3g} epochs" if number(epochs) is not None else str(epochs or "")
     length = length[:-1] if length == "1 epochs" else length
     rest = {k: v for k, v in stage.items() if k not in ("model", "epochs") and v is not None}
     return Step(str(stage.get("model", "?")), length, json.dumps(rest, sort_keys=True, default=str) if rest else "")
@@ -93,7 +108,7 @@ def _step(stage: Any) -> Step:
 def _find(item: Any, raw: Sequence[dict[str, Any]], trials: Sequence[Trial]) -> Trial | None:
     if isinstance(item, int) and not isinstance(item, bool):
         return trials[item] if 0 <= item < len(trials) else None
-    for key in ("id", "trial", "index", "key"):
+    for key in ("id", "trial", "index", "number", "key"):
         wanted = item.get(key) if isinstance(item, dict) else item
         found = next((t for t, r in zip(trials, raw, strict=True) if wanted is not None and r.get(key) == wanted), None)
         if found:
@@ -157,7 +172,7 @@ def pareto(search: Search) -> Markup | None:
             x = frame.x(alone)
             parts.append(tag("line", x1=x, x2=x, y1=40, y2=330, class_="baseline"))
             name = f"{search.baseline.get('model', 'the last model')} alone"
-            parts.append(label(x - 6, 54, fitted(name, x - 60), "note muted", "end"))
+            parts.append(label(min(x + 4, width), 33, fitted(name, x - 60), "note muted", "end"))
         taken: list[tuple[float, float, float, float]] = []
         corners = [(frame.x(t.macs or 1), frame.y(t.metrics[search.metric])) for t in search.front]
         parts.append(path(corners, "line c0", step=True))
@@ -293,16 +308,14 @@ def trials(search: Search) -> Markup | None:
         return None
     metrics = list(dict.fromkeys(k for t in search.trials for k in t.metrics))
     metrics = [k for k in METRICS if k in metrics] or metrics[:3]
-    extra = list(
-        dict.fromkeys(k for t in search.trials for k, v in t.rest.items() if isinstance(v, str | int | float))
-    )[:5]
-    order = sorted(search.trials, key=lambda t: (-t.metrics.get(search.metric, -1e9), t.macs or 0, t.position))
+    extra = _differing(search.trials)
+    order = sorted(search.trials, key=lambda t: (-t.metrics.get(search.metric, -1e9), t.macs or 0, t.number))
     rows = []
     for trial in order:
         mark = "best" if trial == search.best else "Pareto" if trial in search.front else None
         mark = tag("span", mark, class_="mark") if mark else None
         rows.append((
-            join([named(search, trial) or MISSING, mark], " "), f"{trial.position + 1}", macs(trial.macs),
+            join([named(search, trial) or MISSING, mark], " "), f"{trial.number}", macs(trial.macs),
             *(percent(trial.metrics.get(k)) for k in metrics),
             *(_value(trial.rest.get(k)) for k in extra), trial.status,
         ))  # fmt: skip
@@ -310,6 +323,13 @@ def trials(search: Search) -> Markup | None:
              *((f"{METRICS.get(k, k)} %", True) for k in metrics),
              *((k.replace("_", " "), False) for k in extra), ("status", False))  # fmt: skip
     return table(heads, rows, "sortable")
+
+
+def _differing(trials: Sequence[Trial]) -> list[str]:
+    """Settings that are not the same in all trials."""
+    kinds = (str, int, float)
+    keys = dict.fromkeys(k for t in trials for k, v in t.rest.items() if isinstance(v, kinds))
+    return [k for k in keys if len({str(t.rest.get(k)) for t in trials}) > 1][:6]
 
 
 def _value(value: Any) -> str:
