@@ -32,13 +32,12 @@ def step(at: TrainState, number: int) -> None:
         parameter.grad = torch.randn_like(parameter)
     at.optimizer.param_groups[0]["lr"] = 1e-3
     at.optimizer.step()
-    assert at.average
-    at.average.update_parameters(at.student.model)
     at.counters.step, at.counters.samples = number, 32 * number
+    at.follow()
 
 
 def saved(tmp_path: Path, steps: int = 2) -> tuple[Checkpoints, TrainState]:
-    checkpoints, at = Checkpoints(Folder(str(tmp_path)), "0-model", "key", keep=2), state(0)
+    checkpoints, at = Checkpoints(Folder(str(tmp_path)), "checkpoints/0-model", "key", keep=2), state(0)
     for number in range(1, steps + 1):
         step(at, number)
         checkpoints.save(at, wait=True)
@@ -60,6 +59,37 @@ def test_a_restored_state_is_the_saved_one_and_the_newest_are_kept(tmp_path):
     for a, b in ((ours.weights, theirs.weights), (ours.moments, theirs.moments)):
         assert a.keys() == b.keys()
         assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def follow_on(at: TrainState, last: int) -> None:
+    for number in range(at.counters.step + 1, last + 1):
+        torch.manual_seed(number)
+        step(at, number)
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_an_average_that_begins_later_starts_from_the_weights_and_survives_being_saved(tmp_path):
+    checkpoints, at = Checkpoints(Folder(str(tmp_path)), "trunk", "key", keep=None), state(0)
+    at.averaged_from = 2
+    for number in range(1, 5):
+        follow_on(at, number)
+        checkpoints.save(at, wait=True)
+        assert (at.model is at.student.model) == (number < 2)
+        assert same(at.model.state_dict(), at.student.model.state_dict()) == (number < 3)
+    assert [checkpoints.latest(most) for most in (None, 2, 0)] == [4, 2, None]
+    for begin in (1, 2, 3):
+        other = state(1)
+        other.averaged_from = 2
+        checkpoints.load(begin, other)
+        follow_on(other, 4)
+        assert same(other.snapshot({}).moments, at.snapshot({}).moments)
+    shorter = state(1)
+    shorter.averaged_from = 1
+    checkpoints.load(1, shorter)  # saved by a longer stage, whose average had not begun
+    assert same(shorter.model.state_dict(), shorter.student.model.state_dict())
 
 
 def flip(path: Path) -> None:

@@ -74,6 +74,14 @@ def test_warm_up_is_linear_and_ends_at_the_peak() -> None:
     assert rates("constant")[10:] == [2.0] * 90
 
 
+def test_wsd_is_constant_and_then_falls_as_one_minus_the_root() -> None:
+    steps = [learning_rate(s, peak=2.0, warmup=10, total=100, schedule="wsd", cooldown=20) for s in range(100)]
+    assert steps[:10] == pytest.approx([0.2 * (step + 1) for step in range(10)])
+    assert steps[10:80] == [2.0] * 70
+    assert steps[80:] == pytest.approx([2.0 * (1 - ((n + 1) / 21) ** 0.5) for n in range(20)])
+    assert steps[-1] > 0
+
+
 def test_cosine_falls_from_the_peak_to_near_zero() -> None:
     falling = rates("cosine")[10:]
     assert all(a > b for a, b in pairwise(falling))

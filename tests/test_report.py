@@ -13,7 +13,6 @@ import pytest
 from typer.testing import CliRunner
 
 import raychain
-from raychain.chain import driver
 from raychain.cli import commands
 from raychain.errors import InputError
 from raychain.reporting.report import scales, searched, timeline
@@ -21,6 +20,7 @@ from raychain.reporting.report.loading import read
 from raychain.reporting.report.markup import NARROW, WIDE, escape, plain_text, text_width
 from raychain.reporting.report.page import page
 from raychain.reporting.report.plot import shortened, spread
+from raychain.reporting.report.writing import leave_report
 from raychain.storage import Folder
 
 T0 = 1_700_000_000.0
@@ -447,10 +447,10 @@ def test_a_run_on_object_storage_gets_its_page_there(bucket):
 
 
 def test_a_page_that_cannot_be_written_is_a_warning_to_a_run(tmp_path, capsys):
-    driver._report(Folder(str(tmp_path)))  # there is no run.json
+    leave_report(Folder(str(tmp_path)))  # there is no run.json
     assert "warning:" in capsys.readouterr().err
     write(tmp_path / "run", run_json())
-    driver._report(Folder(str(tmp_path / "run")))
+    leave_report(Folder(str(tmp_path / "run")))
     assert (tmp_path / "run" / "report.html").is_file()
     assert capsys.readouterr().err == ""
 

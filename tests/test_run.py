@@ -14,6 +14,7 @@ import open_clip
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 import raychain
 from raychain.chain import driver
@@ -134,6 +135,23 @@ def test_an_interrupted_run_continues_to_the_same_result(ray_session, tree, tmp_
     assert [x["step"] for x in lines(out)] == [x["step"] for x in lines(tmp_path / "whole")]
     for a, b in zip(lines(out), lines(tmp_path / "whole"), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+
+
+def test_a_longer_wsd_stage_goes_on_from_the_shorter_ones_trunk_to_the_same_result(ray_session, tree, tmp_path, capsys):
+    tree["chain"] = [{"model": "CoM-micro-S", "epochs": "20 steps"}]
+    tree["train"] |= {"schedule": "wsd", "cooldown": "25 %", "average": "3 steps", "warmup": "4 steps"}
+    short = raychain.run(validate(tree))
+    trunks = list((tmp_path / "runs/store/.trunks").glob("*/*/state.json"))
+    assert [path.parent.name for path in trunks] == ["0000000015"]
+    tree["chain"][0]["epochs"] = "40 steps"
+    longer = raychain.run(validate(tree))
+    assert "resumed at step 15" in capsys.readouterr().err
+    apart = raychain.run(validate(tree | {"storage": str(tmp_path / "apart")}))
+    assert apart["stages"][0]["key"] == longer["stages"][0]["key"] != short["stages"][0]["key"]
+    assert apart["stages"][0]["metrics"] == longer["stages"][0]["metrics"]
+    names = ("runs/tiny/stages/0-CoM-micro-S", "apart/tiny/stages/0-CoM-micro-S")
+    ours, theirs = (load_file(tmp_path / name / "open_clip_model.safetensors") for name in names)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours | theirs)
 
 
 def test_a_diverging_run_fails_naming_the_step_and_keeps_the_first_stage(ray_session, tree, tmp_path):

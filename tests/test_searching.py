@@ -45,6 +45,9 @@ class Stage:
     model: str
     epochs: float
     macs: float
+    steps: int = 100
+    trunk: str = ""
+    rungs: tuple[int, ...] = ()
 
 
 @dataclass
@@ -73,7 +76,7 @@ class Simulated:
     order: Any = field(default_factory=itertools.count)
 
     def start(self, job: Job) -> None:
-        at, costs = self.clock, {stage.key: stage.macs for stage in job.trial.task.stages}
+        at, costs = self.clock, {step.key: step.share * step.stage.macs for step in job.trial.path}
         for key in job.keys:
             at += costs[key]
             if key in self.fails:
@@ -96,7 +99,16 @@ class Simulated:
 
 
 def campaign(runner: Simulated, slots: int, known: dict[str, Any] | None = None) -> Campaign:
-    return Campaign(runner, slots, known=lambda t, i: (known or {}).get(t.keys[i]))
+    return Campaign(runner, slots, known=lambda step: (known or {}).get(step.key))
+
+
+def with_trunk(number: int, stages: list[tuple[str, float]]) -> Trial:
+    """As `trial`, of stages of 100 steps an epoch whose last 20 % are a cool-down; lengths are 1 or 2 epochs."""
+    made = trial(number, stages)
+    for stage in made.task.stages:
+        stage.steps, stage.rungs = int(100 * stage.epochs), (80,) if stage.epochs == 1 else (80, 160)  # type: ignore
+        stage.trunk = stage.key.rsplit(f"{stage.epochs:g}/", 1)[0]  # type: ignore[misc]
+    return made
 
 
 CHAINS = st.lists(
@@ -144,6 +156,40 @@ def test_a_search_that_was_stopped_goes_on_and_trains_the_rest(chains: Any, slot
     assert second.run(lambda: None)
     assert not set(again.trained) & set(runner.trained)
     assert {one.status for one in second.trials.values()} == {"succeeded"}
+
+
+@settings(max_examples=100, deadline=None)
+@given(CHAINS, st.integers(1, 4), st.integers(0, 12))
+def test_stages_that_differ_in_length_share_their_trunk(chains: Any, slots: int, after: int) -> None:
+    runner = Simulated(stops_after=after)
+    first = campaign(runner, slots)
+    trials = [with_trunk(number, chain) for number, chain in enumerate(chains)]
+    for one in trials:
+        first.add(one)
+    nodes = {step.key: step.share * step.stage.epochs for one in trials for step in one.path}
+    first.stopping = len(nodes) > after
+    while first.running or not first.stopping:
+        if first.run(lambda: None) or first.stopping:
+            break
+    again = Simulated()
+    second = campaign(again, slots, {key: {"status": "trained", "metrics": {}} for key in runner.trained})
+    for one in [with_trunk(number, chain) for number, chain in enumerate(chains)]:
+        second.add(one)
+    assert second.run(lambda: None)
+    assert {one.status for one in second.trials.values()} == {"succeeded"}
+    assert sorted(again.trained + runner.trained) == sorted(nodes), "every part once, an interruption or not"
+    requested, trained = ratio(trials, set(nodes))
+    assert trained == pytest.approx(sum(nodes.values()))
+    assert requested == pytest.approx(sum(epochs for chain in chains for _, epochs in chain))
+
+
+def test_a_stage_that_is_there_needs_nothing_of_its_trunk() -> None:
+    runner = Simulated()
+    one = with_trunk(0, [("a", 2.0), ("b", 1.0)])
+    work = campaign(runner, 1, {one.keys[0]: {"status": "trained", "metrics": {}}})
+    work.add(one)
+    assert work.run(lambda: None)
+    assert runner.trained == ["a2/b@80", "a2/b1/"]
 
 
 def test_a_failed_stage_fails_the_trials_that_need_it_and_no_others() -> None:

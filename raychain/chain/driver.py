@@ -25,7 +25,7 @@ from raychain.reporting.environment import environment
 from raychain.reporting.events import Event, event
 from raychain.reporting.health import DataHealth
 from raychain.reporting.progress import Progress
-from raychain.reporting.report.writing import REPORT, write_report
+from raychain.reporting.report.writing import leave_report
 from raychain.reporting.runlog import RUN, RunLog
 from raychain.reporting.trackers import Trackers
 from raychain.storage import Folder, patiently
@@ -59,7 +59,7 @@ def run_chain(
         try:
             return _run(task, out, store, records, leases, address, verbose, watch)
         finally:
-            _report(out)
+            leave_report(out)
 
 
 def _run(
@@ -123,14 +123,6 @@ def _run(
     if not complete:
         raise Interrupted
     return log.run
-
-
-def _report(out: Folder) -> None:
-    """Writes the run's page, whatever became of the run; it can be written again at any time."""
-    try:
-        write_report(out)
-    except Exception as error:  # a page is no reason to fail a run
-        print(f"raychain: warning: {out.address}/{REPORT} was not written: {error}", file=sys.stderr, flush=True)
 
 
 def _claim(

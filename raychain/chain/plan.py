@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from raychain.config.experiment import Baseline, Data, Experiment
+from raychain.config.durations import Duration
+from raychain.config.experiment import Baseline, Data, Experiment, Train
 from raychain.demo import DemoError, is_current, make_demo
 from raychain.errors import InputError, nearest
 from raychain.evaluation.data import resolve_retrieval, resolve_zero_shot
@@ -36,6 +37,17 @@ from raychain.training.task import ChainTask, StageTask
 
 SCHEMA = 2
 """Version of the code's training semantics; part of every stage key."""
+
+
+class Others(NamedTuple):
+    """Lengths that first and grown stages have in other chains."""
+
+    first: tuple[Duration, ...] = ()
+    grown: tuple[Duration, ...] = ()
+
+
+ALONE = Others()
+"""A chain that is trained for itself."""
 
 
 def check_experiment(experiment: Experiment, address: str | None = None) -> None:
@@ -151,11 +163,14 @@ def make_task(
     return task
 
 
-def replan(task: ChainTask, experiment: Experiment, out: str) -> ChainTask:
-    """The task of another chain on the same data and evaluation, which are not looked at again. Raises InputError."""
+def replan(task: ChainTask, experiment: Experiment, out: str, others: Others = ALONE) -> ChainTask:
+    """The task of another chain on the same data and evaluation, which are not looked at again. Raises InputError.
+
+    `others` are the lengths with which the chain's trunks are to be shared.
+    """
     feed = task.stages[0].feed
     readings = [Reading(feed.shards, feed.order)] * len(experiment.chain)
-    stages = _stages(experiment, readings, Folder(out))
+    stages = _stages(experiment, readings, Folder(out), others)
     return replace(task, experiment=experiment, out=Folder(out).path if is_local(out) else out, stages=stages)
 
 
@@ -241,7 +256,9 @@ def worker_cpus(experiment: Experiment) -> float:
     return given if given is not None else max(1, (os.cpu_count() or 1) // experiment.compute.max_workers)
 
 
-def _stages(experiment: Experiment, readings: Sequence[Reading], out: Folder) -> tuple[StageTask, ...]:
+def _stages(
+    experiment: Experiment, readings: Sequence[Reading], out: Folder, others: Others = ALONE
+) -> tuple[StageTask, ...]:
     recipe, stages, key = experiment.train, [], ""
     every = experiment.evaluate.every
     for index, (stage, reading) in enumerate(zip(experiment.chain, readings, strict=True)):
@@ -257,12 +274,18 @@ def _stages(experiment: Experiment, readings: Sequence[Reading], out: Folder) ->
                 "lengthen it or lower global_batch",
             )
         grown = experiment.transfer if index else None
-        warmup = (stage.warmup or (grown and grown.warmup) or recipe.warmup).steps(**lengths, stage_steps=steps)
-        if warmup >= steps:
-            raise InputError(
-                f"chain.{index}", f"{warmup} warm-up steps of {steps}", "a warm-up shorter than the stage",
-                f'set chain.{index}.warmup, for example "10 %"',
-            )  # fmt: skip
+        own_warmup = stage.warmup or (grown and grown.warmup) or recipe.warmup
+        warmup, cooldown = own_warmup.steps(**lengths, stage_steps=steps), _cooldown(recipe, lengths, steps)
+        if warmup + cooldown >= steps:
+            given = f"{warmup} warm-up steps" + (f" and {cooldown} of the cool-down" if cooldown else "")
+            raise InputError(f"chain.{index}", f"{given} of {steps}", "less than the stage",
+                             f'set chain.{index}.warmup, for example "10 %"')  # fmt: skip
+        rungs = set()
+        for length in (stage.epochs, *others[min(index, 1)]) if cooldown else ():
+            total = length.steps(**lengths)
+            rung = total - _cooldown(recipe, lengths, total)
+            if own_warmup.steps(**lengths, stage_steps=total) == warmup < rung <= steps - cooldown:
+                rungs.add(rung)
         config = model_config(stage.model)
         image_size = _image_size(experiment, index)
         spec = Spec(Wanted(data.captions.keys), image_size, make_tokenizer(config)[1], data.crop is not None)
@@ -271,33 +294,30 @@ def _stages(experiment: Experiment, readings: Sequence[Reading], out: Folder) ->
         betas, eps = adam_constants(recipe, config)
         precision = recipe.precision or ("bf16" if experiment.compute.gpus_per_worker else "fp32")
         average = max(1, recipe.average.steps(**lengths, stage_steps=steps)) if recipe.average else 0
-        key = _digest(
-            {
-                "schema": SCHEMA,
-                "model": config,
-                "image_size": image_size,
-                "data": {
-                    "shards": [shard.identity for shard in reading.shards],
-                    "weights": [source.weight for source in data.train],
-                    "captions": data.captions.model_dump(mode="json"),
-                    "crop": data.crop,
-                    "window": data.shuffle_window,
-                    "pixels": spec.pixels,
-                },
-                "steps": steps,
-                "warmup": warmup,
-                "lr": lr,
-                "adam": [betas, eps],
-                "precision": precision,
-                "average": average,
-                "recipe": recipe.model_dump(
-                    mode="json", include={"global_batch", "schedule", "weight_decay", "clip_norm"}
-                ),
-                "transfer": grown.model_dump(mode="json", exclude={"warmup", "lr_scale"}) if grown else None,
-                "seed": recipe.seed + index,
-                "previous": key,
-            }
-        )
+        content = {
+            "schema": SCHEMA,
+            "model": config,
+            "image_size": image_size,
+            "data": {
+                "shards": [shard.identity for shard in reading.shards],
+                "weights": [source.weight for source in data.train],
+                "captions": data.captions.model_dump(mode="json"),
+                "crop": data.crop,
+                "window": data.shuffle_window,
+                "pixels": spec.pixels,
+            },
+            "warmup": warmup,
+            "lr": lr,
+            "adam": [betas, eps],
+            "precision": precision,
+            "recipe": recipe.model_dump(mode="json", include={"global_batch", "schedule", "weight_decay", "clip_norm"}),
+            "transfer": grown.model_dump(mode="json", exclude={"warmup", "lr_scale"}) if grown else None,
+            "seed": recipe.seed + index,
+            "previous": key,
+        }
+        trunk = _digest(content | {"trunk": True}) if cooldown else ""
+        own = {"steps": steps, "average": average} | ({"cooldown": cooldown} if cooldown else {})
+        key = _digest(content | own)
         folder = f"{index}-{re.sub(r'[^A-Za-z0-9._-]', '_', stage.model)}"
         record = out.read_json(f"stages/{folder}/{STAGE_RECORD}")
         student = forward_macs(stage.model, image_size)
@@ -315,6 +335,9 @@ def _stages(experiment: Experiment, readings: Sequence[Reading], out: Folder) ->
                 eps=eps,
                 precision=precision,
                 average=average,
+                cooldown=cooldown,
+                trunk=trunk,
+                rungs=tuple(sorted(rungs)),
                 feed=Feed(reading.shards, reading.order, spec, data.captions.per_image, data.crop),
                 epoch_samples=epoch_samples,
                 eval_every=max(1, every.steps(**lengths)) if every else 0,
@@ -348,6 +371,13 @@ def totals(task: ChainTask, wall_s: float) -> dict[str, Any]:
         "speedup": round(alone / macs, 3),
         "wall_s": round(wall_s, 3),
     }
+
+
+def _cooldown(recipe: Train, lengths: dict[str, int], steps: int) -> int:
+    """Steps of the cool-down of a stage of `steps`."""
+    if recipe.schedule != "wsd":
+        return 0
+    return max(1, (recipe.cooldown or Duration(20, "%")).steps(**lengths, stage_steps=steps))
 
 
 def _digest(value: Any) -> str:

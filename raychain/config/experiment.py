@@ -199,8 +199,12 @@ class Train(Component):
     """Peak learning rate."""
     warmup: Warmup = Duration(1000, "steps")
     """Linear warm-up: "N steps", "N samples", "N epochs" or "N %" of the stage."""
-    schedule: Literal["cosine", "constant"] = "cosine"
-    """Learning rate after the warm-up: cosine to zero, or constant."""
+    schedule: Literal["cosine", "constant", "wsd"] = "cosine"
+    """Learning rate after the warm-up: cosine to zero, constant, or constant with a cool-down at the end (wsd). Stages
+    that differ in their length alone share their constant part, the trunk, where they share a storage."""
+    cooldown: Horizon | None = None
+    """Of `schedule: wsd`: "N steps" or "N %" of the stage, in which the learning rate falls to zero as 1 - sqrt.
+    Absent: 20 %. The average of the weights begins with it."""
     weight_decay: float = Field(0.1, ge=0)
     """On matrices and tables; gains, biases and logit_scale have none."""
     betas: tuple[Beta, Beta] | None = None
@@ -219,6 +223,12 @@ class Train(Component):
     seed: Seed = 0
     log_every: int = Field(20, ge=1)
     """Steps between lines of metrics.jsonl."""
+
+    @model_validator(mode="after")
+    def _cooldown_of_wsd(self) -> Train:
+        if self.cooldown is not None and self.schedule != "wsd":
+            raise ValueError("cooldown: allowed with `schedule: wsd` only")
+        return self
 
 
 class Compute(Component):

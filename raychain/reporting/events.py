@@ -26,6 +26,8 @@ worker       A worker has started.
     rank, node (id), pid
 saved        A checkpoint is complete: what comes after `step` is all that could be lost.
     stage, step
+trunk        A state before a cool-down is shared with stages of other lengths.
+    stage, trunk (its key), step
 stopped      The workers have saved because they were asked to stop.
     stage, step
 failure      A worker met an error that it knows: `fatal` would only come again, `memory` could be too large a batch.
@@ -43,8 +45,8 @@ from typing import Any, Literal
 
 Event = dict[str, Any]
 Kind = Literal[
-    "stage_start", "step", "span", "evaluation", "stage_end", "shared", "bad_samples", "worker", "saved", "stopped",
-    "failure", "restart", "warning",
+    "stage_start", "step", "span", "evaluation", "stage_end", "shared", "bad_samples", "worker", "saved", "trunk",
+    "stopped", "failure", "restart", "warning",
 ]  # fmt: skip
 
 CATEGORIES = ("stage", "build", "preload", "evaluation", "checkpoint", "export", "restart")

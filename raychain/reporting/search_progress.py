@@ -40,7 +40,9 @@ class ShownJob(Protocol):
     def trial(self) -> ShownTrial:
         """The trial whose chain it trains."""
 
-    keys: list[str]
+    @property
+    def stages(self) -> int:
+        """How many stages it ends."""
 
 
 class SearchProgress:
@@ -70,7 +72,7 @@ class SearchProgress:
 
     def begin(self, job: ShownJob) -> None:
         """A worker group begins."""
-        stages = len(job.keys)
+        stages = job.stages
         left = "" if stages == len(job.trial.chain) else f", the last {stages} of {len(job.trial.chain)} stages"
         self.say(f"{_title(job.trial)}: {describe(job.trial.chain)}{left}")
 

@@ -7,10 +7,31 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
 
 from raychain.searching.tree import StageTree
-from raychain.training.task import ChainTask
+from raychain.training.task import ChainTask, StageTask
 
 Record = dict[str, Any]
 Kind = Literal["planned", "sampled", "control", "equal-macs", "full"]
+
+
+class Step(NamedTuple):
+    """A node of the tree of stages."""
+
+    key: str
+    place: int
+    """Of the stage in the chain."""
+    share: float
+    """Of the stage's steps."""
+    stage: StageTask
+
+    @property
+    def whole(self) -> bool:
+        """It ends the stage."""
+        return self.key == self.stage.key
+
+
+def trunk_key(trunk: str, rung: int) -> str:
+    """Of a trunk's first `rung` steps."""
+    return f"{trunk}@{rung}"
 
 
 @dataclass
@@ -33,6 +54,18 @@ class Trial:
         return [stage.key for stage in self.task.stages]
 
     @property
+    def path(self) -> list[Step]:
+        """Its nodes in the tree of stages: the stages, each after the parts of its trunk."""
+        found = []
+        for place, stage in enumerate(self.task.stages):
+            before = 0
+            for rung in stage.rungs:
+                found.append(Step(trunk_key(stage.trunk, rung), place, (rung - before) / stage.steps, stage))
+                before = rung
+            found.append(Step(stage.key, place, 1 - before / stage.steps, stage))
+        return found
+
+    @property
     def macs(self) -> int:
         """Training MACs of the whole chain, whoever trains its stages."""
         return sum(stage.macs for stage in self.task.stages)
@@ -45,14 +78,19 @@ class Trial:
 
 @dataclass(eq=False)
 class Job:
-    """A path of stages for one worker group, and the trial whose chain it is."""
+    """A path of the tree for one worker group, and the trial whose chain it is."""
 
     trial: Trial
     keys: list[str]
 
+    @property
+    def stages(self) -> int:
+        """How many stages it ends."""
+        return len(set(self.keys) & set(self.trial.keys))
+
 
 class StageDone(NamedTuple):
-    """A job finished a stage, and others can use it."""
+    """A job finished a stage or a part of a trunk, and others can use it."""
 
     job: Job
     key: str
@@ -90,7 +128,7 @@ class Campaign:
         runner: Runner,
         slots: int,
         *,
-        known: Callable[[Trial, int], Record | None],
+        known: Callable[[Step], Record | None],
         begun: Callable[[Job], None] = lambda _: None,
         finished: Callable[[str, Record, Job | None], None] = lambda *_: None,
         ended: Callable[[Trial], None] = lambda _: None,
@@ -110,23 +148,26 @@ class Campaign:
     def add(self, trial: Trial) -> None:
         """A trial whose stages are to be trained, as far as they are not known."""
         self.trials[trial.number] = trial
-        path = [(stage.key, float(stage.macs)) for stage in trial.task.stages]
-        fresh = [key not in self.tree.nodes for key, _ in path]
-        state = self.tree.add(trial.number, path)
+        path = trial.path
+        fresh = {step.key for step in path if step.key not in self.tree.nodes}
+        state = self.tree.add(trial.number, [(step.key, step.share * step.stage.macs) for step in path])
         if state != "waiting":
             self._end(trial.number, state == "done", "a stage that it shares failed")
             return
-        for index, (key, _) in enumerate(path):
-            if self.tree.nodes[key].state == "done":
-                continue
-            if not fresh[index] or (record := self.known(trial, index)) is None:
+        for place in range(len(trial.task.stages)):
+            *parts, whole = (step for step in path if step.place == place)
+            if whole.key in fresh and (record := self.known(whole)) is not None:
+                self._done(whole.key, record, None)
+            for part in parts:
+                if self.tree.nodes[part.key].state == "waiting" and (record := self.known(part)) is not None:
+                    self._done(part.key, record, None)
+            if self.tree.nodes[whole.key].state != "done":
                 break
-            self._done(key, record, None)
 
     def resume(self, trial: Trial) -> None:
         """As `add`; what is left of it is trained first, by one worker group, as it was before an interruption."""
         self.add(trial)
-        if trial.status == "running" and (keys := self.tree.take_trial(trial.keys)):
+        if trial.status == "running" and (keys := self.tree.take_trial([step.key for step in trial.path])):
             self._prepared.append(Job(trial, keys))
 
     def run(self, source: Callable[[], Trial | None]) -> bool:
@@ -186,10 +227,10 @@ class Campaign:
 
 
 def ratio(trials: Sequence[Trial], trained: set[str]) -> tuple[float, float]:
-    """Epochs of all stages of all trials, and of the stages that were trained for them."""
-    stages = [stage for trial in trials for stage in trial.task.stages]
-    distinct = {stage.key: stage.epochs for stage in stages}
+    """Epochs of all stages of all trials, and of what was trained for them: stages, and parts of trunks."""
+    steps = [step for trial in trials for step in trial.path]
+    distinct = {step.key: step.share * step.stage.epochs for step in steps}
     return (
-        round(sum(stage.epochs for stage in stages), 4),
+        round(sum(step.share * step.stage.epochs for step in steps), 4),
         round(sum(epochs for key, epochs in distinct.items() if key in trained), 4),
     )

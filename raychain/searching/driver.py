@@ -21,14 +21,15 @@ from raychain.config.experiment import Experiment
 from raychain.config.search import Search
 from raychain.errors import InputError, Interrupted, RunFailed
 from raychain.feed.shards import expand
+from raychain.reporting.report.writing import leave_report
 from raychain.reporting.search_progress import SearchProgress
-from raychain.searching.campaign import Campaign, Job, Kind, Record, Trial, ratio
+from raychain.searching.campaign import Campaign, Job, Kind, Record, Step, Trial, ratio
 from raychain.searching.outcome import best_chain, comparisons, pareto, rank_correlation, score, scored
 from raychain.searching.running import RayRunner
 from raychain.searching.sampling import Sampler, make_sampler
 from raychain.searching.space import CHAIN, Params, Space, make_space, proxied, with_stages
 from raychain.storage import Folder
-from raychain.training.stage import STAGE_RECORD
+from raychain.training.stage import STAGE_RECORD, trunk_states
 from raychain.training.task import ChainTask
 
 SCHEMA = 1
@@ -79,8 +80,11 @@ def run_search(plan: Plan, *, address: str | None = None, verbose: bool = False)
         progress = SearchProgress(plan.search.trials, plan.search.metric)
         lease.acquire(_patience(progress.say, plan.out.address))
         searcher = Searcher(plan, progress)
-        with session(plan.base, address, verbose):
-            return searcher.run(_slots(plan), verbose=verbose)
+        try:
+            with session(plan.base, address, verbose):
+                return searcher.run(_slots(plan), verbose=verbose)
+        finally:
+            leave_report(plan.out)
 
 
 class Searcher:
@@ -282,10 +286,11 @@ class Searcher:
         elif proxy:
             experiment = proxied(experiment, proxy, self.plan.shards)
         try:
-            task = replan(base, experiment, self.plan.out.address)
+            others = self.space.others(proxy.epochs if proxy and kind != "full" else 1.0)
+            task = replan(base, experiment, self.plan.out.address, others)
             # the folder of the chain: what is left of an interrupted stage is there
             folder = f"{self.plan.out.address.rstrip('/')}/chains/{task.stages[-1].key[:12]}"
-            return replan(base, experiment, folder)
+            return replan(base, experiment, folder, others)
         except InputError:
             return None
 
@@ -302,13 +307,15 @@ class Searcher:
         value = score(trial, self.plan.search.metric) if trial else None
         return None if trial is None or value is None else (value, float(trial.macs))
 
-    def _known(self, trial: Trial, index: int) -> Record | None:
-        """The record of a stage that the store has already."""
-        key = trial.task.stages[index].key
-        if not self.store.has(key):
-            return None
-        record = self.store.storage.read_json(f"{STORE}/{key}/{STAGE_RECORD}")
-        return record if isinstance(record, dict) else None
+    def _known(self, step: Step) -> Record | None:
+        """The record of a stage, or of a part of a trunk, that the storage has already."""
+        if step.whole:
+            found = self.store.storage.read_json(f"{STORE}/{step.key}/{STAGE_RECORD}")
+            known = self.store.has(step.key)
+        else:
+            found = trunk_states(self.plan.store, step.stage.trunk).marker(int(step.key.partition("@")[2]))
+            known = found is not None
+        return found if known and isinstance(found, dict) else None
 
     def _begin(self, job: Job) -> None:
         self.unsaved = True

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from raychain.chain.driver import Watch, run_chain
 from raychain.errors import InputError, Interrupted, RunFailed
 from raychain.reporting.events import Event
-from raychain.searching.campaign import Job, JobEnded, StageDone
+from raychain.searching.campaign import Job, JobEnded, StageDone, trunk_key
 
 ShowEvent = Callable[[Job, Event], None]
 
@@ -43,6 +43,9 @@ class RayRunner:
         def handle(found: Event) -> None:
             if found["event"] == "shared":  # and not before: it has to be there for the other worker groups
                 self._notices.put(StageDone(job, found["record"]["key"], found["record"]))
+            elif found["event"] == "trunk":
+                key = trunk_key(found["trunk"], found["step"])
+                self._notices.put(StageDone(job, key, {"key": key, "status": "trained"}))
             self._show(job, found)
 
         ended = JobEnded(job)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from raychain.chain.costing import proposals_for
-from raychain.chain.plan import check_chain, epoch_samples
+from raychain.chain.plan import Others, check_chain, epoch_samples
 from raychain.config.durations import Duration
 from raychain.config.experiment import Baseline, Distill, Experiment, Stage
 from raychain.config.search import Proxy, Search
@@ -83,6 +83,17 @@ class Space:
             for chain in self.chain_dimension.choices
             if isinstance(chain, str)
         )
+
+    def others(self, share: float) -> Others:
+        """The lengths of all stages of all chains and of the controls; `share`: the proxy's part of them."""
+        controls = _settings(self.experiment).controls
+        first = [self.lengths[name] for name in self.first]
+        if controls:
+            first += [*(controls.lengths or ()), self.baseline.epochs]
+        grown = [self.lengths[name] for name in self.grown]
+        for rule, count in itertools.product(self.rules.values(), {len(chain) - 1 for chain in self.chains} - {0}):
+            grown += [Duration(amount, "epochs") for amount in linear_epochs(0, rule, count)[1:]]
+        return Others(*(tuple(_part(length, share) for length in lengths) for lengths in (first, grown)))
 
     def points(self) -> Iterator[Params]:
         """Every combination."""

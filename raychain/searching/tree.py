@@ -2,6 +2,7 @@
 
 A trial is a path from a root; a node is a stage, known by its key, which stands for all that comes before it too. So
 trials that begin alike share nodes, and nobody waits but for a node's only parent: there is no way into a deadlock.
+With `schedule: wsd` the parts of a stage's trunk are nodes as well, and the stage itself is its cool-down.
 """
 
 from __future__ import annotations
@@ -87,14 +88,16 @@ class StageTree:
         return [node.key for node in left]
 
     def done(self, key: str) -> list[int]:
-        """The stage is finished, and so are these trials; what comes after it is ready."""
-        node = self.nodes[key]
-        if node.state == "done":
-            return []
-        node.state = "done"
-        for child in node.children:
-            self._offer(child)
-        return node.ends
+        """The stage is finished, and so are these trials; what comes after it is ready, what came before it too."""
+        node: Node | None = self.nodes[key]
+        trials: list[int] = []
+        while node is not None and node.state != "done":
+            node.state = "done"
+            trials += node.ends
+            for child in node.children:
+                self._offer(child)
+            node = node.parent
+        return sorted(trials)
 
     def failed(self, key: str) -> list[int]:
         """The stage cannot be trained, and these trials fail with it."""

@@ -1,4 +1,4 @@
-"""Saved states of an unfinished stage: `checkpoints/<stage>/<step>/`, complete once `state.json` is there."""
+"""Saved states of an unfinished stage: a folder a step, complete once `state.json` is there."""
 
 from __future__ import annotations
 
@@ -26,22 +26,26 @@ CHUNK = 2**24
 
 
 class Checkpoints:
-    """The checkpoints of one stage in the run folder. Saving copies the state and writes in the background.
+    """The states of one key in the folder `name`. Saving copies the state and writes in the background.
 
-    `saved` hears of the step of each checkpoint that is complete.
+    `keep`: how many; None: all. `saved` hears of the step of each that is complete.
     """
 
     def __init__(
-        self, out: Folder, stage_folder: str, key: str, keep: int, saved: Callable[[int], None] = lambda _: None
+        self, out: Folder, name: str, key: str, keep: int | None, saved: Callable[[int], None] = lambda _: None
     ) -> None:
-        self.out, self.name, self.key, self.keep, self.saved = out, f"checkpoints/{stage_folder}", key, keep, saved
+        self.out, self.name, self.key, self.keep, self.saved = out, name, key, keep, saved
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
         self._buffers: dict[str, torch.Tensor] = {}
 
-    def latest(self) -> int | None:
-        """Step of the newest sound checkpoint of this stage key, or None. Damaged ones are named and set aside."""
+    def latest(self, most: int | None = None) -> int | None:
+        """Step of the newest sound checkpoint of this key, of `most` steps where given, or None. Damaged ones are named
+        and set aside.
+        """
         for name in reversed(self.out.list(self.name)):
+            if most is not None and name.isdigit() and int(name) > most:
+                continue
             state = self.out.read_json(f"{self.name}/{name}/{MARKER}")
             if not name.isdigit() or not isinstance(state, dict) or state.get("key") != self.key:
                 continue
@@ -51,6 +55,11 @@ class Checkpoints:
             log.warning("%s is damaged (%s): set aside, an earlier state is used", f"{self.name}/{name}", damage)
             self.out.move(f"{self.name}/{name}", f"{self.name}/{name}.damaged")
         return None
+
+    def marker(self, step: int) -> dict[str, Any] | None:
+        """What was noted of that step's state; None if there is none. Its files are not looked at."""
+        state = self.out.read_json(f"{self.name}/{step:010d}/{MARKER}")
+        return state if isinstance(state, dict) and state.get("key") == self.key else None
 
     def save(self, state: TrainState, *, wait: bool = False) -> None:
         """Saves the state. While the one before is still being written nothing is saved: training does not wait for
@@ -120,8 +129,9 @@ class Checkpoints:
                 self.out.delete(name)
                 raise OSError(str(error)) from error
         self.saved(step)
-        for old in [name for name in self.out.list(self.name) if name.isdigit()][: -self.keep]:
-            self.out.delete(f"{self.name}/{old}")
+        if self.keep is not None:
+            for old in [name for name in self.out.list(self.name) if name.isdigit()][: -self.keep]:
+                self.out.delete(f"{self.name}/{old}")
 
 
 def _digest(path: Path) -> str:

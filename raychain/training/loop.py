@@ -81,6 +81,8 @@ class StageLoop:
     """Rank 0's wishes after a step."""
     save: Callable[[bool], None]
     """Saves the state; True: it is the last thing the stage does here."""
+    share: Callable[[], None]
+    """Shares the trunk's state with stages of other lengths."""
     evaluate: Callable[[], object]
 
     def run(
@@ -115,11 +117,13 @@ class StageLoop:
                 warmup=self.task.warmup,
                 total=self.task.steps,
                 schedule=self.recipe.schedule,
+                cooldown=self.task.cooldown,
             )
             losses = self._update(student, state, teacher, batch, lr)
             if counters.gap_s is None and last_step is not None:
                 counters.gap_s = time.time() - last_step
             counters.step += 1
+            state.follow()
             counters.samples += self.recipe.global_batch
             counters.wall_s = base[0] + time.perf_counter() - started
             counters.data_wait_s = base[1] + loader.wait_s
@@ -127,6 +131,8 @@ class StageLoop:
             if counters.step % self.recipe.log_every == 0 or done:
                 self._log(state, losses, lr, loader, logged)
                 logged = (time.perf_counter(), counters.samples, loader.wait_s)
+            if counters.step in self.task.rungs:
+                self.share()
             wish = control.exchange(lambda: self.wishes(counters.step))
             if wish & Wish.STOP and not done:
                 self.save(True)
@@ -151,8 +157,6 @@ class StageLoop:
         state.optimizer.zero_grad()
         with torch.no_grad():
             state.student.model.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
-        if state.average is not None:
-            state.average.update_parameters(state.student.model)
         return losses
 
     def _forward(self) -> AbstractContextManager[object]:

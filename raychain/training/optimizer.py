@@ -41,11 +41,15 @@ def make_optimizer(
     return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, fused=True)
 
 
-def learning_rate(step: int, *, peak: float, warmup: int, total: int, schedule: str) -> float:
-    """Learning rate of 0-based `step` of `total`: linear from peak/warmup to peak, then cosine to zero or constant."""
+def learning_rate(step: int, *, peak: float, warmup: int, total: int, schedule: str, cooldown: int = 0) -> float:
+    """Learning rate of 0-based `step` of `total`: linear from peak/warmup to peak, then cosine to zero, constant, or
+    (wsd) constant until the last `cooldown` steps, which fall to zero as 1 - sqrt (Hägele et al. 2024, 2405.18392).
+    """
     if step < warmup:
         return peak * (step + 1) / warmup
     if schedule == "constant":
         return peak
+    if schedule == "wsd":
+        return peak * (1 - math.sqrt(max(0, step - (total - cooldown) + 1) / (cooldown + 1)))
     progress = (step - warmup) / max(1, total - warmup)
     return peak * 0.5 * (1 + math.cos(math.pi * progress))

@@ -40,6 +40,8 @@ from raychain.training.student import Student, preprocessing_of
 from raychain.training.task import ChainTask, StageTask
 
 STAGE_RECORD = "stage.json"
+TRUNKS = "store/.trunks"
+"""States before a cool-down, in the storage: `<trunk>/<step>/`. They may be deleted at any time."""
 POLL_S = 0.2
 """How often the next stage looks whether its shards are there."""
 HANDOVER_S = 1.0
@@ -51,6 +53,13 @@ class Trained(NamedTuple):
 
     model: nn.Module
     moments: Moments | None
+
+
+class Resumed(NamedTuple):
+    """Where a stage goes on, and the states of which that step is; 0: it begins."""
+
+    step: int
+    states: Checkpoints
 
 
 class ChainWorker:
@@ -114,9 +123,13 @@ class ChainWorker:
                     previous = self._load(self.task.stages[stage.index - 1])
                 following = next((s for s in todo if s.index == stage.index + 1), None)
                 ready, self._ready = self._ready, None
-                model, loader = ready.result() if ready else self._prepare(stage, self._resume_step(stage))
+                found = Resumed(0, self._checkpoints(stage)) if ready and not stage.trunk else self._resume(stage)
+                if ready and found.step:  # a shared trunk: the loader is to begin where that ends
+                    ready.result()[1].close()
+                    ready = None
+                model, loader = ready.result() if ready else self._prepare(stage, found.step)
                 with loader:
-                    start = self._start(stage, model, loader, previous)
+                    start = self._start(stage, model, found, previous)
                     previous = None  # its moments are needed no more
                     previous = self._train(stage, *start, loader, following)
                 if previous is None:
@@ -147,8 +160,14 @@ class ChainWorker:
             shown = {key: value for key, value in record.items() if key != "files"}
             self.emit({"event": "stage_end", "stage": stage.index, "record": shown | {"status": "reused"}})
 
-    def _resume_step(self, stage: StageTask) -> int:
-        return int(self._agree(self._checkpoints(stage).latest() or 0 if self.rank == 0 else 0))
+    def _resume(self, stage: StageTask) -> Resumed:
+        """The furthest state there is of the stage: its own, or its trunk's."""
+        own, trunks = self._checkpoints(stage), self._trunks(stage)
+        steps = (0, 0)
+        if self.rank == 0:
+            steps = (own.latest() or 0, (trunks.latest(stage.averaged_from) or 0) if trunks else 0)
+        steps = self._agree(steps)
+        return Resumed(steps[1], trunks) if trunks and steps[1] > steps[0] else Resumed(steps[0], own)
 
     def _agree(self, value: Any) -> Any:
         """Rank 0's value on every rank."""
@@ -204,7 +223,7 @@ class ChainWorker:
         return self._prepare(stage)
 
     def _start(
-        self, stage: StageTask, model: nn.Module, loader: Loader, previous: Trained | None
+        self, stage: StageTask, model: nn.Module, resumed: Resumed, previous: Trained | None
     ) -> tuple[TrainState, Student | None]:
         """The stage's state, grown from the stage before or restored, and its teacher."""
         transfer, recipe = self.experiment.transfer, self.experiment.train
@@ -223,10 +242,11 @@ class ChainWorker:
             if tower is not None:
                 tower.micro_batch = self.micro_batches.get(stage.index)
         optimizer = make_optimizer(student, weight_decay=recipe.weight_decay, betas=stage.betas, eps=stage.eps)
-        average = make_average(model, stage.average, trained=previous is not None) if stage.average else None
-        state = TrainState(student, optimizer, Counters(), average)
-        if loader.start:
-            self._checkpoints(stage).load(loader.start, state)
+        trained = previous is not None or stage.averaged_from > 0
+        average = make_average(model, stage.average, trained=trained) if stage.average else None
+        state = TrainState(student, optimizer, Counters(), average, stage.averaged_from)
+        if resumed.step:
+            resumed.states.load(resumed.step, state)
         elif previous and previous.moments and transfer.optimizer == "grow":
             operators = {"width": transfer.width, "depth": transfer.depth}
             write_moments(model, optimizer, grow_moments(previous.model, model, previous.moments, **operators))
@@ -241,7 +261,7 @@ class ChainWorker:
         following: StageTask | None,
     ) -> Trained | None:
         """Runs the stage's steps, measures and publishes it; None if it was stopped."""
-        started, checkpoints = time.time(), self._checkpoints(stage)
+        started, checkpoints, trunks = time.time(), self._checkpoints(stage), self._trunks(stage)
         self._running = (stage, state, loader)
         self.emit(
             {
@@ -276,6 +296,11 @@ class ChainWorker:
             if last:
                 self.emit({"event": "stopped", "stage": stage.index, "step": state.counters.step})
 
+        def share() -> None:
+            if self.rank == 0 and trunks:
+                trunks.finish()
+                trunks.save(state)
+
         loop = StageLoop(
             stage,
             self.experiment.train,
@@ -285,12 +310,15 @@ class ChainWorker:
             self.emit,
             wishes,
             save,
+            share,
             lambda: self.evaluate(stage, state.model, state.counters.step),
         )
         self.hurry.clear()
         self._ready = self._background.submit(self._prepare_early, following) if following else None
         complete = loop.run(state, teacher, loader, self.control, self.last_step)
         self.last_step = time.time()
+        if trunks and not complete:
+            trunks.finish()
         self.hurry.set()
         self._span(stage.model, "stage", started, stage)
         if not complete:
@@ -301,14 +329,27 @@ class ChainWorker:
             self._wait_for_publication()
             # Nothing changes the stage's tensors any more, so the next one can train while they are written.
             self._handed_over.clear()
-            self._publishing = self._background.submit(self._publish, stage, state, moments, metrics, checkpoints)
+            self._publishing = self._background.submit(
+                self._publish, stage, state, moments, metrics, checkpoints, trunks
+            )
         return Trained(state.model, moments)
 
     def _checkpoints(self, stage: StageTask) -> Checkpoints:
         def saved(step: int) -> None:
             self.emit({"event": "saved", "stage": stage.index, "step": step})
 
-        return Checkpoints(self.out, stage.folder, stage.key, self.experiment.checkpoint.keep, saved)
+        name = f"checkpoints/{stage.folder}"
+        return Checkpoints(self.out, name, stage.key, self.experiment.checkpoint.keep, saved)
+
+    def _trunks(self, stage: StageTask) -> Checkpoints | None:
+        """The shared states of the stage's trunk; None without a trunk or a storage to share it through."""
+        if not stage.trunk or self.task.store is None:
+            return None
+
+        def saved(step: int) -> None:
+            self.emit({"event": "trunk", "stage": stage.index, "trunk": stage.trunk, "step": step})
+
+        return trunk_states(self.task.store, stage.trunk, saved)
 
     def _wait_for_publication(self) -> None:
         """Raises what kept the stage before from being published."""
@@ -346,6 +387,7 @@ class ChainWorker:
         moments: Moments,
         metrics: dict[str, float],
         checkpoints: Checkpoints,
+        trunks: Checkpoints | None,
     ) -> None:
         self._handed_over.wait(HANDOVER_S)
         started, counters, transfer = time.time(), state.counters, self.experiment.transfer
@@ -380,6 +422,8 @@ class ChainWorker:
             name = f"stages/{stage.folder}"
             patiently(lambda: self.out.publish(Path(scratch), name, STAGE_RECORD), f"{self.out.address}/{name}")
         checkpoints.clear()
+        if trunks:
+            trunks.finish()
         self._span(f"export {stage.model}", "export", started, stage)
         self.emit({"event": "stage_end", "stage": stage.index, "record": record})
 
@@ -399,6 +443,11 @@ class ChainWorker:
                 "stage": stage.index,
             }
         )
+
+
+def trunk_states(store: str, trunk: str, saved: Callable[[int], None] = lambda _: None) -> Checkpoints:
+    """The states of a trunk in the storage `store`."""
+    return Checkpoints(Folder(store), f"{TRUNKS}/{trunk}", trunk, None, saved)
 
 
 def _embed_dim(name: str) -> int:

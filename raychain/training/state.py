@@ -42,11 +42,26 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     counters: Counters
     average: AveragedModel | None = None
+    averaged_from: int = 0
+    """Step at which the average begins; until then there is none."""
+
+    @property
+    def averaged(self) -> AveragedModel | None:
+        """The average, where it has begun."""
+        return self.average if self.counters.step >= self.averaged_from else None
 
     @property
     def model(self) -> nn.Module:
         """What is measured and published: the averaged open_clip model, or the student's own."""
-        return self.average.module if self.average is not None else self.student.model
+        return self.student.model if self.averaged is None else self.averaged.module
+
+    def follow(self) -> None:
+        """Takes the weights after an optimiser step into the average."""
+        if self.averaged is None:
+            return
+        if self.averaged_from and self.counters.step == self.averaged_from:
+            self.averaged.n_averaged.zero_()  # so that the weights are copied
+        self.averaged.update_parameters(self.student.model)
 
     def snapshot(self, buffers: dict[str, torch.Tensor]) -> Snapshot:
         """Copies on the CPU: weights by name, AdamW moments and averaged weights by `moment/name`, counters.
@@ -60,8 +75,8 @@ class TrainState:
             for name, parameter in self.student.named_parameters()
             for moment, value in self.optimizer.state.get(parameter, {}).items()
         }
-        if self.average is not None:
-            moments |= {f"{AVERAGE}/{name}": value for name, value in self.average.module.state_dict().items()}
+        if self.averaged is not None:
+            moments |= {f"{AVERAGE}/{name}": value for name, value in self.averaged.module.state_dict().items()}
         for name, value in [*weights.items(), *moments.items()]:
             if name not in buffers:
                 buffers[name] = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
@@ -87,7 +102,12 @@ class TrainState:
         self.optimizer.state.clear()
         self.optimizer.state.update(state)
         self.counters = Counters(**counters)
-        if self.average is not None:
-            averaged = {n.removeprefix(f"{AVERAGE}/"): v for n, v in moments.items() if n.startswith(f"{AVERAGE}/")}
+        if self.average is None:
+            return
+        averaged = {n.removeprefix(f"{AVERAGE}/"): v for n, v in moments.items() if n.startswith(f"{AVERAGE}/")}
+        if averaged:
             self.average.module.load_state_dict(averaged)
-            self.average.n_averaged.fill_(self.counters.step + 1)
+            self.average.n_averaged.fill_(self.counters.step - self.averaged_from + 1)
+        elif self.averaged is not None:  # a trunk's state, where the average begins
+            self.average.n_averaged.zero_()
+            self.average.update_parameters(self.student.model)

@@ -29,6 +29,12 @@ class StageTask:
     precision: Literal["bf16", "fp32"]
     average: int
     """Optimiser steps that the averaged weights look back; 0: no average."""
+    cooldown: int
+    """Steps of the cool-down of `schedule: wsd`; 0 with the others."""
+    trunk: str
+    """Content address of what comes before the cool-down, whatever the stage's length; empty without one."""
+    rungs: tuple[int, ...]
+    """Steps of the trunk, rising, whose states are shared with stages of other lengths."""
     feed: Feed
     """What it reads, in which order and resolution."""
     epoch_samples: int
@@ -41,6 +47,11 @@ class StageTask:
     """Training MACs of the whole stage."""
     published: bool
     """Finished already: the stage folder in the run folder holds this key."""
+
+    @property
+    def averaged_from(self) -> int:
+        """Step at which the average of the weights begins."""
+        return self.steps - self.cooldown if self.cooldown else 0
 
     @property
     def image_size(self) -> int:

@@ -1,4 +1,8 @@
-"""The Ray Train worker: a process group is up when `train_chain` is called on every worker."""
+"""The Ray Train worker: a process group is up when `train_chain` is called on every worker.
+
+Ray Train's controller and the mailbox import this module too, so what only the training needs is imported there: torch
+and the models take seconds, which every start of a group would pay twice.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +12,14 @@ import os
 import threading
 import time
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
-import ray.train.torch
-import torch
 
 from raychain.errors import InputError
-from raychain.objectives.contrastive import rank
-from raychain.training.preloading import preloading
-from raychain.training.stage import ChainWorker
-from raychain.training.task import ChainTask
+
+if TYPE_CHECKING:
+    from raychain.training.task import ChainTask
 
 PUSH_S = 0.2
 
@@ -106,6 +107,13 @@ def train_chain(config: dict[str, Any]) -> bool:
     """Ray Train's worker function: {`task`: reference to a ChainTask, `mailbox`: actor, `micro_batch`: {stage: pairs or
     None}}. Returns whether the chain is complete.
     """
+    import ray.train.torch
+    import torch
+
+    from raychain.objectives.contrastive import rank
+    from raychain.training.preloading import preloading
+    from raychain.training.stage import ChainWorker
+
     task: ChainTask = ray.get(config["task"])
     warnings.filterwarnings("ignore", category=UserWarning)
     torch.set_num_threads(task.threads)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 from raychain.reporting.report.loading import read
 from raychain.reporting.report.page import page
 from raychain.storage import Folder
@@ -12,3 +14,11 @@ REPORT = "report.html"
 def write_report(folder: Folder) -> None:
     """Writes report.html from the folder's records. Raises InputError where it has none, OSError from its storage."""
     folder.write(REPORT, page(*read(folder)).encode())
+
+
+def leave_report(folder: Folder) -> None:
+    """As `write_report`, at the end of a run or a search: a page is no reason to fail one, and can be made again."""
+    try:
+        write_report(folder)
+    except Exception as error:
+        print(f"raychain: warning: {folder.address}/{REPORT} was not written: {error}", file=sys.stderr, flush=True)
