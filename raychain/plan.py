@@ -123,7 +123,7 @@ def _chosen(config: Experiment) -> tuple[Experiment, dict[str, Any]]:
 def _chain(config: Experiment, cost: ChainCost, samples: int) -> dict[str, Any]:
     from raychain.planning.resources import memory_bytes
 
-    workers = most_workers(config)
+    workers = config.most_workers
     precision = config.train.precision or ("bf16" if config.compute.gpus_per_worker else "fp32")
     total, stages = cost.macs, []
     for stage, ratio in zip(cost.stages, (None, *cost.ratios), strict=True):
@@ -166,12 +166,6 @@ def _chain(config: Experiment, cost: ChainCost, samples: int) -> dict[str, Any]:
     }
 
 
-def most_workers(config: Experiment) -> int:
-    """Workers of the run; the most there may be of an elastic one."""
-    workers: Any = config.compute.workers
-    return int(workers if isinstance(workers, int) else max(workers))
-
-
 def _time(
     config: Experiment, cost: ChainCost, tflops: float | None, mfu: float, throughput: Sequence[float], like: str | None
 ) -> dict[str, Any]:
@@ -182,7 +176,7 @@ def _time(
             "raychain plan", "several of --tflops, --throughput, --like", "one of them", "leave out others"
         )
     rate: Rate
-    workers = most_workers(config)
+    workers = config.most_workers
     if tflops is not None:
         rate, basis = Peak(tflops, mfu, workers), f"{workers} × {tflops:g} TFLOP/s at {100 * mfu:g} %; training only"
     elif throughput:

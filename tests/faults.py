@@ -55,6 +55,8 @@ class Site:
         head = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": STORE}
         self.cluster = Cluster(initialize_head=True, head_node_args=head)
         self.nodes: list[Any] = []
+        self.notices: list[float] = []
+        """When nodes were told that they will be taken away."""
         for _ in range(nodes):
             self.add_node()
         self.driver: subprocess.Popen[bytes] | None = None
@@ -169,6 +171,7 @@ def drain(site: Site, node: Any, seconds: int) -> None:
         check=True,
         capture_output=True,
     )
+    site.notices.append(time.time())
 
 
 def kill_driver(site: Site, rng: random.Random) -> None:
@@ -237,6 +240,20 @@ def disturbed(site: Site, rng: random.Random, faults: list[Callable[[Site, rando
     return hits
 
 
+def costs(site: Site) -> tuple[list[float], list[float]]:
+    """Seconds from each detected loss to the first new step, and from each notice of a drain to the saved state."""
+    run = json.loads((site.out / "run.json").read_text())
+    steps = sorted(json.loads(line)["time"] for line in (site.out / "metrics.jsonl").read_text().splitlines())
+    bars = json.loads((site.out / "trace.json").read_text())["traceEvents"]
+    saved = sorted((bar["ts"] + bar["dur"]) / 1e6 for bar in bars if bar.get("cat") == "checkpoint")
+    lost = [restart["time"] for restart in run["restarts"] if restart["reason"] == "failure"]
+    again = [next((t - at for t in steps if t > at), None) for at in lost]
+    drains = [restart["time"] for restart in run["restarts"] if restart["reason"] == "drain"]
+    noticed = [max((n for n in site.notices if n <= at), default=at) for at in drains]
+    kept = [next((t - since for t in saved if t > at), None) for at, since in zip(drains, noticed, strict=True)]
+    return [s for s in again if s is not None], [s for s in kept if s is not None]
+
+
 def compare(found: Path, expected: Path) -> tuple[float, float]:
     """Largest relative deviation of a step's loss, and of the last stage's weights (norm of the difference)."""
     runs = [json.loads((out / "run.json").read_text()) for out in (found, expected)]
@@ -275,6 +292,8 @@ def main() -> None:
     from raychain.demo import make_demo
 
     rng, hits = random.Random(options.seed), []
+    again: list[float] = []
+    kept: list[float] = []
     with tempfile.TemporaryDirectory(prefix="raychain-faults-") as scratch:
         root = Path(scratch)
         make_demo(root / "demo", names=30, pictures=1200, held_out=100, per_name=3)
@@ -289,13 +308,17 @@ def main() -> None:
             with Site(experiment(root / "demo", folder / "runs", root / "cache"), folder) as site:
                 hits += disturbed(site, rng, faults)
                 worst.append(compare(site.out, expected))
-            print(
-                f"chain {len(worst)}: finished; deviation of losses {worst[-1][0]:.1e}, of weights {worst[-1][1]:.1e}"
-            )
+                again, kept = (a + b for a, b in zip((again, kept), costs(site), strict=True))
+            deviation = f"deviation of losses {worst[-1][0]:.1e}, of weights {worst[-1][1]:.1e}"
+            print(f"chain {len(worst)}: finished; {deviation}", flush=True)
     for name in sorted({hit["fault"] for hit in hits}):
         seconds = [hit["seconds"] for hit in hits if hit["fault"] == name]
         spread = f"median {statistics.median(seconds):.1f} s, at most {max(seconds):.1f} s"
         print(f"{name:16} {len(seconds)} x, from the fault to the next new step: {spread}")
+    for name, found in (("from a detected loss to the next new step", again), ("from notice to saved state", kept)):
+        if found:
+            spread = f"median {statistics.median(found):.1f} s ({min(found):.1f} - {max(found):.1f})"
+            print(f"{name}: {spread}, {len(found)} times")
     losses, weights = (max(deviation) for deviation in zip(*worst, strict=True))
     print(
         f"{len(hits)} of {options.faults} faults survived over {len(worst)} chains; "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
@@ -82,3 +83,12 @@ def test_a_worker_that_dies_at_start_does_not_hang_the_next_attempt(ray_session,
     while cluster.room({"CPU": 3}) < 1:
         assert time.monotonic() < until, "resources stay taken"
         time.sleep(0.1)
+
+
+def test_a_stage_that_wants_other_workers_gets_a_group_of_its_own(ray_session, tree, tmp_path):
+    tree["evaluate"] = {}
+    tree["chain"][1]["workers"] = 2
+    run = raychain.run(validate(tree))
+    lines = [json.loads(line) for line in (tmp_path / "runs/tiny/metrics.jsonl").read_text().splitlines()]
+    assert {(line["stage"], line["world_size"]) for line in lines} == {(0, 1), (1, 2)}
+    assert (run["status"], run["restarts"]) == ("succeeded", [])

@@ -110,7 +110,7 @@ def test_a_changed_last_stage_keeps_the_first_measures_it_as_asked_and_sets_the_
 
 
 def test_an_interrupted_run_continues_to_the_same_result(ray_session, tree, tmp_path):
-    tree["chain"] = [{"model": "CoM-micro-S", "epochs": "250 steps"}]
+    tree["chain"] = [{"model": "CoM-micro-S", "epochs": "120 steps"}]
     tree["evaluate"] = {}
     file = tmp_path / "tiny.yaml"
     file.write_text(yaml.safe_dump(tree))

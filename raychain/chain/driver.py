@@ -23,6 +23,7 @@ from raychain.chain.store import StageStore, UnusableStageError, usable
 from raychain.errors import Interrupted, RunFailed
 from raychain.reporting.environment import environment
 from raychain.reporting.events import Event, event
+from raychain.reporting.gauges import Gauges
 from raychain.reporting.health import DataHealth
 from raychain.reporting.progress import Progress
 from raychain.reporting.report.writing import leave_report
@@ -108,8 +109,10 @@ def _run(
     try:
         shown = contextlib.nullcontext() if watch else progress
         with _sharing(task, out, store, show) as share, shown, session(task, address, verbose):
-            handlers = [health.handle, log.handle, share, trackers.handle, show]
-            complete = _execute(task, handlers, verbose, spoilt)
+            gauges = Gauges(task.out.rstrip("/").rpartition("/")[2])
+            handlers = [health.handle, log.handle, share, trackers.handle, gauges.handle, show]
+            done = {stage.index for stage, record in zip(task.stages, records, strict=True) if record}
+            complete = _execute(Groups(task, handlers, done, verbose=verbose), spoilt)
         if health.exceeded:
             raise RunFailed(health.describe())
         if any(lease.lost for lease in leases):
@@ -201,13 +204,12 @@ def session(task: ChainTask, address: str | None, verbose: bool) -> Iterator[Non
     if ray.is_initialized():
         yield
         return
-    compute = task.experiment.compute
     options: dict[str, Any] = {"log_to_driver": verbose, "logging_level": logging.INFO if verbose else logging.ERROR}
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if address or os.environ.get("RAY_ADDRESS"):
         ray.init(address=address, **options)
     else:
-        cpus = max(os.cpu_count() or 1, math.ceil(compute.max_workers * worker_cpus(task.experiment)))
+        cpus = max(os.cpu_count() or 1, math.ceil(task.experiment.most_workers * worker_cpus(task.experiment)))
         # "local": without it Ray joins whatever cluster happens to run on this machine
         memory = 256 * 2**20
         ray.init(address="local", num_cpus=cpus, include_dashboard=False, object_store_memory=memory, **options)
@@ -218,14 +220,8 @@ def session(task: ChainTask, address: str | None, verbose: bool) -> Iterator[Non
         ray.shutdown()
 
 
-def _execute(
-    task: ChainTask,
-    handlers: Sequence[Callable[[Event], None]],
-    verbose: bool,
-    spoilt: Callable[[], bool],
-) -> bool:
+def _execute(groups: Groups, spoilt: Callable[[], bool]) -> bool:
     """Trains on Ray until the chain is complete (True), or a signal or `spoilt` had the workers save and return."""
-    groups = Groups(task, handlers, verbose=verbose)
     try:
         with stop_signals(groups.stop):
             return groups.run(spoilt)

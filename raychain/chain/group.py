@@ -1,11 +1,11 @@
 """Worker groups on Ray Train, one after the other, until the chain is complete.
 
-One group carries all stages that are left. It ends early when a worker or node is lost, when a node it runs on is
-being drained, and when nodes came that allow more workers; the driver then starts the next one on what there is, from
-the last checkpoint. Ray Train 2.60 could choose and change the number of workers itself (`num_workers=(min, max)`), but
-counts nodes that are gone or draining for up to 20 s, waits a minute for them, and ends a group that is to grow without
-telling it, so that the steps since its last checkpoint are lost. Here a group that is to grow or to leave a node saves
-first.
+One group carries all stages that are left and want the same number of workers. It ends early when a worker or node is
+lost, when a node it runs on is being drained, and when nodes came that allow more workers; the driver then starts the
+next one on what there is, from the last checkpoint. Ray Train 2.60 could choose and change the number of workers itself
+(`num_workers=(min, max)`), but counts nodes that are gone or draining for up to 20 s, waits a minute for them, and ends
+a group that is to grow without telling it, so that the steps since its last checkpoint are lost. Here a group that is
+to grow or to leave a node saves first.
 """
 
 from __future__ import annotations
@@ -69,6 +69,8 @@ class Attempt:
     """One worker group, from `fit` to its end."""
 
     workers: int
+    until: int
+    """Its last stage."""
     began: float = field(default_factory=time.time)
     nodes: set[str] = field(default_factory=set)
     leave: str | None = None
@@ -82,14 +84,17 @@ class Attempt:
 class Groups:
     """Runs worker groups for a chain and hands their events to `handlers`."""
 
-    def __init__(self, task: ChainTask, handlers: Sequence[Callable[[Event], None]], *, verbose: bool) -> None:
+    def __init__(
+        self, task: ChainTask, handlers: Sequence[Callable[[Event], None]], done: set[int], *, verbose: bool
+    ) -> None:
         self.task, self.verbose = task, verbose
+        self.done = done
+        """Stages, by index, that are finished."""
         self.handlers = [self._follow, *handlers]
         compute = task.experiment.compute
         self.worker: dict[str, float] = {"CPU": worker_cpus(task.experiment)}
         if compute.gpus_per_worker:
             self.worker["GPU"] = compute.gpus_per_worker
-        self.fewest, self.most = compute.min_workers, compute.max_workers
         self.policy = FailurePolicy(compute.max_failures)
         self.micro = MicroBatches(task.experiment.train.micro_batch)
         self.demand = cluster.Demand(self.worker)
@@ -99,6 +104,32 @@ class Groups:
         self._memory: Event | None = None
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self.mailbox: Any = ray.remote(num_cpus=0)(Mailbox).options(scheduling_strategy=here).remote()
+
+    @property
+    def until(self) -> int:
+        """The last stage of the next group."""
+        last = first = self._stage
+        while last + 1 < len(self.task.stages) and self._workers(last + 1) == self._workers(first):
+            last += 1
+        return last
+
+    @property
+    def fewest(self) -> int:
+        """Workers without which the next stage does not start."""
+        return self._workers(self._stage)[0]
+
+    @property
+    def most(self) -> int:
+        """Workers that the next stage makes use of."""
+        return self._workers(self._stage)[1]
+
+    @property
+    def _stage(self) -> int:
+        """The first that is left; the last where none is, as it may have to be measured again."""
+        return next((s.index for s in self.task.stages if s.index not in self.done), len(self.task.stages) - 1)
+
+    def _workers(self, stage: int) -> tuple[int, int]:
+        return self.task.experiment.workers(stage)
 
     def stop(self) -> None:
         """Has the workers save and return; `run` then returns False."""
@@ -128,11 +159,12 @@ class Groups:
     def _run(self, spoilt: Callable[[], bool]) -> bool:
         first = True
         while (workers := self._room(first)) and not self.stopping:
-            first = False
-            self.attempt = attempt = Attempt(workers)
+            self.attempt = attempt = Attempt(workers, self.until)
             ray.get(self.mailbox.resume.remote())
             self._execute(attempt, spoilt)
-            if attempt.complete:
+            self.done |= set(range(attempt.until + 1)) if attempt.complete else set()
+            first = attempt.complete
+            if attempt.complete and attempt.until + 1 == len(self.task.stages):
                 return True
             if self.stopping or spoilt():
                 return False
@@ -173,7 +205,7 @@ class Groups:
         micro = {stage.index: self.micro.of(stage.index) for stage in self.task.stages}
         trainer = Trainer(
             train_chain,  # type: ignore[arg-type]
-            train_loop_config={"task": task, "mailbox": self.mailbox, "micro_batch": micro},
+            train_loop_config={"task": task, "mailbox": self.mailbox, "micro_batch": micro, "until": attempt.until},
             scaling_config=ScalingConfig(
                 num_workers=attempt.workers, use_gpu=compute.gpus_per_worker > 0, resources_per_worker=self.worker
             ),
@@ -269,6 +301,7 @@ class Groups:
                 attempt.saved = True
             case "stage_end":
                 self.policy.progressed(found["stage"] + 1, 0)
+                self.done.add(found["stage"])
             case "failure" if found["kind"] == "memory":
                 self._memory = found
             case "failure" if found["kind"] == "fatal":

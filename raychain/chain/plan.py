@@ -97,18 +97,19 @@ def _check_growth(experiment: Experiment, i: int) -> None:
 def check_compute(experiment: Experiment, address: str | None) -> None:
     """Whether the workers get a pair each, and GPUs where this machine is to have them. Raises InputError."""
     compute, batch = experiment.compute, experiment.train.global_batch
-    if batch < compute.max_workers:
+    fewest = max(experiment.workers(index)[0] for index in range(len(experiment.chain)))
+    if batch < experiment.most_workers:
         raise InputError(
             "train.global_batch",
-            f"{batch} over {compute.max_workers} workers",
+            f"{batch} over {experiment.most_workers} workers",
             "at least one pair a worker",
             f"--set compute.workers={batch}, or raise train.global_batch",
         )
     here = torch.cuda.device_count()
-    if not (address or os.environ.get("RAY_ADDRESS")) and compute.gpus_per_worker and here < compute.min_workers:
+    if not (address or os.environ.get("RAY_ADDRESS")) and compute.gpus_per_worker and here < fewest:
         raise InputError(
             "compute",
-            f"{compute.min_workers} workers with {compute.gpus_per_worker:g} GPU each",
+            f"{fewest} workers with {compute.gpus_per_worker:g} GPU each",
             f"at most the {here} GPUs of this machine, or a Ray cluster",
             "give --address ADDR of a running cluster, or --set compute.workers / compute.gpus_per_worker",
         )
@@ -253,7 +254,7 @@ def _image_size(experiment: Experiment, index: int) -> int:
 def worker_cpus(experiment: Experiment) -> float:
     """CPUs of a worker: as configured, else this machine's cores shared out among the workers."""
     given = experiment.compute.cpus_per_worker
-    return given if given is not None else max(1, (os.cpu_count() or 1) // experiment.compute.max_workers)
+    return given if given is not None else max(1, (os.cpu_count() or 1) // experiment.most_workers)
 
 
 def _stages(

@@ -138,6 +138,9 @@ class Stage(Component):
     """Peak learning rate of this stage, whatever `train` and `transfer` say."""
     warmup: Warmup | None = None
     """Warm-up of this stage, whatever `train` and `transfer` say."""
+    workers: Workers | None = None
+    """Workers of this stage instead of `compute.workers`. Where they are not those of the stage before, it gets a
+    worker group of its own, which takes some ten seconds."""
     data: StageData = StageData()
     """What this stage reads instead of `data`: other pictures, captions, resolution. Position embeddings, the
     teacher's too, are interpolated to a new resolution."""
@@ -245,16 +248,6 @@ class Compute(Component):
     """Failures in a row without a checkpoint or a finished stage between them, after which the run fails. Lost nodes
     count; drained ones and growth do not."""
 
-    @property
-    def min_workers(self) -> int:
-        """The fewest workers the chain runs on."""
-        return self.workers if isinstance(self.workers, int) else self.workers[0]
-
-    @property
-    def max_workers(self) -> int:
-        """The most workers the chain makes use of."""
-        return self.workers if isinstance(self.workers, int) else self.workers[1]
-
     @model_validator(mode="after")
     def _whole_gpu(self) -> Compute:
         if self.gpus_per_worker not in (0, 1):
@@ -347,6 +340,18 @@ class Experiment(Component):
         if chain and (family or allocation):
             raise ValueError("allowed is either `chain`, or `family` (with `allocation`) to let the planner choose")
         return chain
+
+    def workers(self, index: int) -> tuple[int, int]:
+        """The fewest and the most workers of stage `index`."""
+        own = self.chain[index].workers or self.compute.workers
+        return (own, own) if isinstance(own, int) else own
+
+    @property
+    def most_workers(self) -> int:
+        """The most that any stage makes use of."""
+        all_of_them = self.compute.workers
+        given = [stage.workers or all_of_them for stage in self.chain] or [all_of_them]
+        return max(workers if isinstance(workers, int) else workers[1] for workers in given)
 
     def stage_data(self, index: int) -> Data:
         """What stage `index` reads: `data` with the stage's own keys in place of its."""

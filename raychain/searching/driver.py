@@ -431,7 +431,7 @@ def _slots(plan: Plan) -> int:
     worker = {"CPU": float(worker_cpus(plan.experiment))} | (
         {"GPU": float(compute.gpus_per_worker)} if compute.gpus_per_worker else {}
     )
-    room = max(1, cluster.capacity(worker) // compute.max_workers)
+    room = max(1, cluster.capacity(worker) // plan.experiment.most_workers)
     return min(room, plan.search.concurrent or room)
 
 

@@ -7,33 +7,39 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
-import ray.train
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from raychain.families import model_config
-from raychain.families.tokenizing import make_tokenizer
-from raychain.feed.cache import ShardCache
-from raychain.feed.preload import Preloader, Source
-from raychain.training.stage import ChainWorker
-from raychain.training.task import ChainTask
+if TYPE_CHECKING:
+    from raychain.training.stage import ChainWorker
+    from raychain.training.task import ChainTask
 
 REPORT_S = 0.5
 
 
 class PreloadActor:
-    """A node's Preloader in a process of its own, which runs when no other wants the core."""
+    """A node's Preloader in a process of its own, which runs when no other wants the core.
 
-    def __init__(self, task: ChainTask) -> None:
-        preload = task.experiment.preload
+    That begins with its imports, for which a starting worker would wait otherwise: `task` is a reference in a list, as
+    Ray would import what the task is made of before this is called.
+    """
+
+    def __init__(self, task: list[ray.ObjectRef]) -> None:
+        _run_when_idle()
+        from raychain.families import model_config
+        from raychain.families.tokenizing import make_tokenizer
+        from raychain.feed.cache import ShardCache
+        from raychain.feed.preload import Preloader, Source
+
+        chain: ChainTask = ray.get(task[0])
+        preload = chain.experiment.preload
         cpus = preload.cpus if preload.cpus is not None else max(1.0, (os.cpu_count() or 1) / 4)
         sources = [
-            Source(stage.feed, make_tokenizer(model_config(stage.model))[0], task.experiment.train.global_batch)
-            for stage in task.stages
+            Source(stage.feed, make_tokenizer(model_config(stage.model))[0], chain.experiment.train.global_batch)
+            for stage in chain.stages
         ]
-        _run_when_idle()
         self.preloader = Preloader(sources, ShardCache(preload.cache, preload.budget), cpus)
 
     def report(self, stage: int, step: int, waiting: float) -> list[dict[str, Any]]:
@@ -60,7 +66,7 @@ class PreloadLink:
     def __init__(self, task: ChainTask, worker: ChainWorker, emit: Callable[[dict[str, Any]], None]) -> None:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         actor: Any = ray.remote(num_cpus=0)(PreloadActor)
-        self._actor = actor.options(scheduling_strategy=here).remote(task)
+        self._actor = actor.options(scheduling_strategy=here).remote([ray.put(task)])
         self._worker, self._emit = worker, emit
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._work, name="preload-link", daemon=True)
@@ -97,6 +103,8 @@ def preloading(
     task: ChainTask, worker: ChainWorker, emit: Callable[[dict[str, Any]], None]
 ) -> contextlib.AbstractContextManager[Any]:
     """The link of the one worker of each node that keeps the node's preloader; a null context for the others."""
+    import ray.train
+
     if task.experiment.preload.cpus == 0 or ray.train.get_context().get_local_rank():
         return contextlib.nullcontext()
     return contextlib.closing(PreloadLink(task, worker, emit))

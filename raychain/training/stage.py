@@ -74,6 +74,7 @@ class ChainWorker:
         *,
         preloading: bool = False,
         micro_batches: Mapping[int, int | None] | None = None,
+        until: int | None = None,
     ) -> None:
         self.task, self.device, self.stopping = task, device, stopping
         self.rank = rank()
@@ -84,6 +85,7 @@ class ChainWorker:
         self.cache = ShardCache(self.experiment.preload.cache, self.experiment.preload.budget)
         self.control = Control()
         self.last_step: float | None = None
+        self.stages = task.stages if until is None else task.stages[: until + 1]
         self.micro_batches = micro_batches or {}
         """Of each stage by index; absent or None: a worker's whole share at once."""
         self.preloading = preloading
@@ -112,11 +114,11 @@ class ChainWorker:
         return {"stage": index, "micro_batch": min(self.micro_batches.get(index) or share, share)}
 
     def run(self) -> bool:
-        """Trains every stage that is not published; True when the chain is complete, False when it was stopped."""
-        for stage in self.task.stages:
+        """Trains every stage up to `until` that is not published; True when all are, False when it was stopped."""
+        for stage in self.stages:
             self._measure_again(stage)
         previous: Trained | None = None
-        todo = [stage for stage in self.task.stages if not self._published(stage)]
+        todo = [stage for stage in self.stages if not self._published(stage)]
         try:
             for stage in todo:
                 if stage.index and previous is None:

@@ -105,7 +105,7 @@ class _Warnings(logging.Handler):
 
 def train_chain(config: dict[str, Any]) -> bool:
     """Ray Train's worker function: {`task`: reference to a ChainTask, `mailbox`: actor, `micro_batch`: {stage: pairs or
-    None}}. Returns whether the chain is complete.
+    None}, `until`: stage}. Returns whether the stages up to that one are finished.
     """
     import ray.train.torch
     import torch
@@ -130,6 +130,7 @@ def train_chain(config: dict[str, Any]) -> bool:
         lambda: link.stopping,
         preloading=task.experiment.preload.cpus != 0,
         micro_batches=config["micro_batch"],
+        until=config["until"],
     )
     try:
         with preloading(task, worker, link.emit):
