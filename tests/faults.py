@@ -210,8 +210,11 @@ class Published:
             assert self.seen.setdefault(record.parent.name, written) == written, f"{record.parent.name} trained twice"
 
 
-def disturbed(site: Site, rng: random.Random, faults: list[Callable[[Site, random.Random], None]]) -> list[dict]:
-    """Runs the site's chain to its end under `faults` at random moments; what each did and cost.
+def disturbed(
+    site: Site, rng: random.Random, faults: list[Callable[[Site, random.Random], None]], apart: float = 0.0
+) -> list[dict]:
+    """Runs the site's chain to its end under `faults` at random moments, at least `apart` seconds of training after
+    each other; what each did and cost.
 
     Stops hitting when the chain ends first. Raises AssertionError or TimeoutError where the chain does not get over it.
     """
@@ -219,8 +222,8 @@ def disturbed(site: Site, rng: random.Random, faults: list[Callable[[Site, rando
     site.start()
     site.wait(lambda: site.place() > (-1, 0), 120)
     while faults:
-        until = time.monotonic() + rng.uniform(0.3, 3)
-        if not site.wait(lambda until=until: time.monotonic() > until, 30):
+        until = time.monotonic() + apart + rng.uniform(0.3, 3)
+        if not site.wait(lambda until=until: time.monotonic() > until, apart + 30):
             break
         fault, before, began = faults[0], site.place(), time.monotonic()
         fault(site, rng)
@@ -288,7 +291,10 @@ def main() -> None:
     parser.add_argument("--faults", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--a-chain", type=int, default=6, help="faults that are to hit each chain, at the most")
+    parser.add_argument("--only", nargs="+", choices=[fault.__name__ for fault in FAULTS], help="kinds of faults")
+    parser.add_argument("--apart", type=float, default=0.0, help="seconds of training between faults, at the least")
     options = parser.parse_args()
+    kinds = [fault for fault in FAULTS if not options.only or fault.__name__ in options.only]
     from raychain.demo import make_demo
 
     rng, hits = random.Random(options.seed), []
@@ -303,10 +309,10 @@ def main() -> None:
             folder = root / f"chain-{len(worst)}"
             folder.mkdir()
             count = min(options.a_chain, options.faults - len(hits))
-            faults = [FAULTS[(len(hits) + i) % len(FAULTS)] for i in range(count)]
+            faults = [kinds[(len(hits) + i) % len(kinds)] for i in range(count)]
             rng.shuffle(faults)
             with Site(experiment(root / "demo", folder / "runs", root / "cache"), folder) as site:
-                hits += disturbed(site, rng, faults)
+                hits += disturbed(site, rng, faults, options.apart)
                 worst.append(compare(site.out, expected))
                 again, kept = (a + b for a, b in zip((again, kept), costs(site), strict=True))
             deviation = f"deviation of losses {worst[-1][0]:.1e}, of weights {worst[-1][1]:.1e}"

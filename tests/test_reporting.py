@@ -180,6 +180,17 @@ def test_trace_is_valid_throughout_and_keeps_earlier_runs(tmp_path):
     assert named == {"raychain demo", "stage", "export"}
 
 
+def test_the_trace_of_a_driver_that_is_killed_lacks_the_last_seconds_alone(tmp_path, monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr(runlog.time, "monotonic", lambda: clock[0])
+    records = log(Folder(str(tmp_path)), span("first", "export", 1.0, 2.0), finish=False)
+    assert bars(tmp_path) == []
+    clock[0] += runlog.TRACE_EVERY_S
+    records.handle(span("second", "export", 3.0, 4.0))
+    records.handle(span("third", "export", 5.0, 6.0))
+    assert [bar["name"] for bar in bars(tmp_path)] == ["first", "second"]
+
+
 def test_a_broken_trace_file_is_started_anew(tmp_path):
     (tmp_path / "trace.json").write_text('{"traceEvents": [')
     log(Folder(str(tmp_path)), span("build", "build", 1.0, 2.0))

@@ -22,6 +22,8 @@ from raychain.storage import Folder, patiently
 log = logging.getLogger("raychain.reporting")
 SCHEMA = 1
 UPLOAD_EVERY_S = 30.0
+TRACE_EVERY_S = 10.0
+"""How often trace.json is written, which is written anew each time; a killed driver loses the bars since then."""
 RUN, METRICS, TRACE, TENSORBOARD = "run.json", "metrics.jsonl", "trace.json", "tensorboard"
 
 
@@ -47,6 +49,7 @@ class RunLog:
         self._failing: set[str] = set()
         self._uploaded: dict[str, tuple[int, int]] = {}
         self._upload_at = 0.0
+        self._trace_at, self._traced = 0.0, -1
         self._stages = list(stages)
         first = {"schema": SCHEMA, "name": header["name"], "status": "running"}
         self._run = first | {k: v for k, v in header.items() if k not in first} | {"stages": [], "totals": {}}
@@ -75,6 +78,8 @@ class RunLog:
         """Records one event; kinds that leave no record are ignored."""
         with self._later("records"):
             self._record(event)
+            if len(self._bars) != self._traced and time.monotonic() >= self._trace_at:
+                self._write_trace()
         self._upload_if_due()
 
     def _record(self, event: Event) -> None:
@@ -152,6 +157,7 @@ class RunLog:
         self._folder.write_json(RUN, self._run)
 
     def _write_trace(self) -> None:
+        self._traced, self._trace_at = len(self._bars), time.monotonic() + TRACE_EVERY_S
         self._folder.write_json(TRACE, plain(trace.document(f"raychain {self._run['name']}", self._bars)))
 
     def _keep_metrics(self, keep: Callable[[dict[str, Any]], bool]) -> None:
