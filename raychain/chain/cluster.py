@@ -10,6 +10,7 @@ from typing import Any
 import ray
 from ray._private import state
 from ray._raylet import PlacementGroupID
+from ray.autoscaler.v2.sdk import get_cluster_status
 from ray.train import ScalingConfig
 from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 from ray.train.v2._internal.execution.scaling_policy.autoscaling_coordinator_client import (
@@ -37,9 +38,12 @@ def capacity(worker: Resources) -> int:
     return sum(_fit(total, worker) for node, total in state.total_resources_per_node().items() if node not in away)
 
 
-def autoscales() -> bool:
-    """Whether the cluster can launch nodes that it does not have yet."""
-    return bool(state.state.get_max_resources_from_cluster_config())
+def launching() -> bool:
+    """Whether an autoscaler is bringing nodes. What it could bring, Ray 2.60 does not tell."""
+    with contextlib.suppress(ray.exceptions.RayError, RuntimeError):
+        status = get_cluster_status(ray.get_runtime_context().gcs_address)
+        return bool(status.pending_launches or status.pending_nodes)
+    return False
 
 
 def describe(worker: Resources) -> str:
@@ -52,7 +56,7 @@ def describe(worker: Resources) -> str:
 
 
 class Demand:
-    """Asks the autoscaler of a cluster that has one for workers, beside what others ask for, until `close`.
+    """Asks the cluster's autoscaler, if there is one, for workers, beside what others ask for, until `close`.
 
     Through the coordinator of Ray's own libraries: `ray.autoscaler.sdk.request_resources` alone would overwrite theirs.
     """
@@ -64,8 +68,6 @@ class Demand:
 
     def want(self, workers: int) -> None:
         """So many workers; call it again and again, as a request expires after three minutes."""
-        if not autoscales():
-            return
         if workers == 0:
             self.close()
         elif workers == self._workers:

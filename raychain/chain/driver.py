@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -20,7 +21,7 @@ from raychain.chain.group import Groups
 from raychain.chain.lease import Holder, Lease
 from raychain.chain.plan import totals, worker_cpus
 from raychain.chain.store import StageStore, UnusableStageError, usable
-from raychain.errors import Interrupted, RunFailed
+from raychain.errors import InputError, Interrupted, RunFailed
 from raychain.reporting.environment import environment
 from raychain.reporting.events import Event, event
 from raychain.reporting.gauges import Gauges
@@ -34,6 +35,8 @@ from raychain.training.task import ChainTask, StageTask
 
 LEASE = ".driver"
 """The run folder's lease."""
+ANSWERS_S = 10.0
+"""How long a cluster may take to accept a connection."""
 
 
 class Watch(NamedTuple):
@@ -207,7 +210,7 @@ def session(task: ChainTask, address: str | None, verbose: bool) -> Iterator[Non
     options: dict[str, Any] = {"log_to_driver": verbose, "logging_level": logging.INFO if verbose else logging.ERROR}
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if address or os.environ.get("RAY_ADDRESS"):
-        ray.init(address=address, **options)
+        _connect(address or os.environ["RAY_ADDRESS"], options)
     else:
         cpus = max(os.cpu_count() or 1, math.ceil(task.experiment.most_workers * worker_cpus(task.experiment)))
         # "local": without it Ray joins whatever cluster happens to run on this machine
@@ -218,6 +221,20 @@ def session(task: ChainTask, address: str | None, verbose: bool) -> Iterator[Non
             yield
     finally:
         ray.shutdown()
+
+
+def _connect(address: str, options: dict[str, Any]) -> None:
+    """Joins the cluster at `address`. Raises InputError where none answers, or not to this token."""
+    host, _, port = address.rpartition(":")
+    try:
+        if host and "/" not in host and port.isdigit():  # Ray would try for minutes
+            socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWERS_S).close()
+        ray.init(address=address, **options)
+    except (OSError, RuntimeError) as error:
+        said = str(error).strip().splitlines()
+        reason = next((line for line in said if "AuthToken" in line), said[-1] if said else "")
+        fix = f"start one, correct the address, or give its token (RAY_AUTH_TOKEN_PATH). Ray says: {reason}"
+        raise InputError("--address", address, "a Ray cluster that answers", fix) from None
 
 
 def _execute(groups: Groups, spoilt: Callable[[], bool]) -> bool:

@@ -176,17 +176,19 @@ class Groups:
         """The workers of the next group, once there is room for the fewest; 0 when the run is to stop."""
         began = time.monotonic()
         told = began - REMIND_S + SETTLE_S
+        coming = False
         while not self.stopping:
-            self.demand.want(self.most)
             waited, room = time.monotonic() - began, min(cluster.room(self.worker), self.most)
             if room == self.most or (room >= self.fewest and waited >= SETTLE_S):
                 return room
+            self.demand.want(self.most)
+            coming = coming or (room < self.fewest and cluster.launching())
             possible = cluster.capacity(self.worker)
             missing = (
                 f"{self.fewest} worker{'s' if self.fewest > 1 else ''} of {self._needs()} each cannot be placed: "
                 f"the cluster holds {possible}; it has {cluster.describe(self.worker)}"
             )
-            if first and waited >= MISSING_S and possible < self.fewest and not cluster.autoscales():
+            if first and waited >= MISSING_S and possible < self.fewest and not coming:
                 raise RunFailed(f"{missing}. Lower compute.workers or compute.cpus_per_worker, or add nodes.")
             if room < self.fewest and time.monotonic() - told >= REMIND_S:
                 told = time.monotonic()
