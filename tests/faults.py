@@ -81,7 +81,7 @@ class Site:
             self.driver = subprocess.Popen(command, stdout=log, stderr=log)
 
     def processes(self, title: str) -> list[psutil.Process]:
-        """The cluster's processes whose title holds `title`: RayTrainWorker, PreloadActor, TrainController."""
+        """The cluster's processes whose title holds `title`: RayTrainWorker, PreloadActor, ray::Controllers."""
         found = []
         for node in [self.cluster.head_node, *self.nodes]:
             for raylet in node.all_processes.get("raylet", []):
@@ -131,9 +131,9 @@ def kill_worker(site: Site, rng: random.Random) -> None:
 
 
 def kill_controller(site: Site, rng: random.Random) -> None:
-    """Ray Train's controller is killed."""
+    """The process of Ray Train's controllers is killed."""
     controllers: list[psutil.Process] = []
-    site.wait(lambda: bool(controllers.extend(site.processes("TrainController")) or controllers), 60)
+    site.wait(lambda: bool(controllers.extend(site.processes("ray::Controllers")) or controllers), 60)
     controllers[0].kill()
 
 
@@ -148,6 +148,16 @@ def kill_node(site: Site, rng: random.Random) -> None:
     """A node is lost without notice, its workers with it; another comes."""
     site.cluster.remove_node(site.nodes.pop(rng.randrange(len(site.nodes))), allow_graceful=False)
     time.sleep(rng.uniform(0, 4))
+    site.add_node()
+
+
+def lose_node(site: Site, rng: random.Random) -> None:
+    """A node is lost without notice; another comes when the chain goes on without it."""
+    before = site.place()
+    site.cluster.remove_node(site.nodes.pop(rng.randrange(len(site.nodes))), allow_graceful=False)
+    time.sleep(1)  # what was trained before is logged by now
+    reached = max(site.place(), before)
+    site.wait(lambda: site.place() > reached, 180)
     site.add_node()
 
 
@@ -252,7 +262,7 @@ def costs(site: Site) -> tuple[list[float], list[float]]:
     lost = [restart["time"] for restart in run["restarts"] if restart["reason"] == "failure"]
     again = [next((t - at for t in steps if t > at), None) for at in lost]
     drains = [restart["time"] for restart in run["restarts"] if restart["reason"] == "drain"]
-    noticed = [max((n for n in site.notices if n <= at), default=at) for at in drains]
+    noticed = [min(at, *(n for n in site.notices if abs(n - at) < 10)) for at in drains]  # the command may end later
     kept = [next((t - since for t in saved if t > at), None) for at, since in zip(drains, noticed, strict=True)]
     return [s for s in again if s is not None], [s for s in kept if s is not None]
 
@@ -291,10 +301,10 @@ def main() -> None:
     parser.add_argument("--faults", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--a-chain", type=int, default=6, help="faults that are to hit each chain, at the most")
-    parser.add_argument("--only", nargs="+", choices=[fault.__name__ for fault in FAULTS], help="kinds of faults")
+    parser.add_argument("--only", nargs="+", choices=[fault.__name__ for fault in (*FAULTS, lose_node)])
     parser.add_argument("--apart", type=float, default=0.0, help="seconds of training between faults, at the least")
     options = parser.parse_args()
-    kinds = [fault for fault in FAULTS if not options.only or fault.__name__ in options.only]
+    kinds = [fault for fault in (*FAULTS, lose_node) if fault.__name__ in options.only] if options.only else FAULTS
     from raychain.demo import make_demo
 
     rng, hits = random.Random(options.seed), []

@@ -32,10 +32,10 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(place)], check=True)
 
 
-def start(tree: dict, folder: Path) -> subprocess.Popen[str]:
+def start(tree: dict, folder: Path, *options: str) -> subprocess.Popen[str]:
     file = folder / "tiny.yaml"
     file.write_text(yaml.safe_dump(tree))
-    command = [sys.executable, "-m", "raychain.run", str(file), "--json"]
+    command = [sys.executable, "-m", "raychain.run", str(file), "--json", *options]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -70,6 +70,33 @@ def test_a_disk_that_is_full_for_a_while_costs_nothing_but_checkpoints(tree, sma
     assert "No space left on device" in errors
     steps = [(x["stage"], x["step"]) for x in map(json.loads, (out / "metrics.jsonl").read_text().splitlines())]
     assert steps == [(0, n) for n in range(1, 151)] + [(1, n) for n in range(1, 17)]
+
+
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+@pytest.mark.long
+def test_a_store_that_cannot_be_written_is_named_and_costs_no_stage(tree, small_disk, tmp_path, when):
+    tree |= {"storage": str(small_disk / "runs"), "evaluate": {}}
+    tree["chain"][0]["epochs"] = "200 steps"
+    out = tmp_path / "out"
+    change = ["mount", "-o", "remount,ro", str(small_disk)]
+    if when == "before":
+        subprocess.run(change, check=True)
+        process = start(tree, tmp_path, "--out", str(out))
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 2, errors
+        assert "storage" in errors
+        assert "Read-only file system" in errors
+        return
+    process = start(tree, tmp_path, "--out", str(out))
+    until(lambda: (out / "metrics.jsonl").exists() and (out / "metrics.jsonl").stat().st_size, process)
+    subprocess.run(change, check=True)
+    answer, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert [stage["status"] for stage in json.loads(answer)["stages"]] == ["trained", "trained"]
+    assert "is not shared through" in errors
+    assert "Read-only file system" in errors
+    assert "Traceback" not in errors
+    assert len(list(out.glob("stages/*/stage.json"))) == 2
 
 
 class Line:

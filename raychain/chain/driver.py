@@ -57,11 +57,11 @@ def run_chain(
     out = Folder(task.out)
     store = StageStore(Folder(task.store)) if task.store else None
     with contextlib.ExitStack() as stack:
-        leases = [stack.enter_context(Lease(out, LEASE))]
-        leases[0].acquire(_patience(f"{task.out} is in use"))
-        records = [_claim(stage, out, store, leases, stack) for stage in task.stages]
+        lease = stack.enter_context(Lease(out, LEASE))
+        lease.acquire(_patience(f"{task.out} is in use"))
+        records = [_claim(stage, out, store, stack) for stage in task.stages]
         try:
-            return _run(task, out, store, records, leases, address, verbose, watch)
+            return _run(task, out, store, records, lease, address, verbose, watch)
         finally:
             leave_report(out)
 
@@ -71,7 +71,7 @@ def _run(
     out: Folder,
     store: StageStore | None,
     records: Sequence[dict[str, Any] | None],
-    leases: Sequence[Lease],
+    lease: Lease,
     address: str | None,
     verbose: bool,
     watch: Watch | None,
@@ -107,7 +107,7 @@ def _run(
             trackers.finish(status, final)
 
     def spoilt() -> bool:
-        return health.exceeded or any(lease.lost for lease in leases) or (watch is not None and watch.stop.is_set())
+        return health.exceeded or lease.lost or (watch is not None and watch.stop.is_set())
 
     try:
         shown = contextlib.nullcontext() if watch else progress
@@ -118,7 +118,7 @@ def _run(
             complete = _execute(Groups(task, handlers, done, verbose=verbose), spoilt)
         if health.exceeded:
             raise RunFailed(health.describe())
-        if any(lease.lost for lease in leases):
+        if lease.lost:
             raise RunFailed(f"{task.out} could not be written for too long: another driver may be at work on it now")
     except BaseException as error:
         finish("interrupted" if isinstance(error, KeyboardInterrupt | Interrupted) else "failed")
@@ -132,12 +132,13 @@ def _run(
 
 
 def _claim(
-    stage: StageTask, out: Folder, store: StageStore | None, leases: list[Lease], stack: contextlib.ExitStack
+    stage: StageTask, out: Folder, store: StageStore | None, stack: contextlib.ExitStack
 ) -> dict[str, Any] | None:
     """The record of a finished stage, or None once this driver is the one to train it.
 
     Where another driver trains it, it is waited for. All drivers claim in the order of the chain, so that two never
-    wait for each other.
+    wait for each other. A claim that is lost later, as the store cannot be written any more, stops nothing: at worst
+    another driver trains the stage too.
     """
     record = _reused(stage, out, store)
     while store and record is None:
@@ -150,7 +151,6 @@ def _claim(
         mine = lease.acquire(wait)
         record = _reused(stage, out, store)  # who held the lease may have finished it
         if mine and record is None:
-            leases.append(lease)
             break
         lease.release()
     return record

@@ -22,12 +22,11 @@ from typing import Any
 
 import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
-from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.torch import TorchConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raychain.chain import cluster
+from raychain.chain.controllers import Trainer, start_controllers
 from raychain.chain.plan import worker_cpus
 from raychain.chain.policy import FailurePolicy, MicroBatches
 from raychain.errors import RunFailed
@@ -52,16 +51,6 @@ SETTINGS = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
 }
 """Ray Train's own 60 s and 2 s would be most of the time a lost node costs; `Groups` watches for drained nodes."""
-
-
-class Trainer(TorchTrainer):
-    """Ray Train's, without two processes a group that start with it and have nothing to do: Ray Data's manager of
-    datasets, and the cleaner that waits for the controller's death.
-    """
-
-    def _create_default_callbacks(self) -> list[Any]:
-        defaults = super()._create_default_callbacks()  # type: ignore[misc]
-        return [c for c in defaults if not isinstance(c, PlacementGroupCleanerCallback | DatasetsCallback)]
 
 
 @dataclass
@@ -102,8 +91,11 @@ class Groups:
         self.stopping = False
         self._fatal: str | None = None
         self._memory: Event | None = None
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        self.mailbox: Any = ray.remote(num_cpus=0)(Mailbox).options(scheduling_strategy=here).remote()
+        self._here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self.mailbox: Any = ray.remote(num_cpus=0)(Mailbox).options(scheduling_strategy=self._here).remote()
+        for name, seconds in SETTINGS.items():
+            os.environ.setdefault(name, seconds)
+        self._controllers: Any = start_controllers(self._here)
 
     @property
     def until(self) -> int:
@@ -137,9 +129,11 @@ class Groups:
         self.mailbox.request_stop.remote()
 
     def close(self) -> None:
-        """Ends the mailbox's process; a search runs many chains on one connection to Ray."""
-        with contextlib.suppress(ray.exceptions.RayError):
-            ray.kill(self.mailbox)
+        """Ends the mailbox's process and the controllers'; a search runs many chains on one connection to Ray."""
+        for actor in (self.mailbox, self._controllers):
+            with contextlib.suppress(ray.exceptions.RayError):
+                if actor is not None:
+                    ray.kill(actor)
 
     def run(self, spoilt: Callable[[], bool]) -> bool:
         """Trains until the chain is complete (True), or until `stop` or `spoilt` ended it.
@@ -147,8 +141,6 @@ class Groups:
         Raises RunFailed when attempts fail `compute.max_failures` times in a row, when an error would only come again,
         or when the cluster cannot hold the fewest workers.
         """
-        for name, seconds in SETTINGS.items():
-            os.environ.setdefault(name, seconds)
         if not self.verbose:
             logging.getLogger("ray.train").setLevel(logging.ERROR)
         try:
@@ -205,8 +197,10 @@ class Groups:
         name = f"ray-{uuid.uuid4().hex[:8]}"
         task = ray.put(self.task)  # the controller need not import what it is made of
         micro = {stage.index: self.micro.of(stage.index) for stage in self.task.stages}
+        self._controllers = self._controllers or start_controllers(self._here)
         trainer = Trainer(
-            train_chain,  # type: ignore[arg-type]
+            self._controllers,
+            train_chain,
             train_loop_config={"task": task, "mailbox": self.mailbox, "micro_batch": micro, "until": attempt.until},
             scaling_config=ScalingConfig(
                 num_workers=attempt.workers, use_gpu=compute.gpus_per_worker > 0, resources_per_worker=self.worker
@@ -228,6 +222,8 @@ class Groups:
                 attempt.complete = bool(trainer.fit().return_value)  # type: ignore[attr-defined]
             except BaseException as error:  # handled by the thread that waits
                 attempt.error = error
+                if isinstance(error, ray.exceptions.RayActorError):  # the controllers': a worker's is Ray Train's own
+                    self._controllers = None
 
         thread = threading.Thread(target=fit, name="fit", daemon=True)
         thread.start()
