@@ -137,7 +137,8 @@ def test_across_architectures_the_text_tower_grows_alone(width: str) -> None:
 def hops() -> list[Any]:
     vits = [(f"CoM-ViT-{a}-16", f"CoM-ViT-{b}-16") for a, b in VIT_HOPS]
     swins = [(f"CoM-Swin-{a}", f"CoM-Swin-{b}") for a, b in SWIN_HOPS]
-    return [*vits, ("CoM-ViT-S-16", "CoM-Swin-T"), *(pytest.param(*hop, marks=pytest.mark.slow) for hop in swins)]
+    marked = [pytest.param(*hop, marks=pytest.mark.long if hop[1][-1] in "BL" else pytest.mark.slow) for hop in swins]
+    return [*vits, ("CoM-ViT-S-16", "CoM-Swin-T"), *marked]
 
 
 @pytest.mark.parametrize(("small", "large"), hops())

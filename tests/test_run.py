@@ -137,6 +137,7 @@ def test_an_interrupted_run_continues_to_the_same_result(ray_session, tree, tmp_
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
 
 
+@pytest.mark.long
 def test_a_longer_wsd_stage_goes_on_from_the_shorter_ones_trunk_to_the_same_result(ray_session, tree, tmp_path, capsys):
     tree["chain"] = [{"model": "CoM-micro-S", "epochs": "20 steps"}]
     tree["train"] |= {"schedule": "wsd", "cooldown": "25 %", "average": "3 steps", "warmup": "4 steps"}

@@ -47,6 +47,7 @@ def until(condition, process: subprocess.Popen[str], seconds: float = 120) -> No
         time.sleep(0.1)
 
 
+@pytest.mark.long
 def test_a_disk_that_is_full_for_a_while_costs_nothing_but_checkpoints(tree, small_disk, tmp_path):
     tree |= {"storage": str(small_disk / "runs"), "evaluate": {}, "checkpoint": {"every": "5 steps"}}
     tree["chain"] = [{"model": "CoM-micro-S", "epochs": "150 steps"}, {"model": "CoM-micro-M", "epochs": "16 steps"}]
