@@ -178,7 +178,7 @@ def _device(name: str | None) -> Any:
     chosen = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         return torch.empty(0, device=chosen).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise InputError("--device", chosen, "cpu, or a device that torch finds here", reason) from None
 

@@ -16,7 +16,7 @@ import yaml
 from ray.util import get_node_ip_address
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "cluster"))
-from local import end, free_ports
+from local import COUNT, end, free_ports
 
 pytestmark = pytest.mark.long
 HEAD = "fffffffffffffffffffffffffffffffffffffffffffffffffff00000"
@@ -74,13 +74,6 @@ def nodes(address: str, environment: dict[str, str]) -> int:
     """How many are alive; 0 before the head answers."""
     asked = subprocess.run([sys.executable, "-c", COUNT, address], capture_output=True, text=True, env=environment)
     return int(asked.stdout) if asked.stdout.strip().isdigit() else 0
-
-
-COUNT = """
-import sys
-from ray._raylet import GcsClient
-print(sum(node.state == 0 for node in GcsClient(address=sys.argv[1]).get_all_node_info().values()))
-"""
 
 
 def test_stages_that_want_more_nodes_get_them_and_none_is_left_at_the_end(

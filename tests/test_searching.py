@@ -111,6 +111,19 @@ def with_trunk(number: int, stages: list[tuple[str, float]]) -> Trial:
     return made
 
 
+def stopped(runner: Simulated, trials: list[Trial], slots: int) -> Campaign:
+    """A campaign of all trials that was stopped after `runner.stops_after` stages, if it has more."""
+    work = campaign(runner, slots)
+    for one in trials:
+        work.add(one)
+    assert runner.stops_after is not None
+    work.stopping = len({step.key for one in trials for step in one.path}) > runner.stops_after
+    while work.running or not work.stopping:
+        if work.run(lambda: None) or work.stopping:
+            break
+    return work
+
+
 CHAINS = st.lists(
     st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from([1.0, 2.0])), min_size=1, max_size=4),
     min_size=1,
@@ -140,14 +153,8 @@ def test_every_trial_ends_and_no_stage_is_trained_twice(chains: Any, slots: int,
 @given(CHAINS, st.integers(1, 4), st.integers(0, 10))
 def test_a_search_that_was_stopped_goes_on_and_trains_the_rest(chains: Any, slots: int, after: int) -> None:
     runner = Simulated(stops_after=after)
-    first = campaign(runner, slots)
     trials = [trial(number, chain) for number, chain in enumerate(chains)]
-    for one in trials:
-        first.add(one)
-    first.stopping = len({key for one in trials for key in one.keys}) > after
-    while first.running or not first.stopping:
-        if first.run(lambda: None) or first.stopping:
-            break
+    first = stopped(runner, trials, slots)
     again = Simulated()
     second = campaign(again, slots, {key: {"status": "trained", "metrics": {}} for key in runner.trained})
     cut = {job.trial.number for job in first.cut}
@@ -162,15 +169,9 @@ def test_a_search_that_was_stopped_goes_on_and_trains_the_rest(chains: Any, slot
 @given(CHAINS, st.integers(1, 4), st.integers(0, 12))
 def test_stages_that_differ_in_length_share_their_trunk(chains: Any, slots: int, after: int) -> None:
     runner = Simulated(stops_after=after)
-    first = campaign(runner, slots)
     trials = [with_trunk(number, chain) for number, chain in enumerate(chains)]
-    for one in trials:
-        first.add(one)
     nodes = {step.key: step.share * step.stage.epochs for one in trials for step in one.path}
-    first.stopping = len(nodes) > after
-    while first.running or not first.stopping:
-        if first.run(lambda: None) or first.stopping:
-            break
+    stopped(runner, trials, slots)
     again = Simulated()
     second = campaign(again, slots, {key: {"status": "trained", "metrics": {}} for key in runner.trained})
     for one in [with_trunk(number, chain) for number, chain in enumerate(chains)]:

@@ -232,7 +232,7 @@ def _connect(address: str, options: dict[str, Any]) -> None:
         ray.init(address=address, **options)
     except (OSError, RuntimeError) as error:
         said = str(error).strip().splitlines()
-        reason = next((line for line in said if "AuthToken" in line), said[-1] if said else "")
+        reason = next((line for line in said if "AuthToken" in line), " ".join(said)[:300])
         fix = f"start one, correct the address, or give its token (RAY_AUTH_TOKEN_PATH). Ray says: {reason}"
         raise InputError("--address", address, "a Ray cluster that answers", fix) from None
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 from ray.util.metrics import Counter, Gauge
 
 from raychain.reporting.events import Event
@@ -24,6 +26,10 @@ class Gauges:
 
     def handle(self, event: Event) -> None:
         """Takes one event; kinds that say nothing here are ignored."""
+        with contextlib.suppress(Exception):  # a number for a dashboard is no reason to lose a run
+            self._handle(event)
+
+    def _handle(self, event: Event) -> None:
         match event["event"]:
             case "stage_start":
                 self._tags["model"] = event["model"]

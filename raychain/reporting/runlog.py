@@ -146,7 +146,7 @@ class RunLog:
             yield
         except OSError as error:
             if what not in self._failing:
-                log.warning("%s: %s not written for now, training goes on: %s", self._root, what, error)
+                log.warning("%s: %s cannot be written, training goes on: %s", self._root, what, error)
             self._failing.add(what)
         else:
             self._failing.discard(what)

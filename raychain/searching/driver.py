@@ -309,13 +309,12 @@ class Searcher:
 
     def _known(self, step: Step) -> Record | None:
         """The record of a stage, or of a part of a trunk, that the storage has already."""
-        if step.whole:
-            found = self.store.storage.read_json(f"{STORE}/{step.key}/{STAGE_RECORD}")
-            known = self.store.has(step.key)
-        else:
-            found = trunk_states(self.plan.store, step.stage.trunk).marker(int(step.key.partition("@")[2]))
-            known = found is not None
-        return found if known and isinstance(found, dict) else None
+        if not step.whole:
+            return trunk_states(self.plan.store, step.stage.trunk).marker(int(step.key.partition("@")[2]))
+        if not self.store.has(step.key):
+            return None
+        record = self.store.storage.read_json(f"{STORE}/{step.key}/{STAGE_RECORD}")
+        return record if isinstance(record, dict) else None
 
     def _begin(self, job: Job) -> None:
         self.unsaved = True
