@@ -37,7 +37,7 @@ CASES = {
     "no zero-shot folder": (["--set", "evaluate.zero_shot=/nowhere"], ["evaluate.zero_shot", "/nowhere"]),
     "warm-up too long": (["--set", "train.warmup=1000 steps"], ["chain.0", "1000 warm-up steps of 24"]),
     "unknown caption suffix": (["--set", "data.captions.keys=[txt|word]"], ["data.captions.keys", "txt|sentences"]),
-    "cool-down without wsd": (["--set", "train.cooldown=10 %"], ["train", "schedule: wsd"]),
+    "cool-down without wsd": (["--set", "train.cooldown=10 %"], ["train.cooldown", "schedule: wsd"]),
     "bad fraction": (["--set", "data.max_bad_fraction=2"], ["data.max_bad_fraction"]),
     "wrong image size": (["--set", "data.image_size=41"], ["data.image_size", "41"]),
 }  # fmt: skip

@@ -227,11 +227,12 @@ class Train(Component):
     log_every: int = Field(20, ge=1)
     """Steps between lines of metrics.jsonl."""
 
-    @model_validator(mode="after")
-    def _cooldown_of_wsd(self) -> Train:
-        if self.cooldown is not None and self.schedule != "wsd":
-            raise ValueError("cooldown: allowed with `schedule: wsd` only")
-        return self
+    @field_validator("cooldown")
+    @classmethod
+    def _cooldown_of_wsd(cls, cooldown: Duration | None, info: ValidationInfo) -> Duration | None:
+        if cooldown is not None and info.data.get("schedule") != "wsd":
+            raise ValueError("allowed with `train.schedule: wsd` only")
+        return cooldown
 
 
 class Compute(Component):
