@@ -231,7 +231,7 @@ class Train(Component):
     @classmethod
     def _cooldown_of_wsd(cls, cooldown: Duration | None, info: ValidationInfo) -> Duration | None:
         if cooldown is not None and info.data.get("schedule") != "wsd":
-            raise ValueError("allowed with `train.schedule: wsd` only")
+            raise ValueError("allowed is a cool-down of `train.schedule: wsd` only")
         return cooldown
 
 
