@@ -97,7 +97,7 @@ def _check_growth(experiment: Experiment, i: int) -> None:
 def check_compute(experiment: Experiment, address: str | None) -> None:
     """Whether the workers get a pair each, and GPUs where this machine is to have them. Raises InputError."""
     compute, batch = experiment.compute, experiment.train.global_batch
-    fewest = max(experiment.workers(index)[0] for index in range(len(experiment.chain)))
+    fewest = experiment.fewest_workers
     if batch < experiment.most_workers:
         raise InputError(
             "train.global_batch",

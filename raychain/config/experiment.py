@@ -344,15 +344,22 @@ class Experiment(Component):
 
     def workers(self, index: int) -> tuple[int, int]:
         """The fewest and the most workers of stage `index`."""
-        own = self.chain[index].workers or self.compute.workers
-        return (own, own) if isinstance(own, int) else own
+        return self._all_workers()[index]
 
     @property
     def most_workers(self) -> int:
         """The most that any stage makes use of."""
-        all_of_them = self.compute.workers
-        given = [stage.workers or all_of_them for stage in self.chain] or [all_of_them]
-        return max(workers if isinstance(workers, int) else workers[1] for workers in given)
+        return max(most for _, most in self._all_workers())
+
+    @property
+    def fewest_workers(self) -> int:
+        """What every stage has enough with."""
+        return max(fewest for fewest, _ in self._all_workers())
+
+    def _all_workers(self) -> list[tuple[int, int]]:
+        """The range of each stage; without a chain, as for a search, that of `compute`."""
+        given = [stage.workers or self.compute.workers for stage in self.chain] or [self.compute.workers]
+        return [(own, own) if isinstance(own, int) else own for own in given]
 
     def stage_data(self, index: int) -> Data:
         """What stage `index` reads: `data` with the stage's own keys in place of its."""
