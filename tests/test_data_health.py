@@ -81,7 +81,7 @@ def spoil(source: Path, target: Path) -> None:
     (target / second.name).write_bytes(second.read_bytes()[: second.stat().st_size // 2])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_on_damaged_shards_reports_them_and_stops_above_the_limit(ray_session, tree, demo, tmp_path, capsys):
     spoil(demo / "train", tmp_path)
     tree["data"] |= {"train": str(tmp_path / "*.tar"), "max_bad_fraction": 0.001}

@@ -119,7 +119,7 @@ def _check_rank(rank: int, world: int, rendezvous: str) -> None:
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("world", [2, 3, 5])
+@pytest.mark.parametrize("world", [2, 5])
 def test_any_world_size_gives_the_loss_and_gradients_of_the_global_batch(world: int, tmp_path: Path) -> None:
     rendezvous = str(tmp_path / "rendezvous")
     torch.save({k: loss_and_gradients(k) for k in (1, CAPTIONS)}, f"{rendezvous}.expected")

@@ -172,7 +172,7 @@ def test_a_stage_of_its_own_source_and_resolution_is_preloaded_while_the_one_bef
     ray_session, tree, demo, tmp_path
 ):
     tree["chain"] = [
-        {"model": "CoM-micro-S", "epochs": "900 steps"},
+        {"model": "CoM-micro-S", "epochs": "500 steps"},
         {
             "model": "CoM-micro-M",
             "epochs": "12 steps",

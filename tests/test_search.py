@@ -18,16 +18,15 @@ import raychain
 from raychain.config import load_experiment
 from raychain.config.loading import validate
 
-pytestmark = pytest.mark.long
 KEYS = {"trials", "pareto", "best", "stage_epochs_requested", "stage_epochs_trained", "baseline"}
 TRIAL_KEYS = {"chain", "macs", "metrics", "status"}
 
 
 @pytest.fixture
 def small(tree: dict[str, Any]) -> dict[str, Any]:
-    """Three chains of two tiny models, one of them alone."""
-    space = {"models": "CoM-micro-{S,M}", "first": "10 steps", "grown": ["4 steps", "6 steps"], "alpha": [0, 2]}
-    search = {"trials": 3, "seeds": 1, "space": space, "controls": {"equal_macs": False}, "sampler": "grid"}
+    """Two chains of two tiny models that begin alike, and what they are compared with."""
+    space = {"models": "CoM-micro-{S,M}", "first": "10 steps", "grown": ["4 steps", "6 steps"], "alpha": 2}
+    search = {"trials": 2, "seeds": 1, "space": space, "controls": {"equal_macs": False}, "sampler": "grid"}
     evaluate = {"zero_shot": tree["evaluate"]["zero_shot"]}
     return {k: v for k, v in tree.items() if k != "chain"} | {
         "family": "CoM-micro-{S,M}",
@@ -47,12 +46,12 @@ def test_a_search_shares_stages_and_its_best_chain_run_alone_gives_the_same(
     assert [trial["kind"] for trial in result["trials"]].count("control") == 2
     chains = [trial for trial in result["trials"] if len(trial["chain"]) == 2]
     assert len({trial["keys"][0] for trial in chains}) == 1, "all begin with the same stage"
-    assert len({trial["keys"][1] for trial in chains}) == 3
-    assert result["stage_epochs_trained"] < 0.7 * result["stage_epochs_requested"]
+    assert len({trial["keys"][1] for trial in chains}) == 2
+    assert result["stage_epochs_trained"] < 0.8 * result["stage_epochs_requested"]
     trained = [json.loads(path.read_text())["stages"] for path in (out / "chains").glob("*/run.json")]
     keys = [stage["key"] for stages in trained for stage in stages if stage["status"] == "trained"]
     assert sorted(keys) == sorted({key for trial in result["trials"] for key in trial["keys"]}), "each trained once"
-    assert "of 4 possible chains" in capsys.readouterr().err
+    assert "of 2 possible chains" in capsys.readouterr().err
 
     again = raychain.search(validate(small))
     assert (again["status"], again["trained"]) == ("succeeded", result["trained"])
@@ -66,8 +65,9 @@ def test_a_search_shares_stages_and_its_best_chain_run_alone_gives_the_same(
     assert alone["stages"][-1]["metrics"] == result["best"]["metrics"]
 
 
+@pytest.mark.long
 def test_a_killed_search_continues_where_it_was(small: dict[str, Any], tmp_path: Path) -> None:
-    small["search"] = small["search"] | {"trials": 2, "controls": None, "concurrent": 1}
+    small["search"] = small["search"] | {"controls": None, "concurrent": 1}
     file = tmp_path / "small.yaml"
     file.write_text(yaml.safe_dump(small))
     out = tmp_path / "search"

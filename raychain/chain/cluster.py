@@ -32,6 +32,13 @@ def room(worker: Resources) -> int:
     return sum(_fit(free, worker) for node, free in state.available_resources_per_node().items() if node not in away)
 
 
+def free_node(worker: Resources) -> str | None:
+    """A node whose free resources hold a worker now."""
+    away = leaving()
+    free = state.available_resources_per_node().items()
+    return next((node for node, left in free if node not in away and _fit(left, worker)), None)
+
+
 def capacity(worker: Resources) -> int:
     """How many workers the cluster would hold if nothing else ran on it."""
     away = leaving()

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +17,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from raychain.evaluation.measure import evaluate
 from raychain.families import at_image_size, build, model_config
 from raychain.families.tokenizing import make_tokenizer
 from raychain.feed.cache import ShardCache
@@ -34,9 +34,10 @@ from raychain.training.average import make_average
 from raychain.training.checkpoint import Checkpoints
 from raychain.training.control import Control, Wish
 from raychain.training.loop import StageLoop
+from raychain.training.measuring import free_node, measured, measured_apart
 from raychain.training.optimizer import make_optimizer
 from raychain.training.state import Counters, TrainState
-from raychain.training.student import Student, preprocessing_of
+from raychain.training.student import Student
 from raychain.training.task import ChainTask, StageTask
 
 STAGE_RECORD = "stage.json"
@@ -96,6 +97,8 @@ class ChainWorker:
         self._ready: Future[tuple[nn.Module, Loader]] | None = None
         self._publishing: Future[None] | None = None
         self._handed_over = threading.Event()
+        self._ending = threading.Event()
+        """The group is to end: what is measured apart is waited for no longer."""
         self._running: tuple[StageTask, TrainState, Loader] | None = None
 
     @property
@@ -136,8 +139,12 @@ class ChainWorker:
                     previous = self._train(stage, *start, loader, following)
                 if previous is None:
                     return False
+            self._wait_for_publication()
+            for stage in todo:
+                self._measure_again(stage)
             return True
         finally:
+            self._ending.set()
             self.hurry.set()
             self._handed_over.set()
             if self._ready and not self._ready.cancel():
@@ -150,7 +157,7 @@ class ChainWorker:
         return self._agree(isinstance(record, dict) and record.get("key") == stage.key)
 
     def _measure_again(self, stage: StageTask) -> None:
-        """Measures a finished stage whose metrics are of other held-out data."""
+        """Measures a finished stage that has no metrics, or those of other held-out data."""
         name = f"stages/{stage.folder}/{STAGE_RECORD}"
         record = self._agree(self.out.read_json(name) if self.rank == 0 else None)
         if not isinstance(record, dict) or record.get("key") != stage.key or self.task.measured(record):
@@ -160,7 +167,8 @@ class ChainWorker:
             record |= {"metrics": metrics, "evaluation": self.task.evaluation}
             self.out.write_json(name, record)
             shown = {key: value for key, value in record.items() if key != "files"}
-            self.emit({"event": "stage_end", "stage": stage.index, "record": shown | {"status": "reused"}})
+            status = "reused" if stage.published else "trained"
+            self.emit({"event": "stage_end", "stage": stage.index, "record": shown | {"status": status}})
 
     def _resume(self, stage: StageTask) -> Resumed:
         """The furthest state there is of the stage: its own, or its trunk's."""
@@ -325,14 +333,18 @@ class ChainWorker:
         self._span(stage.model, "stage", started, stage)
         if not complete:
             return None
-        metrics = self.evaluate(stage, state.model, state.counters.step)
+        node = self._agree(free_node(self.task) if self.rank == 0 and following else None)
+        measure = partial(self._measure_apart, stage, state.model, node)
+        if node is None:
+            metrics = self.evaluate(stage, state.model, state.counters.step)
+            measure = partial(dict, metrics)
         moments = read_moments(state.student.model, state.optimizer)
         if self.rank == 0:
             self._wait_for_publication()
             # Nothing changes the stage's tensors any more, so the next one can train while they are written.
             self._handed_over.clear()
             self._publishing = self._background.submit(
-                self._publish, stage, state, moments, metrics, checkpoints, trunks
+                self._publish, stage, state, moments, measure, checkpoints, trunks
             )
         return Trained(state.model, moments)
 
@@ -364,34 +376,33 @@ class ChainWorker:
         if self.task.zero_shot is None and self.task.retrieval is None:
             return {}
         started = time.time()
-        tokenize, tokenizer = make_tokenizer(model_config(stage.model))
-        preprocessing = preprocessing_of(model)
-        metrics = evaluate(
-            model,
-            zero_shot=self.task.zero_shot,
-            retrieval=self.task.retrieval,
-            cache=self.cache,
-            tokenize=tokenize,
-            image_size=stage.image_size,
-            mean=preprocessing["mean"],
-            std=preprocessing["std"],
-            tokenizer_id=tokenizer,
-            device=self.device,
-        )
+        metrics = measured(self.task, stage, model, self.cache, self.device)
+        self._tell_metrics(stage, step, metrics, started)
+        return metrics
+
+    def _measure_apart(self, stage: StageTask, model: nn.Module, node: str) -> dict[str, float] | None:
+        """The metrics, from a process of its own beside the next stage's training; None: `_measure_again` has to."""
+        started = time.time()
+        metrics = measured_apart(self.task, stage, model, node, self._ending.is_set)
+        if metrics is not None:
+            self._tell_metrics(stage, stage.steps, metrics, started)
+        return metrics
+
+    def _tell_metrics(self, stage: StageTask, step: int, metrics: dict[str, float], started: float) -> None:
         self.emit({"event": "evaluation", "stage": stage.index, "step": step, "metrics": metrics})
         self._span(f"evaluate {stage.model}", "evaluation", started, stage)
-        return metrics
 
     def _publish(
         self,
         stage: StageTask,
         state: TrainState,
         moments: Moments,
-        metrics: dict[str, float],
+        measure: Callable[[], dict[str, float] | None],
         checkpoints: Checkpoints,
         trunks: Checkpoints | None,
     ) -> None:
         self._handed_over.wait(HANDOVER_S)
+        metrics = measure()
         started, counters, transfer = time.time(), state.counters, self.experiment.transfer
         record = {
             "index": stage.index,
@@ -408,8 +419,8 @@ class ChainWorker:
             "data_wait_s": round(counters.data_wait_s, 3),
             "transfer": transfer.model_dump(mode="json") if stage.index else None,
             "checkpoint": f"stages/{stage.folder}",
-            "metrics": metrics,
-            "evaluation": self.task.evaluation,
+            "metrics": metrics or {},
+            "evaluation": None if metrics is None else self.task.evaluation,
         }
         with tempfile.TemporaryDirectory(prefix="raychain-") as scratch:
             files = write_artifact(
