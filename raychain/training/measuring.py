@@ -10,7 +10,6 @@ import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch import nn
 
-from raychain.chain import cluster
 from raychain.evaluation.measure import evaluate
 from raychain.families import build, model_config
 from raychain.families.tokenizing import make_tokenizer
@@ -50,6 +49,8 @@ def free_node(task: ChainTask) -> str | None:
     sets = [found for found in (task.zero_shot, task.retrieval) if found is not None]
     if sum(shard.samples for found in sets for shard in found.shards) < APART_FROM:
         return None
+    from raychain.chain import cluster  # a second of imports, which most runs need not
+
     return cluster.free_node(_resources())
 
 
