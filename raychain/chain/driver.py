@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import ray
 
 from raychain.chain.group import Groups
-from raychain.chain.lease import Holder, Lease
+from raychain.chain.lease import Holder, Lease, patience
 from raychain.chain.plan import totals, worker_cpus
 from raychain.chain.store import StageStore, UnusableStageError, usable
 from raychain.errors import InputError, Interrupted, RunFailed
@@ -58,7 +58,7 @@ def run_chain(
     store = StageStore(Folder(task.store)) if task.store else None
     with contextlib.ExitStack() as stack:
         lease = stack.enter_context(Lease(out, LEASE))
-        lease.acquire(_patience(f"{task.out} is in use"))
+        lease.acquire(patience(f"{task.out} is in use", _say))
         records = [_claim(stage, out, store, stack) for stage in task.stages]
         try:
             return _run(task, out, store, records, lease, address, verbose, watch)
@@ -143,7 +143,7 @@ def _claim(
     record = _reused(stage, out, store)
     while store and record is None:
         lease = stack.enter_context(store.training(stage.key))
-        told = _patience(f"{stage.model} (stage {stage.key[:8]}) is being trained")
+        told = patience(f"{stage.model} (stage {stage.key[:8]}) is being trained", _say)
 
         def wait(holder: Holder, told: Callable[[Holder], bool] = told) -> bool:
             return told(holder) and not store.has(stage.key)
@@ -154,19 +154,6 @@ def _claim(
             break
         lease.release()
     return record
-
-
-def _patience(what: str) -> Callable[[Holder], bool]:
-    """Says once what is waited for."""
-    told: set[str] = set()
-
-    def wait(holder: Holder) -> bool:
-        if str(holder) not in told:
-            told.add(str(holder))
-            print(f"raychain: {what} by another driver ({holder}): waiting for it", file=sys.stderr, flush=True)
-        return True
-
-    return wait
 
 
 def _reused(stage: StageTask, out: Folder, store: StageStore | None) -> dict[str, Any] | None:
@@ -246,6 +233,10 @@ def _execute(groups: Groups, spoilt: Callable[[], bool]) -> bool:
         groups.close()
 
 
+def _say(message: str) -> None:
+    print(f"raychain: {message}", file=sys.stderr, flush=True)
+
+
 @contextlib.contextmanager
 def stop_signals(request_stop: Callable[[], Any]) -> Iterator[None]:
     """The first SIGINT or SIGTERM lets the workers save and return, the second ends the driver at once."""
@@ -255,7 +246,7 @@ def stop_signals(request_stop: Callable[[], Any]) -> Iterator[None]:
         if asked:
             raise KeyboardInterrupt
         asked.append(number)
-        print("raychain: stopping: the workers save their state (again: stop at once)", file=sys.stderr, flush=True)
+        _say("stopping: the workers save their state (again: stop at once)")
         request_stop()
 
     if threading.current_thread() is not threading.main_thread():

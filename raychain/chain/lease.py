@@ -247,6 +247,19 @@ class Lease:
         time.sleep(self.poll_s * random.uniform(0.5, 1))
 
 
+def patience(what: str, say: Callable[[str], None]) -> Callable[[Holder], bool]:
+    """For `acquire`: waits without end, and says once of each holder that it is waited for."""
+    told: set[str] = set()
+
+    def wait(holder: Holder) -> bool:
+        if str(holder) not in told:
+            told.add(str(holder))
+            say(f"{what} by another driver ({holder}): waiting for it")
+        return True
+
+    return wait
+
+
 def _parse(name: str, content: bytes) -> Holder:
     """The claim in a file. One that does not say whose it is counts as held until it is stale."""
     claim: Any = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ import yaml
 
 from raychain.chain import cluster
 from raychain.chain.driver import LEASE, session, stop_signals
-from raychain.chain.lease import Holder, Lease
+from raychain.chain.lease import Lease, patience
 from raychain.chain.plan import make_task, replan, worker_cpus
 from raychain.chain.store import STORE, StageStore
 from raychain.config.durations import Duration
@@ -78,7 +78,7 @@ def run_search(plan: Plan, *, address: str | None = None, verbose: bool = False)
     """
     with Lease(plan.out, LEASE) as lease:
         progress = SearchProgress(plan.search.trials, plan.search.metric)
-        lease.acquire(_patience(progress.say, plan.out.address))
+        lease.acquire(patience(f"{plan.out.address} is in use", progress.say))
         searcher = Searcher(plan, progress)
         try:
             with session(plan.base, address, verbose):
@@ -465,15 +465,3 @@ def _identity(experiment: Experiment) -> str:
 def _length(text: str) -> Duration:
     amount, unit = text.split(" ")
     return Duration(float(amount), unit)
-
-
-def _patience(say: Callable[[str], None], where: str) -> Callable[[Holder], bool]:
-    told: list[str] = []
-
-    def wait(holder: Holder) -> bool:
-        if str(holder) not in told:
-            told.append(str(holder))
-            say(f"{where} is in use by another driver ({holder}): waiting for it")
-        return True
-
-    return wait
