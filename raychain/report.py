@@ -20,15 +20,14 @@ def report(run_dir: str | Path) -> str:
     Raises InputError for a folder that holds neither, or that cannot be written.
     """
     from raychain.reporting.report.writing import REPORT, write_report
-    from raychain.storage import Folder
+    from raychain.storage import Folder, below
 
     folder = Folder(str(run_dir))
     try:
         write_report(folder)
     except OSError as error:
         raise InputError("RUN_DIR", run_dir, "a folder that can be written", str(error)) from None
-    path, mark, query = str(run_dir).partition("?" if "://" in str(run_dir) else "\0")  # s3://… may have options
-    return f"{path.rstrip('/')}/{REPORT}{mark}{query}"
+    return below(str(run_dir), REPORT)
 
 
 def report_command(

@@ -34,10 +34,11 @@ def run(
     """
     from raychain.chain.driver import run_chain
     from raychain.chain.plan import check_experiment, make_task, writable
+    from raychain.storage import below
 
     config = _resolved(experiment if isinstance(experiment, Experiment) else load_experiment(experiment, overrides))
     check_experiment(config, address)
-    folder = out or f"{config.storage.rstrip('/')}/{config.name}"
+    folder = out or below(config.storage, config.name)
     writable(folder)
     # A folder given on its own may be anywhere, so nothing is written outside of it unless the experiment says where.
     shared = out is None or "storage" in config.model_fields_set
@@ -82,10 +83,11 @@ def _resolved(experiment: Experiment) -> Experiment:
 
 def _dry_run(experiment: str, overrides: tuple[str, ...], out: str | None, address: str | None, as_json: bool) -> None:
     from raychain.chain.plan import check_experiment, dry_plan, writable
+    from raychain.storage import below
 
     config = _resolved(load_experiment(experiment, overrides))
     check_experiment(config, address)
-    writable(out or f"{config.storage.rstrip('/')}/{config.name}")
+    writable(out or below(config.storage, config.name))
     plan = dry_plan(config)
     if as_json:
         print(json.dumps({"config": config.model_dump(mode="json"), **plan}, indent=2))

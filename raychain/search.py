@@ -34,6 +34,7 @@ def search(
     from raychain.config.search import Search
     from raychain.reporting.trackers import check_trackers
     from raychain.searching.driver import plan_search, run_search
+    from raychain.storage import below
 
     config = experiment if isinstance(experiment, Experiment) else load_experiment(experiment, overrides)
     settings = config.search or Search()
@@ -42,7 +43,7 @@ def search(
     config = config.model_copy(update={"search": settings})
     check_compute(config, address)
     check_trackers(config.track)
-    folder = out or f"{config.storage.rstrip('/')}/{config.name}-search"
+    folder = out or below(config.storage, f"{config.name}-search")
     # As for a run: with a folder of its own nothing is written outside of it, unless the experiment says where.
     shared = out is None or "storage" in config.model_fields_set
     plan = plan_search(

@@ -56,6 +56,18 @@ def is_local(address: str) -> bool:
     return "://" not in address or address.startswith("file://")
 
 
+def split_options(address: str) -> tuple[str, str]:
+    """An address without its options (`s3://…?endpoint_override=…`), and those with their question mark."""
+    base, mark, options = address.partition("?") if not is_local(address) and "=" in address else (address, "", "")
+    return base, mark + options
+
+
+def below(address: str, name: str) -> str:
+    """The address of `name` in the folder at `address`."""
+    base, options = split_options(address)
+    return f"{base.rstrip('/')}/{name}{options}"
+
+
 def resolve(address: str) -> tuple[fs.FileSystem, str]:
     """The filesystem of `address` and the path on it. Paths are made absolute; `~` is expanded.
 

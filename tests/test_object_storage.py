@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import webdataset
+import yaml
 from PIL import Image
 from pyarrow import fs
 
@@ -20,7 +21,8 @@ from raychain.feed.cache import ShardCache
 from raychain.feed.members import Wanted
 from raychain.feed.shards import Shard, expand, survey
 from raychain.feed.spec import Spec
-from raychain.storage import Folder, resolve
+from raychain.run import run_command
+from raychain.storage import Folder, below, resolve
 
 SAMPLES, WANTED = 20, Wanted(("txt",))
 
@@ -179,3 +181,14 @@ def test_folders_are_published_to_an_s3_bucket(tmp_path: Path, bucket: Callable[
     assert folder.list("stages") == ["1"]
     folder.delete("stages/1")
     assert folder.read("stages/1/a-marker") is None
+
+
+def test_a_run_folder_in_a_storage_with_options_keeps_them(
+    tree: dict[str, Any], bucket: Callable[[str], str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert below(bucket("runs/"), "tiny") == bucket("runs/tiny")
+    file = tmp_path / "tiny.yaml"
+    file.write_text(yaml.safe_dump(tree | {"storage": bucket("dry")}))
+    run_command(str(file), dry_run=True)
+    assert capsys.readouterr().out.count("CoM-micro-") == 2
+    assert Folder(bucket("dry")).list() == ["tiny"]

@@ -112,7 +112,7 @@ def _run(
     try:
         shown = contextlib.nullcontext() if watch else progress
         with _sharing(task, out, store, show) as share, shown, session(task, address, verbose):
-            gauges = Gauges(task.out.rstrip("/").rpartition("/")[2])
+            gauges = Gauges(out.path.rpartition("/")[2])
             handlers = [health.handle, log.handle, share, trackers.handle, gauges.handle, show]
             done = {stage.index for stage, record in zip(task.stages, records, strict=True) if record}
             complete = _execute(Groups(task, handlers, done, verbose=verbose), spoilt)

@@ -30,7 +30,7 @@ from raychain.growth import DEPTH_OPERATORS, WIDTH_OPERATORS, GrowthError, check
 from raychain.planning.macs import forward_macs, stage_macs
 from raychain.reporting.health import DataHealth
 from raychain.reporting.trackers import check_trackers
-from raychain.storage import Folder, is_local
+from raychain.storage import Folder, below, is_local
 from raychain.training.optimizer import adam_constants
 from raychain.training.stage import STAGE_RECORD
 from raychain.training.task import ChainTask, StageTask
@@ -184,7 +184,7 @@ def check_health(health: DataHealth) -> None:
 
 def dry_plan(experiment: Experiment) -> dict[str, Any]:
     """What `--dry-run` shows: every stage's steps and MACs. Demo shards that are not there yet are not rendered."""
-    demo, out = experiment.data.demo, f"{experiment.storage.rstrip('/')}/{experiment.name}"
+    demo, out = experiment.data.demo, below(experiment.storage, experiment.name)
     if demo and not is_current(Path(demo.out), names=demo.names, pictures=demo.pictures, seed=demo.seed):
         reading = Reading((), Order((demo.pictures,), experiment.train.seed))
         stages = _stages(experiment, [reading] * len(experiment.chain), Folder(out))

@@ -17,7 +17,7 @@ from raychain.feed.fetch import open_input
 from raychain.feed.health import STRUCTURAL
 from raychain.feed.members import Wanted
 from raychain.feed.shards import Shard
-from raychain.storage import Folder
+from raychain.storage import Folder, below
 
 ZERO_SHOT, RETRIEVAL = "evaluate.zero_shot", "evaluate.retrieval"
 CLASSES, TEMPLATES = "classnames.txt", "zeroshot_classification_templates.txt"
@@ -88,7 +88,7 @@ def resolve_zero_shot(address: str, cache_dir: str | Path, where: str = ZERO_SHO
         if SLOT not in template:
             raise InputError(where, f"the template {template!r} in {address}/{TEMPLATES}",
                              f"templates with {SLOT} where the class name belongs", f"add {SLOT} to it")  # fmt: skip
-    found = _survey([f"{address.rstrip('/')}/test/*.tar"], Wanted(label=True), cache_dir, where)
+    found = _survey([below(address, "test/*.tar")], Wanted(label=True), cache_dir, where)
     with ThreadPoolExecutor(16) as pool:
         labels = list(pool.map(lambda shard: _labels(shard, Path(cache_dir).expanduser(), where), found))
     for shard, (low, high) in zip(found, labels, strict=True):

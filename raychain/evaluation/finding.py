@@ -7,7 +7,7 @@ from pathlib import Path
 
 from raychain.errors import InputError
 from raychain.evaluation.data import CLASSES, RetrievalData, ZeroShotData, resolve_retrieval, resolve_zero_shot
-from raychain.storage import Folder
+from raychain.storage import Folder, below
 
 KIND, RETRIEVAL = "dataset_type.txt", "retrieval"
 SPLIT = "test"
@@ -26,7 +26,7 @@ def find_tasks(
     """
     if any(c in address for c in "*?[{"):
         return [resolve_retrieval([address], caption_keys, cache_dir, where)]
-    folder, base = Folder(address), address.rstrip("/")
+    folder = Folder(address)
     try:
         names = folder.list() if not address.endswith(".tar") else []
         kind = (folder.read(KIND) or b"").decode(errors="replace").strip().lower() if KIND in names else ""
@@ -38,5 +38,5 @@ def find_tasks(
         tasks.append(resolve_zero_shot(address, cache_dir, where))
     if kind == RETRIEVAL or not tasks:
         inside = split and (kind == RETRIEVAL or not any(name.endswith(".tar") for name in names))
-        tasks.append(resolve_retrieval([f"{base}/{SPLIT}" if inside else address], caption_keys, cache_dir, where))
+        tasks.append(resolve_retrieval([below(address, SPLIT) if inside else address], caption_keys, cache_dir, where))
     return tasks

@@ -18,7 +18,7 @@ from raychain.errors import InputError
 from raychain.feed import health, members
 from raychain.feed.fetch import open_input, patiently
 from raychain.feed.health import Bad, Tally
-from raychain.storage import Folder, is_local, resolve
+from raychain.storage import Folder, resolve, split_options
 
 PROBE = 65_536
 WHOLE_AHEAD = 2**23
@@ -57,12 +57,12 @@ def expand(patterns: Sequence[str], where: str) -> list[str]:
 def _match(address: str, pattern: str, where: str) -> list[str]:
     filesystem, path = resolve(address)
     # s3://bucket/{…}.tar?endpoint_override=… : what stands around the path is put back around every match
-    base, mark, query = address.partition("?") if not is_local(address) and "=" in address else (address, "", "")
+    base, options = split_options(address)
     prefix = base.removesuffix(path) if "://" in base else ""
     try:
         info = patiently(address, lambda: filesystem.get_file_info(path))
         if info.type == fs.FileType.File:
-            return [prefix + path + mark + query]
+            return [prefix + path + options]
         if info.type == fs.FileType.Directory:
             path = f"{path.rstrip('/')}/*.tar"
         elif not any(c in path for c in "*?["):
@@ -76,7 +76,7 @@ def _match(address: str, pattern: str, where: str) -> list[str]:
     matched = sorted(n for n in names if fnmatch.fnmatchcase(n, path) and n.count("/") == path.count("/"))
     if not matched:
         raise InputError(where, pattern, "a pattern that matches at least one file", f"nothing matches {address}")
-    return [prefix + name + mark + query for name in matched]
+    return [prefix + name + options for name in matched]
 
 
 def survey(addresses: Sequence[str], wanted: members.Wanted, cache: Path, where: str) -> list[Shard]:

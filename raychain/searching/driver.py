@@ -28,7 +28,7 @@ from raychain.searching.outcome import best_chain, comparisons, pareto, rank_cor
 from raychain.searching.running import RayRunner
 from raychain.searching.sampling import Sampler, make_sampler
 from raychain.searching.space import CHAIN, Params, Space, make_space, proxied, with_stages
-from raychain.storage import Folder
+from raychain.storage import Folder, below
 from raychain.training.stage import STAGE_RECORD, trunk_states
 from raychain.training.task import ChainTask
 
@@ -289,7 +289,7 @@ class Searcher:
             others = self.space.others(proxy.epochs if proxy and kind != "full" else 1.0)
             task = replan(base, experiment, self.plan.out.address, others)
             # the folder of the chain: what is left of an interrupted stage is there
-            folder = f"{self.plan.out.address.rstrip('/')}/chains/{task.stages[-1].key[:12]}"
+            folder = below(self.plan.out.address, f"chains/{task.stages[-1].key[:12]}")
             return replan(base, experiment, folder, others)
         except InputError:
             return None
