@@ -1,0 +1,137 @@
+"""Trains the rows of a study for every seed and tabulates them: `python experiments/evidence/study.py STUDY.yaml WORK`.
+
+A study is a YAML file with `experiment` (without a chain), `demo` (what pictures to make), `seeds`, and `rows`: each a
+`name`, a `chain`, and whatever else of the experiment it changes. Rows that begin alike share stages through the
+storage in WORK. Every row is a `raychain.run` of one worker with one thread, and as many are at work as there are
+cores. The same command continues. STUDY.json beside the study gets everything measured, on validation and test.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+import raychain
+from raychain.demo import make_demo
+
+SPLITS = ("validation", "test")
+
+
+def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`base` with the keys of `changes`, at every depth."""
+    both = {key: merged(base[key], changes[key]) for key in base.keys() & changes.keys()
+            if isinstance(base[key], dict) and isinstance(changes[key], dict)}  # fmt: skip
+    return base | changes | both
+
+
+def train(study: dict[str, Any], row: dict[str, Any], seed: int, work: Path) -> dict[str, Any]:
+    """One row with one seed, measured on both splits."""
+    done = work / "rows" / f"{row['name'].replace(' ', '_').replace('/', '_')}-{seed}.json"
+    if done.exists():
+        found: dict[str, Any] = json.loads(done.read_text())
+        return found
+    fixed = {
+        "name": done.stem,
+        "data": {"train": str(work / "data/study-demo/train")},
+        "evaluate": {"zero_shot": str(work / "data/study-demo/zero_shot/validation")},
+        "compute": {"workers": 1, "cpus_per_worker": 1},
+        "preload": {"cache": str(work / "cache")},
+        "train": {"seed": seed},
+        "storage": str(work / "runs"),
+    }
+    changes = {key: value for key, value in row.items() if key != "name"}
+    file = done.with_suffix(".yaml")
+    file.write_text(yaml.safe_dump(merged(merged(study["experiment"], fixed), changes)))
+    with done.with_suffix(".log").open("a") as log:
+        command = [sys.executable, "-m", "raychain.run", str(file), "--json"]
+        ran = subprocess.run(command, cwd=work, stdout=subprocess.PIPE, stderr=log, text=True)  # noqa: S603
+    if ran.returncode:
+        raise SystemExit(f"{row['name']}, seed {seed} failed: see {log.name}")
+    stages = json.loads(ran.stdout)["stages"]
+    result = {
+        "name": row["name"],
+        "seed": seed,
+        "chain": [{"model": stage["model"], "epochs": stage["epochs"]} for stage in stages],
+        "macs": sum(stage["macs"] for stage in stages),
+        "seconds": round(sum(stage["wall_s"] for stage in stages), 1),
+        "metrics": {split: measure(work, done.stem, stages[-1]["checkpoint"], split) for split in SPLITS},
+    }
+    done.write_text(json.dumps(result, indent=1))
+    return result
+
+
+def measure(work: Path, name: str, checkpoint: str, split: str) -> dict[str, float]:
+    """Zero-shot and retrieval of a stage on one split of the pictures."""
+    data = [str(work / "data/study-demo" / part) for part in (f"zero_shot/{split}", split)]
+    measured = raychain.evaluate(
+        str(work / "runs" / name / checkpoint), data, captions=["txt", "json.captions"], cache=str(work / "cache")
+    )
+    return {key: value for result in measured["results"] for key, value in result["metrics"].items()}
+
+
+def score(metrics: dict[str, float]) -> float:
+    """Mean of zero-shot top-1 and the mean of both directions' recall at 1, in percent."""
+    return metrics["zero_shot_top1"] / 2 + (metrics["i2t_r1"] + metrics["t2i_r1"]) / 4
+
+
+def table(study: dict[str, Any], results: list[dict[str, Any]]) -> Iterator[str]:
+    """Markdown: means over the seeds, and half of largest minus smallest."""
+    yield "| | training MACs, T | seconds | score, validation | score, test | seeds |"
+    yield "|---|---|---|---|---|---|"
+    for row in study["rows"]:
+        found = [result for result in results if result["name"] == row["name"]]
+        if found:
+            scores = [_spread([score(result["metrics"][split]) for result in found]) for split in SPLITS]
+            seconds = statistics.mean(result["seconds"] for result in found)
+            cells = [row["name"], f"{found[0]['macs'] / 1e12:.2f}", f"{seconds:.0f}", *scores, str(len(found))]
+            yield "| " + " | ".join(cells) + " |"
+
+
+def _spread(values: list[float]) -> str:
+    return f"{statistics.mean(values):.1f} ± {(max(values) - min(values)) / 2:.1f}"
+
+
+def main() -> None:
+    """Trains what is missing, seed after seed, and writes what there is after each row."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", type=Path)
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    options = parser.parse_args()
+    study, work = yaml.safe_load(options.study.read_text()), options.work.absolute()
+    (work / "rows").mkdir(parents=True, exist_ok=True)
+    make_demo(work / "data/study-demo", **study["demo"])
+    torch.set_num_threads(1)
+    record = {
+        "command": " ".join(sys.argv),
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}",
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    results: list[dict[str, Any]] = []
+    todo = [(row, seed) for seed in study["seeds"] for row in study["rows"]]
+    with ThreadPoolExecutor(options.jobs) as pool:
+        jobs = [pool.submit(train, study, row, seed, work) for row, seed in todo]
+        for number, job in enumerate(as_completed(jobs), 1):
+            results.append(job.result())
+            said = f"{score(results[-1]['metrics']['validation']):.1f}"
+            print(f"{number}/{len(jobs)} {results[-1]['name']}, seed {results[-1]['seed']}: {said}", file=sys.stderr)
+            content = json.dumps({**record, "study": study, "runs": results}, indent=1)
+            options.study.with_suffix(".json").write_text(content + "\n")
+    print("\n".join(table(study, results)))
+
+
+if __name__ == "__main__":
+    main()
