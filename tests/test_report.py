@@ -356,6 +356,13 @@ SEARCH = {
     "stage_epochs_requested": 41,
     "stage_epochs_trained": 29,
     "baseline": {"model": "CoM-micro-L", "epochs": 8, "macs": 2e13},
+    "comparisons": [
+        {
+            "model": "CoM-micro-M",
+            "at_equal_macs": {"epochs": 12.0, "macs": 5e12, "zero_shot_top1": 45.0, "chain_is_ahead_by": -13.0},
+            "at_most": None,
+        },
+    ],
 }
 
 
@@ -370,6 +377,7 @@ def test_a_search_has_its_front_its_tree_and_its_trials(tmp_path):
         "29 %",
         "29.0 of 41.0 stage epochs",
         "5 trials, 4 of them measured",
+        "the chain's MACs 12 5.00 T 45.0 13.0 points behind",
     ):
         assert expected in told, expected
     assert drawings(root) == ["zero-shot top-1 of the trials over training MACs", "Stages that trials shared"]
@@ -380,7 +388,7 @@ def test_a_search_has_its_front_its_tree_and_its_trials(tmp_path):
     assert len(nodes) == 8  # S4 with L1 and with M2 (L1, L2), S8 with L1, L8: 13 stages in the trials
     titles = [t.text for t in wide.iter("title")]
     assert "CoM-micro-S, 4 epochs: in 3 trials" in titles
-    rows = [["".join(cell.itertext()) for cell in row.iter("td")] for row in root.iter("tr")][1:]
+    rows = [["".join(cell.itertext()) for cell in row.iter("td")] for row in root.iter("tr")][3:]
     assert rows[0][0] == "S 4 → M 2 → L 2 best"
     assert [row[0] for row in rows if "Pareto" in row[0]] == ["S 4 → M 2 → L 1 Pareto", "S 4 → L 1 Pareto"]
     assert rows[-1][0] == "L 8"

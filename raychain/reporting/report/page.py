@@ -230,6 +230,7 @@ def _search(search: Search, heading: Markup | None) -> list[Markup | None]:
         head,
         _section("Accuracy and cost", searched.pareto(search) or _absent("No trial was measured yet."),
                  note="Each dot a trial; on the line, those that no cheaper trial beats."),
+        _section("Against each model alone", searched.against(search)),
         _section("Shared stages", searched.tree(search), note=tree_note),
         _section("Trials", searched.trials(search)),
     ]  # fmt: skip

@@ -47,6 +47,7 @@ class Search(NamedTuple):
     best: Trial | None
     metric: str
     baseline: dict[str, Any]
+    comparisons: list[dict[str, Any]]
     requested: float | None
     trained: float | None
 
@@ -71,7 +72,8 @@ def parse(document: dict[str, Any]) -> Search:
     if best is None and measured:
         best = max(measured, key=lambda t: t.metrics[metric])
     requested, trained = (_total(document.get(f"stage_epochs_{key}")) for key in ("requested", "trained"))
-    return Search(trials, front, best, metric, mapping(document.get("baseline")), requested, trained)
+    baseline, comparisons = mapping(document.get("baseline")), mappings(document.get("comparisons"))
+    return Search(trials, front, best, metric, baseline, comparisons, requested, trained)
 
 
 def _trial(index: int, entry: dict[str, Any]) -> Trial:
@@ -323,6 +325,25 @@ def trials(search: Search) -> Markup | None:
              *((f"{METRICS.get(k, k)} %", True) for k in metrics),
              *((k.replace("_", " "), False) for k in extra), ("status", False))  # fmt: skip
     return table(heads, rows, "sortable")
+
+
+def against(search: Search) -> Markup | None:
+    """A row for each model alone, at the best chain's MACs and at its best."""
+    rows = []
+    for compared in search.comparisons:
+        equal, most = (mapping(compared.get(where)) for where in ("at_equal_macs", "at_most"))
+        both = [(equal, "the chain's MACs"), (most, "its best")]
+        for alone, words in both if equal != most else [(equal, "the chain's MACs, its best")]:
+            lead, epochs = number(alone.get("chain_is_ahead_by")), number(alone.get("epochs"))
+            if lead is not None:
+                rows.append((
+                    str(compared.get("model", MISSING)), words, f"{epochs:.3g}" if epochs is not None else None,
+                    macs(amount(alone.get("macs"))), percent(number(alone.get(search.metric))),
+                    "as good" if abs(lead) < 0.05 else f"{abs(lead):.1f} points {'ahead' if lead > 0 else 'behind'}",
+                ))  # fmt: skip
+    heads = (("alone", False), ("at", False), ("epochs", True), ("MACs", True),
+             (f"{METRICS.get(search.metric, search.metric)} %", True), ("the best chain is", False))  # fmt: skip
+    return table(heads, rows) if rows else None
 
 
 def _differing(trials: Sequence[Trial]) -> list[str]:
