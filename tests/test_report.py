@@ -377,7 +377,7 @@ def test_a_search_has_its_front_its_tree_and_its_trials(tmp_path):
         "29 %",
         "29.0 of 41.0 stage epochs",
         "5 trials, 4 of them measured",
-        "the chain's MACs 12 5.00 T 45.0 13.0 points behind",
+        "equal MACs 12 5.00 T 45.0 13.0 points behind",
     ):
         assert expected in told, expected
     assert drawings(root) == ["zero-shot top-1 of the trials over training MACs", "Stages that trials shared"]

@@ -332,8 +332,8 @@ def against(search: Search) -> Markup | None:
     rows = []
     for compared in search.comparisons:
         equal, most = (mapping(compared.get(where)) for where in ("at_equal_macs", "at_most"))
-        both = [(equal, "the chain's MACs"), (most, "its best")]
-        for alone, words in both if equal != most else [(equal, "the chain's MACs, its best")]:
+        both = [(equal, "equal MACs"), (most, "its best")]
+        for alone, words in both if equal != most else [(equal, "equal MACs, best")]:
             lead, epochs = number(alone.get("chain_is_ahead_by")), number(alone.get("epochs"))
             if lead is not None:
                 rows.append((
