@@ -43,6 +43,7 @@ def with_little_memory(config):
     return train_chain(config)
 
 
+@pytest.mark.long
 def test_the_micro_batch_is_halved_until_the_memory_suffices(ray_session, tree, monkeypatch):
     monkeypatch.setattr(group, "train_chain", with_little_memory)
     tree["compute"]["max_failures"] = 0  # finding the size is no failure

@@ -98,7 +98,7 @@ def _compare(rank: int, world: int, rendezvous: str) -> None:
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 4])
+@pytest.mark.parametrize("world", [1, 3, *(pytest.param(world, marks=pytest.mark.long) for world in (2, 4))])
 def test_gradients_are_those_of_a_float64_reference_at_any_world_size(world: int, tmp_path: Path) -> None:
     rendezvous = str(tmp_path / "rendezvous")
     torch.save(reference(), f"{rendezvous}.expected")
