@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from raychain.chain.policy import LONGEST_S, FailurePolicy, MicroBatches
+import pytest
+from ray.exceptions import ActorDiedError
+
+from raychain.chain.policy import GONE, LONGEST_S, FailurePolicy, MicroBatches, failure_of
 
 
 def test_failures_in_a_row_are_bounded_and_wait_longer_each_time():
@@ -39,3 +42,23 @@ def test_a_given_micro_batch_is_not_changed():
     micro = MicroBatches(16)
     assert micro.of(3) == 16
     assert micro.too_large(3, 16) is None
+
+
+@pytest.mark.parametrize(
+    ("cause", "told"),
+    [
+        (ActorDiedError(), f"worker 1: {GONE}"),
+        (RuntimeError("The actor 0294 is unavailable: RpcError: rpc_code: 14."), f"worker 1: {GONE}"),
+        (
+            RuntimeError("[gloo/pair.cc:545] Connection reset by peer. GLHF!"),
+            "worker 1: lost its connection",
+        ),
+        (ValueError("first line\nloss is nan"), "worker 1: loss is nan"),
+        (KeyError(), "worker 1: KeyError"),
+    ],
+)
+def test_a_failure_is_told_in_the_words_of_the_first_worker(cause: BaseException, told: str) -> None:
+    error = RuntimeError("layers of Ray")
+    error.worker_failures = {2: RuntimeError("later"), 1: cause}  # type: ignore[attr-defined]
+    assert failure_of(error).startswith(told)
+    assert failure_of(cause) == failure_of(error).removeprefix("worker 1: ")

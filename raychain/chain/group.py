@@ -28,7 +28,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from raychain.chain import cluster
 from raychain.chain.controllers import Trainer, start_controllers
 from raychain.chain.plan import worker_cpus
-from raychain.chain.policy import FailurePolicy, MicroBatches
+from raychain.chain.policy import FailurePolicy, MicroBatches, failure_of
 from raychain.errors import RunFailed
 from raychain.reporting.events import Event, event
 from raychain.storage import Folder
@@ -273,12 +273,12 @@ class Groups:
                 raise RunFailed(f"{seen['message']} Lower train.micro_batch or train.global_batch.") from error
             self._tell_restart("memory", f"too little memory for {seen['micro_batch']} pairs at once: trying {smaller}")
             return
-        reason, pause = _reason(error), self.policy.failed()
+        why, pause = failure_of(error), self.policy.failed()
         if pause is None:
             times = f" ({self.policy.limit + 1} times in a row)" if self.policy.limit else ""
-            raise RunFailed(f"{reason}{times}") from error
+            raise RunFailed(f"{why}{times}") from error
         count = f"{self.policy.failures} of {self.policy.limit} in a row"
-        self._tell_restart("failure", f"{reason}: starting again from the last checkpoint ({count})")
+        self._tell_restart("failure", f"{why}: starting again from the last checkpoint ({count})")
         until = time.monotonic() + pause
         while time.monotonic() < until and not self.stopping:
             time.sleep(POLL_S)
@@ -313,19 +313,3 @@ class Groups:
         with contextlib.suppress(ray.exceptions.RayError):
             for found in ray.get(self.mailbox.drain.remote(), timeout=30):
                 self._tell(found)
-
-
-def _reason(error: BaseException) -> str:
-    """The workers' own error, without the layers of Ray around it."""
-    failures = getattr(error, "worker_failures", None)
-    if failures:
-        rank, failure = next(iter(sorted(failures.items())))
-        return f"worker {rank}: {_words(getattr(failure, 'cause', None) or failure)}"
-    return _words(getattr(error, "controller_failure", None) or error)
-
-
-def _words(error: BaseException) -> str:
-    if isinstance(error, ray.exceptions.RayActorError):
-        return "its process died; it was killed, or its node was lost"
-    text = str(error).strip()
-    return text.splitlines()[-1] if text else type(error).__name__
