@@ -155,6 +155,7 @@ def main() -> None:
             "stage_epochs_requested": requested,
             "stage_epochs_trained": trained,
             "ratio": round(trained / requested, 4),
+            "stage_epochs_of_chains": found["stage_epochs_of_chains"],
             "stages_finished_when_killed": found["killed_with"],
             "trained_again_after_the_kill": found["again"],
             "alone": alone(work, schedule, found),

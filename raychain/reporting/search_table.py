@@ -50,9 +50,9 @@ def search_table(result: Mapping[str, Any], console: Console | None = None) -> N
         _say(console, f"against {found['model']} alone: {_against(found, metric)}")
     if result["proxy"]:
         _say(console, _proxy(result["proxy"]))
-    requested, trained = result["stage_epochs_requested"], result["stage_epochs_trained"]
-    share = f" ({100 * trained / requested:.0f} %)" if requested else ""
-    _say(console, f"stages shared: {trained:g} epochs trained of {requested:g} in all trials{share}")
+    chains = _share(**result["stage_epochs_of_chains"])
+    everything = _share(result["stage_epochs_requested"], result["stage_epochs_trained"])
+    _say(console, f"stages shared: {chains} in the chains, {everything} with the models alone")
 
 
 def _varied(trial: Mapping[str, Any]) -> str:
@@ -78,6 +78,12 @@ def _proxy(proxy: Mapping[str, Any]) -> str:
     if correlation is None:
         return f"proxy: {checked} trials were trained in full, too few or too much alike to tell whether it ranks alike"
     return f"proxy: rank correlation {correlation:.2f} with {checked} trials in full"
+
+
+def _share(requested: float, trained: float) -> str:
+    return f"{trained:g} epochs trained of {requested:g}" + (
+        f" ({100 * trained / requested:.0f} %)" if requested else ""
+    )
 
 
 def _say(console: Console, text: str) -> None:

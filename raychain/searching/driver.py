@@ -353,6 +353,7 @@ class Searcher:
         own = [trial for trial in trials if trial.kind != "full"]
         best = best_chain(trials, metric)
         requested, trained = ratio(trials, self.trained)
+        of_chains = ratio([trial for trial in trials if trial.kind in ("planned", "sampled")], self.trained)
         baseline = next((t for t in own if t.kind == "control" and t.params == {
             CHAIN: self.space.baseline.model, "length": str(self.space.baseline.epochs)}), None)  # fmt: skip
         begun = {job.trial.number: job.keys for job in (*self.campaign.running, *self.campaign.cut)}
@@ -376,6 +377,7 @@ class Searcher:
             "comparisons": comparisons(own, best, metric) if best else [],
             "stage_epochs_requested": requested,
             "stage_epochs_trained": trained,
+            "stage_epochs_of_chains": dict(zip(("requested", "trained"), of_chains, strict=True)),
             "proxy": self._proxy(trials, metric),
             "trained": sorted(self.trained),
             "begun": {str(number): keys for number, keys in begun.items()},
