@@ -174,7 +174,16 @@ def drain(site: Site, node: Any, seconds: int) -> None:
     """The notice a cloud provider gives for a spot node."""
     subprocess.run(
         [
-            *("ray", "drain-node", "--address", site.cluster.address, "--node-id", node.node_id),
+            *(
+                sys.executable,
+                "-m",
+                "ray.scripts.scripts",
+                "drain-node",
+                "--address",
+                site.cluster.address,
+                "--node-id",
+                node.node_id,
+            ),
             *("--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"),
             *("--deadline-remaining-seconds", str(seconds)),
         ],
