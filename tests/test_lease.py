@@ -1,5 +1,6 @@
 """One driver at a time holds a lease: real processes, killed and suspended ones, storage that is slow or fails."""
 
+import ctypes
 import fcntl
 import io
 import json
@@ -61,6 +62,12 @@ def hold(root: Path, stale_s: float, exit_when_lost: bool) -> None:
     while not (exit_when_lost and lease.lost):
         time.sleep(0.01)
     (root / "lost").touch()
+
+
+def hold_after_the_first_thread(root: Path) -> None:
+    threading.Thread(target=hold, args=(root, 60.0, False)).start()
+    appears(root / "holding")
+    ctypes.CDLL(None).pthread_exit(None)  # of this thread alone
 
 
 @pytest.fixture
@@ -131,6 +138,20 @@ def test_a_killed_holder_of_this_machine_is_followed_at_once(tmp_path: Path, pro
         assert (waited[0].pid, waited[0].held) == (victim.pid, True)
         assert str(waited[0]).endswith(f":{victim.pid}")
         assert len(Folder(str(tmp_path)).list("lease")) == 1
+
+
+def test_a_holder_lives_as_long_as_any_of_its_threads(tmp_path: Path, processes: list[BaseProcess]) -> None:
+    holder = start(processes, hold_after_the_first_thread, tmp_path)
+    appears(tmp_path / "holding")
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{holder.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    with Lease(Folder(str(tmp_path)), "lease") as lease:
+        answers = iter([True, True, False])
+        assert not lease.acquire(lambda _: next(answers))
+        holder.kill()
+        assert lease.acquire()
 
 
 def test_a_suspended_holder_is_followed_when_stale_and_knows_it_when_it_goes_on(

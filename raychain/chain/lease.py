@@ -309,4 +309,13 @@ def _ended(pid: int, started: str) -> bool:
         except OSError:
             return False  # another user's, and hidden
         return False
-    return state in "ZX" or since != started
+    return since != started or (state in "ZX" and not _threads_run(pid))
+
+
+def _threads_run(pid: int) -> bool:
+    """Whether a thread of a process goes on; its first one may have ended before, and is a zombie then."""
+    for thread in Path(f"/proc/{pid}/task").glob("*/stat"):
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            if thread.read_text().rpartition(")")[2].split()[0] not in "ZX":
+                return True
+    return False
