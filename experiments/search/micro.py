@@ -140,7 +140,7 @@ def main() -> None:
     work = options.work.absolute()
     work.mkdir(parents=True, exist_ok=True)
     os.chdir(work)
-    make_demo(work / "data/search-demo", names=60, pictures=2_000, held_out=200, per_name=20)
+    make_demo(work / "data/search-demo", names=60, pictures=1_000, held_out=200, per_name=20)
     results: dict[str, Any] = {
         "command": " ".join(sys.argv),
         "date": time.strftime("%Y-%m-%d"),
