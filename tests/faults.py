@@ -29,9 +29,11 @@ from safetensors.torch import load_file
 
 STORE = 10**8
 """Bytes of each node's object store."""
+STEPS = (400, 200, 60)
+"""Of the three stages."""
 
 
-def experiment(demo: Path, storage: Path, cache: Path, steps: tuple[int, ...] = (400, 200, 60)) -> dict[str, Any]:
+def experiment(demo: Path, storage: Path, cache: Path, steps: tuple[int, ...] = STEPS) -> dict[str, Any]:
     """A three-stage chain on one to two workers that logs every step and saves every three seconds."""
     return {
         "name": "chain",
@@ -229,26 +231,29 @@ class Published:
             assert self.seen.setdefault(record.parent.name, written) == written, f"{record.parent.name} trained twice"
 
 
-def disturbed(
-    site: Site, rng: random.Random, faults: list[Callable[[Site, random.Random], None]], apart: float = 0.0
-) -> list[dict]:
-    """Runs the site's chain to its end under `faults` at random moments, at least `apart` seconds of training after
-    each other; what each did and cost.
+def places(rng: random.Random, steps: tuple[int, ...], count: int) -> list[tuple[int, int]]:
+    """So many (stage, step), as evenly over the stages as it goes and at random steps of the first 70 % of each."""
+    return sorted((i % len(steps), rng.randrange(1, int(0.7 * steps[i % len(steps)]))) for i in range(count))
 
-    Stops hitting when the chain ends first. Raises AssertionError or TimeoutError where the chain does not get over it.
+
+def disturbed(
+    site: Site, rng: random.Random, faults: list[Callable[[Site, random.Random], None]], at: list[tuple[int, int]]
+) -> list[dict]:
+    """Runs the site's chain to its end under `faults`, each when the chain has come to its place; what they cost.
+
+    Two of close places hit at once when the chain goes on after the first. Stops hitting when the chain ends first.
+    Raises AssertionError or TimeoutError where the chain does not get over it.
     """
     published, hits = Published(site.out), []
     site.start()
-    site.wait(lambda: site.place() > (-1, 0), 120)
-    while faults:
-        until = time.monotonic() + apart + rng.uniform(0.3, 3)
-        if not site.wait(lambda until=until: time.monotonic() > until, apart + 30):
+    for fault, place in zip(faults, at, strict=True):
+        if not site.wait(lambda place=place: site.place() >= place, 300):
             break
-        fault, before, began = faults[0], site.place(), time.monotonic()
+        time.sleep(rng.uniform(0, 0.2))
+        before, began = site.place(), time.monotonic()
         fault(site, rng)
         if site.driver and site.driver.poll() is not None:
             break
-        faults.pop(0)
         time.sleep(1)  # what was trained before the fault is logged by now
         reached = max(site.place(), before)
         site.wait(lambda reached=reached: site.place() > reached, 180)
@@ -311,7 +316,6 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--a-chain", type=int, default=6, help="faults that are to hit each chain, at the most")
     parser.add_argument("--only", nargs="+", choices=[fault.__name__ for fault in (*FAULTS, lose_node)])
-    parser.add_argument("--apart", type=float, default=0.0, help="seconds of training between faults, at the least")
     options = parser.parse_args()
     kinds = [fault for fault in (*FAULTS, lose_node) if fault.__name__ in options.only] if options.only else FAULTS
     from raychain.demo import make_demo
@@ -331,7 +335,7 @@ def main() -> None:
             faults = [kinds[(len(hits) + i) % len(kinds)] for i in range(count)]
             rng.shuffle(faults)
             with Site(experiment(root / "demo", folder / "runs", root / "cache"), folder) as site:
-                hits += disturbed(site, rng, faults, options.apart)
+                hits += disturbed(site, rng, faults, places(rng, STEPS, count))
                 worst.append(compare(site.out, expected))
                 again, kept = (a + b for a, b in zip((again, kept), costs(site), strict=True))
             deviation = f"deviation of losses {worst[-1][0]:.1e}, of weights {worst[-1][1]:.1e}"

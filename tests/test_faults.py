@@ -6,17 +6,19 @@ import json
 import random
 
 import pytest
-from faults import Site, compare, disturbed, drain_node, experiment, kill_driver, kill_node, undisturbed
+from faults import Site, compare, disturbed, drain_node, experiment, kill_driver, kill_node, places, undisturbed
 
 pytestmark = pytest.mark.long
 
 
 def test_a_chain_survives_a_lost_node_a_drained_one_and_a_killed_driver_unchanged(demo, tmp_path):
-    tree = experiment(demo, tmp_path / "runs", tmp_path / "cache", steps=(300, 150, 40))
+    steps, rng = (300, 150, 40), random.Random(0)
+    tree = experiment(demo, tmp_path / "runs", tmp_path / "cache", steps)
     faults = [kill_node, drain_node, kill_driver]
     with Site(tree, tmp_path) as site:
-        hits = disturbed(site, random.Random(0), list(faults))
+        hits = disturbed(site, rng, faults, places(rng, steps, len(faults)))
         assert [hit["fault"] for hit in hits] == [fault.__name__ for fault in faults]
+        assert [hit["at"][0] for hit in hits] == [0, 1, 2]
         run = json.loads((site.out / "run.json").read_text())
         assert {restart["reason"] for restart in run["restarts"]} >= {"failure", "drain"}
         loss, weights = compare(site.out, undisturbed(tree, tmp_path))
