@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -9,7 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import yaml
@@ -17,6 +18,10 @@ import yaml
 import raychain
 from raychain.config import load_experiment
 from raychain.config.loading import validate
+from raychain.errors import InputError, Interrupted
+from raychain.searching import driver
+from raychain.searching.campaign import Job, JobEnded, StageDone
+from raychain.searching.halving import Halving, Point, Verdict
 
 KEYS = {"trials", "pareto", "best", "stage_epochs_requested", "stage_epochs_trained", "baseline"}
 TRIAL_KEYS = {"chain", "macs", "metrics", "status"}
@@ -63,6 +68,128 @@ def test_a_search_shares_stages_and_its_best_chain_run_alone_gives_the_same(
     assert [stage["key"] for stage in alone["stages"]] == result["best"]["keys"]
     assert [stage["status"] for stage in alone["stages"]] == ["trained", "trained"]
     assert alone["stages"][-1]["metrics"] == result["best"]["metrics"]
+
+
+class Instant:
+    """A runner whose stages are there at once; the first one's metric is its steps, every later one adds a point."""
+
+    most: ClassVar[int | None] = None
+    """Stages until the search is interrupted."""
+
+    def __init__(self, show: Any, *, verbose: bool) -> None:
+        self._notices: list[StageDone | JobEnded] = []
+
+    def start(self, job: Job) -> None:
+        task, done = job.trial.task, []
+        for place, stage in enumerate(task.stages):
+            if stage.key in job.keys:
+                metrics = {"zero_shot_top1": task.stages[0].steps ** 0.5 + place}
+                record = {"key": stage.key, "status": "trained", "metrics": metrics, "evaluation": task.evaluation}
+                done.append(StageDone(job, stage.key, record))
+        self._notices += [*done, JobEnded(job)]
+
+    def wait(self) -> StageDone | JobEnded:
+        if Instant.most is not None:
+            Instant.most -= 1
+            if Instant.most < 0:
+                raise Interrupted
+        return self._notices.pop(0)
+
+    def cut(self, job: Job) -> None:
+        self._notices = [n for n in self._notices if n.job is not job] + [JobEnded(job, stopped=True)]
+
+
+@pytest.fixture
+def instant(monkeypatch: pytest.MonkeyPatch) -> type[Instant]:
+    """Nothing is trained, and Ray is not needed."""
+    monkeypatch.setattr(driver, "RayRunner", Instant)
+    monkeypatch.setattr(driver, "session", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(driver, "_slots", lambda _: 1)
+    monkeypatch.setattr(Instant, "most", None)
+    return Instant
+
+
+@pytest.fixture
+def halved(small: dict[str, Any]) -> dict[str, Any]:
+    """Chains that begin with 4, 8 or 12 steps of the first model, judged after the MACs of 4 of them."""
+    alone = {k: v for k, v in small.items() if k not in ("family", "search")}
+    grace = raychain.plan(validate(alone | {"chain": [{"model": "CoM-micro-S", "epochs": "4 steps"}]}))["macs"]
+    space = {"models": "CoM-micro-{S,M}", "first": [f"{n} steps" for n in (4, 8, 12)], "grown": ["6 steps", "7 steps"]}
+    asha = {"grace": grace, "reduction_factor": 2}
+    more = {"trials": 6, "seeds": 0, "space": space, "asha": asha, "controls": None, "sampler": "grid"}
+    return small | {"search": more}
+
+
+def test_chains_that_are_behind_at_equal_macs_are_stopped_and_a_search_goes_on_with_that(
+    halved: dict[str, Any], instant: type[Instant], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """2 after 4 steps stay; 2.8 after 8 and 3.5 after 12 are 1.4 and 1.2 after 4."""
+    instant.most = 7
+    with pytest.raises(Interrupted):
+        raychain.search(validate(halved))
+    instant.most = None
+    result = raychain.search(validate(halved))
+    whole = raychain.search(validate(halved | {"storage": str(tmp_path / "whole")}))
+    assert result["asha"] == whole["asha"]
+    seen = [
+        (trial["params"]["first"], trial["params"]["grown.CoM-micro-M"], trial["status"]) for trial in whole["trials"]
+    ]
+    assert seen == [
+        ("4 steps", "6 steps", "succeeded"),
+        ("4 steps", "7 steps", "succeeded"),
+        ("8 steps", "6 steps", "stopped"),
+        ("12 steps", "6 steps", "stopped"),
+    ], "what begins like a stopped chain is not begun"
+    assert [(t["params"], t["status"]) for t in result["trials"]] == [
+        (t["params"], t["status"]) for t in whole["trials"]
+    ]
+    assert len(whole["trained"]) == 5, "of the stopped chains one stage each"
+    assert whole["stage_epochs_requested"] == pytest.approx(
+        whole["stage_epochs_trained"] + whole["trials"][0]["chain"][0]["epochs"], abs=1e-3
+    )
+    (rung,) = whole["asha"]["passed"][:1]
+    assert sorted(rung["values"].values()) == pytest.approx([12**0.5 / 3, 8**0.5 / 2, 2])
+    assert "stopped: behind at" in capsys.readouterr().err
+
+
+def test_tpe_hears_of_chains_that_were_stopped(halved: dict[str, Any], instant: type[Instant]) -> None:
+    halved["search"] |= {"sampler": "tpe"}
+    result = raychain.search(validate(halved))
+    assert {trial["status"] for trial in result["trials"]} == {"succeeded", "stopped"}
+    assert result["best"]["status"] == "succeeded"
+    assert raychain.search(validate(halved))["trials"] == result["trials"], "nothing is left to try"
+
+
+def test_asha_and_the_front_exclude_each_other(small: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="aim: metric"):
+        validate(small | {"search": small["search"] | {"asha": {}, "aim": "pareto"}})
+
+
+@pytest.mark.long
+def test_a_chain_is_stopped_in_the_middle_of_a_stage(
+    ray_session: None, small: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    judged: list[Point] = []
+
+    def judge(self: Halving, keys: list[str], point: Point) -> Verdict | None:
+        judged.append(point)
+        if len(keys) == 2 and not self.behind:
+            self.behind[keys[-1]] = Verdict(point.macs, point.value, 50.0, 2)
+            return self.behind[keys[-1]]
+        return None
+
+    monkeypatch.setattr(Halving, "judge", judge)
+    space = small["search"]["space"] | {"grown": ["2000 steps", "6 steps"]}
+    small["evaluate"]["every"] = "4 steps"
+    small["search"] |= {"space": space, "asha": {"grace": 1.0}, "controls": None, "concurrent": 1, "seeds": 0}
+    result = raychain.search(validate(small))
+    assert [trial["status"] for trial in result["trials"]] == ["stopped", "succeeded"]
+    assert len(result["trained"]) == 2, "the first stage of both, and the second one's last"
+    assert len(judged) > 3, "in the middle of both stages"
+    folder = tmp_path / "runs/tiny-search/chains" / result["trials"][0]["keys"][-1][:12]
+    cut = json.loads((folder / "run.json").read_text())
+    assert cut["status"] == "interrupted"
+    assert cut["stages"][0]["status"] == "trained"
 
 
 @pytest.mark.long

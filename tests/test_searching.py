@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import json
 import random
 import sys
 import time
@@ -22,6 +23,7 @@ from raychain.errors import InputError
 from raychain.run import main
 from raychain.search import search_command
 from raychain.searching.campaign import Campaign, Job, JobEnded, StageDone, Trial, ratio
+from raychain.searching.halving import Halving, Point, Verdict
 from raychain.searching.outcome import comparisons, pareto, rank_correlation
 from raychain.searching.sampling import make_sampler
 from raychain.searching.space import make_space, proxied
@@ -93,6 +95,16 @@ class Simulated:
     def wait(self) -> StageDone | JobEnded:
         self.clock, _, notice = heapq.heappop(self.events)
         return notice
+
+    def cut(self, job: Job) -> None:
+        """What it would have trained from now on it has not."""
+        left = [found for found in self.events if found[2].job is job]
+        self.events = [found for found in self.events if found[2].job is not job]
+        heapq.heapify(self.events)
+        for _, _, notice in left:
+            if isinstance(notice, StageDone):
+                self.trained.remove(notice.key)
+        self._push(self.clock, JobEnded(job, stopped=True))
 
     def _push(self, at: float, notice: StageDone | JobEnded) -> None:
         heapq.heappush(self.events, (at, next(self.order), notice))
@@ -182,6 +194,57 @@ def test_stages_that_differ_in_length_share_their_trunk(chains: Any, slots: int,
     requested, trained = ratio(trials, set(nodes))
     assert trained == pytest.approx(sum(nodes.values()))
     assert requested == pytest.approx(sum(epochs for chain in chains for _, epochs in chain))
+
+
+def test_at_a_rung_the_best_of_those_that_passed_it_go_on() -> None:
+    halving = Halving(grace=10, factor=2)
+    assert halving.judge(["a"], Point(10, 30.0)) is None, "the first has no rivals"
+    assert halving.judge(["b"], Point(10, 40.0)) is None
+    assert halving.judge(["c"], Point(10, 35.0)) is None
+    verdict = halving.judge(["d"], Point(10, 20.0))
+    assert verdict == Verdict(10, 20.0, 32.5, 4)
+    assert halving.ended(["d", "e"]) == verdict
+    assert halving.ended(["a", "e"]) is None
+
+
+def test_chains_are_compared_at_the_same_macs_whenever_they_are_measured() -> None:
+    halving = Halving(grace=10, factor=2)
+    halving.judge(["a"], Point(8, 16.0))
+    halving.judge(["a", "b"], Point(24, 48.0))
+    assert halving.passed == {0: {"b": 20.0}, 1: {"b": 40.0}}
+    halving.judge(["c"], Point(40, 40.0))
+    assert halving.passed == {0: {"b": 20.0, "c": 10.0}, 1: {"b": 40.0}}, "it ends at the first rung where it is behind"
+    again = Halving(grace=10, factor=2)
+    again.restore(json.loads(json.dumps(halving.state())))
+    assert (again.passed, again.behind) == (halving.passed, halving.behind)
+    assert again.judge(["a", "b"], Point(24, 48.0)) is None, "judged once"
+
+
+@settings(max_examples=150, deadline=None)
+@given(CHAINS, st.integers(1, 4), st.integers(0, 1000))
+def test_stopped_trials_free_their_worker_groups_and_leave_the_others_their_stages(
+    chains: Any, slots: int, seed: int
+) -> None:
+    runner, chance = Simulated(), random.Random(seed)
+    trials = [trial(number, chain) for number, chain in enumerate(chains)]
+
+    def finished(key: str, *_: Any) -> None:
+        if chance.random() < 0.4:
+            work.drop([t for t in work.trials.values() if t.status == "running" and key in t.keys[:-1]], "behind")
+
+    work = Campaign(runner, slots, known=lambda _: None, finished=finished)
+    source = iter(trials)
+    assert work.run(lambda: next(source, None))
+    assert {one.status for one in trials} <= {"succeeded", "stopped"}
+    assert not work.running
+    assert not work.cut, "nothing of them is left to be continued"
+    needed = {key for one in trials if one.status == "succeeded" for key in one.keys}
+    assert len(runner.trained) == len(set(runner.trained))
+    assert needed <= set(runner.trained)
+    reached = {step.key for one in trials for step in one.path[: one.reached]}
+    assert set(runner.trained) == reached, "and nothing that nobody needed"
+    requested, trained = ratio(trials, set(runner.trained))
+    assert trained <= requested
 
 
 def test_a_stage_that_is_there_needs_nothing_of_its_trunk() -> None:

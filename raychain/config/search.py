@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, NonNegativeFloat, PositiveInt, model_validator
 
-from raychain.config.allocation import EpochRule, MacsBudget, RatioBounds
+from raychain.config.allocation import Budget, EpochRule, MacsBudget, RatioBounds
 from raychain.config.component import Component, OneOrMore, Seed
 from raychain.config.durations import Epochs, Warmup
 
@@ -81,6 +81,15 @@ class Proxy(Component):
     """Trials, from the best to the worst, that are trained in full too, to say whether the proxy ranks them alike."""
 
 
+class Asha(Component):
+    """Asynchronous successive halving: ends chains that are behind others at equal training MACs."""
+
+    grace: MacsBudget = Budget(10.0, "%")
+    """Training MACs that every chain has, from its first stage's first step: "10 %" of the baseline, or as `budget`."""
+    reduction_factor: float = Field(3.0, gt=1)
+    """From `grace`, and from each so many times as many MACs, about one chain of so many goes on."""
+
+
 class Controls(Component):
     """Models trained alone, without which a good chain proves little. They come on top of `trials`."""
 
@@ -111,3 +120,11 @@ class Search(Component):
     controls: Controls | None = Controls()
     """null: none."""
     proxy: Proxy | None = None
+    asha: Asha | None = None
+    """null: every chain is trained to its end."""
+
+    @model_validator(mode="after")
+    def _halved_by_metric(self) -> Search:
+        if self.asha and self.aim == "pareto":
+            raise ValueError("allowed is `asha` with `aim: metric`: a chain on the front may be behind at equal MACs")
+        return self

@@ -88,8 +88,8 @@ class SearchProgress:
         own = [t for t in trials if t.kind in ("planned", "sampled")]
         over = sum(t.status != "running" for t in own)
         count = f" [{over}/{self.trials}]" if trial.kind in ("planned", "sampled") else ""
-        if trial.status == "failed":
-            self.say(f"{_title(trial)}{count}: failed: {trial.reason}")
+        if trial.status in ("failed", "stopped"):
+            self.say(f"{_title(trial)}{count}: {trial.status}: {trial.reason}")
             return
         best = max((t.metrics[self.metric] for t in own if self.metric in t.metrics), default=None)
         ahead = f" · best chain so far {percent(best)} %" if best is not None else ""

@@ -43,10 +43,12 @@ class Trial:
     params: dict[str, Any]
     """The sampler's choices; for other kinds, what tells it from the others."""
     task: ChainTask
-    status: Literal["running", "succeeded", "failed"] = "running"
+    status: Literal["running", "succeeded", "failed", "stopped"] = "running"
     reason: str | None = None
-    """Why it failed."""
+    """Why it failed or was stopped before its end."""
     metrics: dict[str, float] = field(default_factory=dict)
+    reached: int | None = None
+    """How many nodes of its path were there when it was stopped."""
 
     @property
     def keys(self) -> list[str]:
@@ -97,6 +99,15 @@ class StageDone(NamedTuple):
     record: Record
 
 
+class Measured(NamedTuple):
+    """A job's stage was measured after so many of its steps."""
+
+    job: Job
+    place: int
+    step: int
+    metrics: dict[str, float]
+
+
 class JobEnded(NamedTuple):
     """A job is over: an error (None: without), or it was stopped."""
 
@@ -105,14 +116,20 @@ class JobEnded(NamedTuple):
     stopped: bool = False
 
 
+Notice = StageDone | Measured | JobEnded
+
+
 class Runner(Protocol):
     """What trains: on Ray (searching.running), or simulated."""
 
     def start(self, job: Job) -> None:
         """Begins; returns at once."""
 
-    def wait(self) -> StageDone | JobEnded:
+    def wait(self) -> Notice:
         """The next thing that happened."""
+
+    def cut(self, job: Job) -> None:
+        """Has the job save and end, stopped; returns at once."""
 
 
 class Campaign:
@@ -120,7 +137,8 @@ class Campaign:
 
     `source` gives the next trial, or None while it has none; it is asked only when a worker group is free and no stage
     ready, so that the sampler knows as many results as possible. `finished` hears of every stage that is there,
-    `ended` of every trial; `idle` is called before every wait.
+    `measured` of every measurement, `ended` of every trial; `idle` is called before every wait. The first two may
+    `drop` trials.
     """
 
     def __init__(
@@ -131,11 +149,13 @@ class Campaign:
         known: Callable[[Step], Record | None],
         begun: Callable[[Job], None] = lambda _: None,
         finished: Callable[[str, Record, Job | None], None] = lambda *_: None,
+        measured: Callable[[Measured], None] = lambda _: None,
         ended: Callable[[Trial], None] = lambda _: None,
         idle: Callable[[], None] = lambda: None,
     ) -> None:
         self.runner, self.slots = runner, slots
-        self.known, self.begun, self.finished, self.ended, self.idle = known, begun, finished, ended, idle
+        self.known, self.begun, self.idle = known, begun, idle
+        self.finished, self.measured, self.ended = finished, measured, ended
         self.tree = StageTree()
         self.trials: dict[int, Trial] = {}
         self.records: dict[str, Record] = {}
@@ -161,7 +181,7 @@ class Campaign:
             for part in parts:
                 if self.tree.nodes[part.key].state == "waiting" and (record := self.known(part)) is not None:
                     self._done(part.key, record, None)
-            if self.tree.nodes[whole.key].state != "done":
+            if self.tree.nodes[whole.key].state != "done" or trial.status != "running":
                 break
 
     def resume(self, trial: Trial) -> None:
@@ -182,6 +202,16 @@ class Campaign:
             self.idle()
             self._handle(self.runner.wait())
 
+    def drop(self, trials: Sequence[Trial], reason: str) -> None:
+        """Stops these trials before their end; work that nobody else needs is cut."""
+        for trial in trials:
+            self.tree.drop(trial.number)
+            trial.status, trial.reason = "stopped", reason
+            trial.reached = sum(self.tree.nodes[step.key].state == "done" for step in trial.path)
+            self.ended(trial)
+        for job in self.running:
+            self._cut_if_idle(job)
+
     def waiting(self) -> int:
         """Trials that are not over."""
         return sum(trial.status == "running" for trial in self.trials.values())
@@ -196,25 +226,35 @@ class Campaign:
             self.add(trial)
         return Job(self.trials[self.tree.nodes[keys[-1]].ends[0]], keys)
 
-    def _handle(self, notice: StageDone | JobEnded) -> None:
+    def _cut_if_idle(self, job: Job) -> None:
+        left = [key for key in job.keys if self.tree.nodes[key].state == "taken"]
+        if left and not any(map(self.tree.wanted, left)):
+            self.runner.cut(job)
+
+    def _handle(self, notice: Notice) -> None:
         job = notice.job
         if isinstance(notice, StageDone):
             self._done(notice.key, notice.record, job)
+            self._cut_if_idle(job)
+            return
+        if isinstance(notice, Measured):
+            self.measured(notice)
             return
         self.running.remove(job)
         left = [key for key in job.keys if self.tree.nodes[key].state == "taken"]
         if notice.stopped or not left:
             self.tree.release(left)
-            self.cut += [job] if notice.stopped else []
+            self.cut += [job] if notice.stopped and job.trial.status == "running" else []
             return
         for number in self.tree.failed(left[0]):
             self._end(number, False, notice.error or "its worker group ended without a result")
 
     def _done(self, key: str, record: Record, job: Job | None) -> None:
+        ended = self.tree.done(key)
         if key not in self.records:
             self.records[key] = record
             self.finished(key, record, job)
-        for number in self.tree.done(key):
+        for number in ended:
             self._end(number, True)
 
     def _end(self, number: int, succeeded: bool, reason: str | None = None) -> None:
@@ -227,8 +267,11 @@ class Campaign:
 
 
 def ratio(trials: Sequence[Trial], trained: set[str]) -> tuple[float, float]:
-    """Epochs of all stages of all trials, and of what was trained for them: stages, and parts of trunks."""
-    steps = [step for trial in trials for step in trial.path]
+    """Epochs of all stages of all trials, and of what was trained for them: stages, and parts of trunks.
+
+    Of trials that were stopped only what they reached counts.
+    """
+    steps = [step for trial in trials for step in trial.path[: trial.reached]]
     distinct = {step.key: step.share * step.stage.epochs for step in steps}
     return (
         round(sum(step.share * step.stage.epochs for step in steps), 4),

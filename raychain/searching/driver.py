@@ -23,7 +23,9 @@ from raychain.errors import InputError, Interrupted, RunFailed
 from raychain.feed.shards import expand
 from raychain.reporting.report.writing import leave_report
 from raychain.reporting.search_progress import SearchProgress
-from raychain.searching.campaign import Campaign, Job, Kind, Record, Step, Trial, ratio
+from raychain.reporting.wording import METRICS, macs, percent
+from raychain.searching.campaign import Campaign, Job, Kind, Measured, Record, Step, Trial, ratio
+from raychain.searching.halving import Halving, Point, Verdict
 from raychain.searching.outcome import best_chain, comparisons, pareto, rank_correlation, score, scored
 from raychain.searching.running import RayRunner
 from raychain.searching.sampling import Sampler, make_sampler
@@ -105,6 +107,7 @@ class Searcher:
         self.earlier: dict[str, int] = {
             key: int(number) for number, keys in (self.before.get("begun") or {}).items() for key in keys
         }
+        self.halving = self._halving()
         self.seeds: Iterator[Params] = iter(())
         self.seen: dict[str, Trial] = {}
         self.sampled = 0
@@ -122,6 +125,7 @@ class Searcher:
             known=self._known,
             begun=self._begin,
             finished=self._finished,
+            measured=self._measured,
             ended=self._ended,
             idle=self._save,
         )
@@ -172,7 +176,12 @@ class Searcher:
             trial = self._trial(entry["kind"], fixed or entry["params"], entry["number"])
             self.sampled += trial.kind in ("planned", "sampled")
             self.seen.setdefault(self._name(trial), trial)
-            self.campaign.resume(trial) if entry["number"] in begun else self.campaign.add(trial)
+            if entry["status"] == "stopped":
+                trial.status, trial.reason, trial.reached = "stopped", entry["reason"], entry["reached"]
+                self.campaign.trials[trial.number] = trial
+                self._ended(trial)
+            else:
+                self.campaign.resume(trial) if entry["number"] in begun else self.campaign.add(trial)
         self.progress.quiet = False
         if entries:
             self.progress.continued(len(entries) - self.campaign.waiting(), self.campaign.waiting())
@@ -219,12 +228,15 @@ class Searcher:
         known = self.seen.get(task.stages[-1].key) if task else None
         if task is None or known is not None:
             if asked:
-                self.sampler.tell(params, self._values(known))
+                self._tell(params, known)
             return None
         if not asked:
             self.sampler.ask(params)
         trial = self._trial(kind, params, task=task)
         self.seen[self._name(trial)] = trial
+        if self._begins_behind(trial):
+            self._tell(params, trial)
+            return None
         self.sampled += 1
         return trial
 
@@ -303,9 +315,27 @@ class Searcher:
     def _name(self, trial: Trial) -> str:
         return trial.task.stages[-1].key
 
-    def _values(self, trial: Trial | None) -> tuple[float, float] | None:
+    def _tell(self, params: Params, trial: Trial | None) -> None:
+        """The sampler hears what became of choices that it was asked for; None: they cannot be tried."""
         value = score(trial, self.plan.search.metric) if trial else None
-        return None if trial is None or value is None else (value, float(trial.macs))
+        verdict = self.halving.ended(trial.keys) if trial and self.halving and value is None else None
+        if verdict:
+            self.sampler.tell(params, (verdict.value, verdict.macs), whole=False)
+        else:
+            self.sampler.tell(params, None if trial is None or value is None else (value, float(trial.macs)))
+
+    def _halving(self) -> Halving | None:
+        """With `asha`: the rungs, as an earlier call left them."""
+        asha = self.plan.search.asha
+        if asha is None:
+            return None
+        baseline = self.space.baseline
+        alone = self._task("control", {CHAIN: baseline.model, "length": str(baseline.epochs)})
+        whole = sum(stage.macs for stage in alone.stages) if alone else self.space.baseline_macs
+        halving = Halving(asha.grace.macs(whole), asha.reduction_factor)
+        if before := self.before.get("asha"):
+            halving.restore(before)
+        return halving
 
     def _known(self, step: Step) -> Record | None:
         """The record of a stage, or of a part of a trunk, that the storage has already."""
@@ -324,6 +354,50 @@ class Searcher:
         """A stage is there: trained by this search, now or before it was interrupted, or by somebody else."""
         if (job and record.get("status") == "trained") or (job is None and key in self.earlier):
             self.trained.add(key)
+        chains = [trial for trial in self._chains() if key in trial.keys[:-1]]
+        if chains and (verdict := self._judge(chains[0], chains[0].keys.index(key))):
+            self.campaign.drop(chains, self._why(verdict))
+
+    def _measured(self, found: Measured) -> None:
+        """A stage was measured on its way; at its end it is judged when it is there."""
+        trial, place, metric = found.job.trial, found.place, self.plan.search.metric
+        stage = trial.task.stages[place]
+        if self.halving is None or not 0 < found.step < stage.steps or metric not in found.metrics:
+            return
+        needing = [t for t in self.campaign.trials.values() if t.status == "running" and stage.key in t.keys]
+        chains = self._chains()
+        if all(t in chains for t in needing):  # a control needs its stage in any case
+            spent = sum(s.macs for s in trial.task.stages[:place]) + stage.macs * found.step / stage.steps
+            if verdict := self.halving.judge(trial.keys[: place + 1], Point(spent, found.metrics[metric])):
+                self.campaign.drop(needing, self._why(verdict))
+
+    def _chains(self) -> list[Trial]:
+        """Trials that could be stopped."""
+        trials = self.campaign.trials.values() if self.halving else ()
+        return [t for t in trials if t.status == "running" and t.kind in ("planned", "sampled")]
+
+    def _judge(self, trial: Trial, place: int) -> Verdict | None:
+        """The verdict on chains that begin with the finished stages up to `place` of the trial's."""
+        keys = trial.keys[: place + 1]
+        value = (self.campaign.records[keys[-1]].get("metrics") or {}).get(self.plan.search.metric)
+        if self.halving is None or value is None:
+            return None
+        return self.halving.judge(keys, Point(sum(s.macs for s in trial.task.stages[: place + 1]), value))
+
+    def _begins_behind(self, trial: Trial) -> bool:
+        """Its first stages are there and are behind others, so that nothing more is trained."""
+        if self.halving is None or self.halving.ended(trial.keys):
+            return self.halving is not None
+        known = [place for place, key in enumerate(trial.keys[:-1]) if key in self.campaign.records]
+        return any(self._judge(trial, place) for place in known)
+
+    def _why(self, verdict: Verdict) -> str:
+        assert self.plan.search.asha
+        title, factor = METRICS[self.plan.search.metric], self.plan.search.asha.reduction_factor
+        return (
+            f"behind at {macs(verdict.macs)} MACs: {title} {percent(verdict.value)} %, where the best 1/{factor:g} of "
+            f"{verdict.rivals} have {percent(verdict.needed)} %"
+        )
 
     def _ended(self, trial: Trial) -> None:
         measured = self.campaign.records.get(trial.keys[-1], {}).get("evaluation")
@@ -333,7 +407,7 @@ class Searcher:
         elif trial.status == "succeeded" and score(trial, self.plan.search.metric) is None:
             trial.status, trial.reason = "failed", f"its last stage has no {self.plan.search.metric}"
         if trial.kind in ("planned", "sampled"):
-            self.sampler.tell(trial.params, self._values(trial))
+            self._tell(trial.params, trial)
         self.progress.ended(trial, list(self.campaign.trials.values()))
         self.unsaved = True
 
@@ -379,6 +453,7 @@ class Searcher:
             "stage_epochs_trained": trained,
             "stage_epochs_of_chains": dict(zip(("requested", "trained"), of_chains, strict=True)),
             "proxy": self._proxy(trials, metric),
+            "asha": self.halving.state() if self.halving else None,
             "trained": sorted(self.trained),
             "begun": {str(number): keys for number, keys in begun.items()},
         }
@@ -396,6 +471,7 @@ class Searcher:
             "metrics": trial.metrics,
             "status": trial.status,
             **({"reason": trial.reason} if trial.reason else {}),
+            **({"reached": trial.reached} if trial.status == "stopped" else {}),
             "params": trial.params,
             "keys": trial.keys,
         }

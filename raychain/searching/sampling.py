@@ -25,8 +25,9 @@ class Sampler(Protocol):
     def ask(self, fixed: Params | None = None) -> Params | None:
         """The next choices, or `fixed` ones that are to be tried anyway; None: there are no more."""
 
-    def tell(self, params: Params, values: tuple[float, float] | None) -> None:
-        """The metric and MACs of asked choices; None: they cannot be tried."""
+    def tell(self, params: Params, values: tuple[float, float] | None, *, whole: bool = True) -> None:
+        """The metric and MACs of asked choices, or of that part after which they were stopped; None: they cannot be
+        tried."""
 
 
 class Grid:
@@ -39,7 +40,7 @@ class Grid:
         """`fixed`, else the next combination."""
         return fixed or next(self._points, None)
 
-    def tell(self, params: Params, values: tuple[float, float] | None) -> None:
+    def tell(self, params: Params, values: tuple[float, float] | None, *, whole: bool = True) -> None:
         """Nothing to learn."""
 
 
@@ -60,7 +61,7 @@ class Random:
             params[dimension.name] = draw.choice(dimension.choices)
         return params
 
-    def tell(self, params: Params, values: tuple[float, float] | None) -> None:
+    def tell(self, params: Params, values: tuple[float, float] | None, *, whole: bool = True) -> None:
         """Nothing to learn."""
 
 
@@ -87,12 +88,15 @@ class Tpe:
         self._open.append((params, trial))
         return params
 
-    def tell(self, params: Params, values: tuple[float, float] | None) -> None:
+    def tell(self, params: Params, values: tuple[float, float] | None, *, whole: bool = True) -> None:
         """The results of choices that were asked for."""
         index = next(i for i, (known, _) in enumerate(self._open) if known == params)
         _, trial = self._open.pop(index)
         if values is None:
             self._study.tell(trial, state=optuna.trial.TrialState.FAIL)
+        elif not whole:
+            trial.report(values[0], step=round(values[1]))
+            self._study.tell(trial, state=optuna.trial.TrialState.PRUNED)
         else:
             self._study.tell(trial, list(values) if self._pareto else values[0])
 

@@ -52,7 +52,10 @@ class Search(NamedTuple):
     trained: float | None
 
 
-KNOWN = {"chain", "macs", "metrics", "status", "id", "trial", "index", "number", "key", "keys", "params", "reason"}
+KNOWN = {
+    "chain", "macs", "metrics", "status", "id", "trial", "index", "number", "key", "keys", "params", "reason",
+    "reached",
+}  # fmt: skip
 
 
 def parse(document: dict[str, Any]) -> Search:
