@@ -230,7 +230,8 @@ def test_stopped_trials_free_their_worker_groups_and_leave_the_others_their_stag
 
     def finished(key: str, *_: Any) -> None:
         if chance.random() < 0.4:
-            work.drop([t for t in work.trials.values() if t.status == "running" and key in t.keys[:-1]], "behind")
+            running = [t for t in work.trials.values() if t.status == "running" and key in t.keys[:-1]]
+            work.drop([t for t in running if chance.random() < 0.7], "behind")
 
     work = Campaign(runner, slots, known=lambda _: None, finished=finished)
     source = iter(trials)
