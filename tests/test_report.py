@@ -411,8 +411,8 @@ def test_the_front_and_the_best_are_found_however_they_are_given(shown):
 
 def test_stages_of_other_settings_are_not_shared_and_settings_that_differ_are_shown(tmp_path):
     trials = [
-        trial(("S", 4), ("L", 1), macs=1e12 * (n + 1), top=20.0 + n, number=10 + n, keys=["s", f"l{n}"], reason="x",
-              params={"chain": "S", "alpha": 1.0 + n, "width": "centred"})
+        trial(("S", 4), ("L", 1), macs=1e12 * (n + 1), top=20.0 + n, number=10 + n, keys=["s", f"l{n}"],
+              reason="behind others", params={"chain": "S", "alpha": 1.0 + n, "width": "centred"})
         for n in range(3)
     ]  # fmt: skip
     root = made(write(tmp_path / "search", None, None, None, {"name": "my", "status": "running", "trials": trials}))
@@ -426,8 +426,10 @@ def test_stages_of_other_settings_are_not_shared_and_settings_that_differ_are_sh
         "zero-shot top-1 %",
         "alpha",
         "status",
+        "reason",
     ]
     assert "my (search) ▶ running" in words(root)
+    assert "behind others" in words(root)
 
 
 def test_a_folder_that_is_no_run_is_one_error_with_status_2(tmp_path):

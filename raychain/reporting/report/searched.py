@@ -36,6 +36,8 @@ class Trial(NamedTuple):
     macs: float | None
     metrics: dict[str, float]
     status: str
+    reason: str
+    """Why it failed or was stopped early; else empty."""
     rest: dict[str, Any]
 
 
@@ -96,6 +98,7 @@ def _trial(index: int, entry: dict[str, Any]) -> Trial:
         amount(entry.get("macs")),
         numbers(entry.get("metrics")),
         status,
+        str(entry.get("reason") or ""),
         rest,
     )
 
@@ -322,11 +325,11 @@ def trials(search: Search) -> Markup | None:
         rows.append((
             join([named(search, trial) or MISSING, mark], " "), f"{trial.number}", macs(trial.macs),
             *(percent(trial.metrics.get(k)) for k in metrics),
-            *(_value(trial.rest.get(k)) for k in extra), trial.status,
+            *(_value(trial.rest.get(k)) for k in extra), trial.status, trial.reason,
         ))  # fmt: skip
     heads = (("chain: model, epochs", False), ("trial", True), ("MACs", True),
              *((f"{METRICS.get(k, k)} %", True) for k in metrics),
-             *((k.replace("_", " "), False) for k in extra), ("status", False))  # fmt: skip
+             *((k.replace("_", " "), False) for k in extra), ("status", False), ("reason", False))  # fmt: skip
     return table(heads, rows, "sortable")
 
 
