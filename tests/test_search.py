@@ -160,7 +160,9 @@ def test_tpe_hears_of_chains_that_were_stopped(halved: dict[str, Any], instant: 
     assert raychain.search(validate(halved))["trials"] == result["trials"], "nothing is left to try"
 
 
-def test_asha_and_the_front_exclude_each_other(small: dict[str, Any]) -> None:
+def test_asha_that_cannot_be_is_one_message(small: dict[str, Any], instant: type[Instant]) -> None:
+    with pytest.raises(InputError, match=r"(?s)search.asha.grace.*200 %.*fewer than the baseline's"):
+        raychain.search(validate(small | {"search": small["search"] | {"asha": {"grace": "200 %"}}}))
     with pytest.raises(InputError, match="aim: metric"):
         validate(small | {"search": small["search"] | {"asha": {}, "aim": "pareto"}})
 

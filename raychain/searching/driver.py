@@ -332,7 +332,11 @@ class Searcher:
         baseline = self.space.baseline
         alone = self._task("control", {CHAIN: baseline.model, "length": str(baseline.epochs)})
         whole = sum(stage.macs for stage in alone.stages) if alone else self.space.baseline_macs
-        halving = Halving(asha.grace.macs(whole), asha.reduction_factor)
+        grace = asha.grace.macs(whole)
+        if grace >= whole:
+            raise InputError("search.asha.grace", str(asha.grace), f"fewer than the baseline's {macs(whole)} MACs",
+                             'or no chain is ever judged: "10 %" is the default')  # fmt: skip
+        halving = Halving(grace, asha.reduction_factor)
         if before := self.before.get("asha"):
             halving.restore(before)
         return halving
