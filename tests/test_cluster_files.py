@@ -54,12 +54,15 @@ def test_ray_up_files_pass_rays_own_check(cloud: str) -> None:
 
 
 @pytest.mark.parametrize("cloud", RAY_UP)
-def test_spot_is_preferred_and_on_demand_takes_its_place_where_launches_fail(cloud: str) -> None:
+def test_spot_is_preferred_and_on_demand_takes_its_place_where_launches_fail(cloud, tmp_path, monkeypatch) -> None:
     """Ray's own scheduler decides, on the file's node types."""
     from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
     from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
     from ray.autoscaler.v2.utils import ResourceRequestUtil
 
+    monkeypatch.setenv("HOME", str(tmp_path))  # the file mounts the user's token, which a bare machine does not have
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray/auth_token").write_text("0123456789abcdef" * 4)
     config = AutoscalingConfig(load(CLUSTER / f"{cloud}.yaml"))
     for spot_available, expected in ((1.0, "gpu-spot"), (0.0, "gpu-on-demand")):
         availability = {"gpu-spot": spot_available, "gpu-on-demand": 1.0}
