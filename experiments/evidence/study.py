@@ -1,9 +1,10 @@
 """Trains the rows of a study for every seed and tabulates them: `python experiments/evidence/study.py STUDY.yaml WORK`.
 
 A study is a YAML file with `experiment` (without a chain), `demo` (what pictures to make), `seeds`, and `rows`: each a
-`name`, a `chain`, and whatever else of the experiment it changes. Rows that begin alike share stages through the
-storage in WORK. Every row is a `raychain.run` of one worker with one thread, and as many are at work as there are
-cores. The same command continues. STUDY.json beside the study gets everything measured, on validation and test.
+`name`, a `chain`, and whatever else of the experiment it changes. Every row is a `raychain.run` of one worker with one
+thread, and as many are at work as there are cores; those that begin with the same model follow one another, so that
+stages and trunks are shared through the storage in WORK. The same command continues. STUDY.json beside the study gets
+everything measured, on validation and test.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -121,15 +124,25 @@ def main() -> None:
         "date": time.strftime("%Y-%m-%d"),
     }
     results: list[dict[str, Any]] = []
-    todo = [(row, seed) for seed in study["seeds"] for row in study["rows"]]
+    lanes: dict[tuple[int, str], list[dict[str, Any]]] = defaultdict(list)
+    for seed in study["seeds"]:
+        for row in study["rows"]:
+            lanes[seed, row["chain"][0]["model"]].append(row)
+    lock = Lock()
+
+    def follow(seed: int, rows: list[dict[str, Any]]) -> None:
+        for row in rows:
+            result = train(study, row, seed, work)
+            with lock:
+                results.append(result)
+                said = f"{score(result['metrics']['validation']):.1f}"
+                print(f"{len(results)}/{sum(map(len, lanes.values()))} {row['name']}, seed {seed}: {said}", flush=True)
+                content = json.dumps({**record, "study": study, "runs": results}, indent=1)
+                options.study.with_suffix(".json").write_text(content + "\n")
+
     with ThreadPoolExecutor(options.jobs) as pool:
-        jobs = [pool.submit(train, study, row, seed, work) for row, seed in todo]
-        for number, job in enumerate(as_completed(jobs), 1):
-            results.append(job.result())
-            said = f"{score(results[-1]['metrics']['validation']):.1f}"
-            print(f"{number}/{len(jobs)} {results[-1]['name']}, seed {results[-1]['seed']}: {said}", file=sys.stderr)
-            content = json.dumps({**record, "study": study, "runs": results}, indent=1)
-            options.study.with_suffix(".json").write_text(content + "\n")
+        for lane in as_completed([pool.submit(follow, seed, rows) for (seed, _), rows in lanes.items()]):
+            lane.result()
     print("\n".join(table(study, results)))
 
 
