@@ -394,6 +394,13 @@ def test_a_search_has_its_front_its_tree_and_its_trials(tmp_path):
     assert rows[-1][0] == "L 8"
 
 
+def test_a_search_says_what_the_large_model_reaches_alone_beside_the_speed_up(tmp_path):
+    alone = trial(("L", 16), macs=2e13, top=36.0)
+    whole = {**SEARCH, "trials": [*SEARCH["trials"], alone]}
+    told = words(made(write(tmp_path / "search", None, None, None, whole)))
+    assert "in MACs, against the last model alone: 36.0 %" in told
+
+
 @pytest.mark.parametrize(
     "shown",
     [

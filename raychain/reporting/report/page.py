@@ -248,7 +248,10 @@ def _search_figures(search: Search) -> list[tuple[str, str, str]]:
         )
         found.append(("its training MACs", macs(best.macs), remark))
         if alone:
-            found.append(("its speed-up", f"{digits(alone / best.macs)}×", "in MACs, against the last model alone"))
+            large = (t.metrics for t in search.trials if len(t.chain) == 1 and t.macs == alone)
+            reached = next((f": {percent(m[search.metric])} %" for m in large if search.metric in m), "")
+            remark = f"in MACs, against the last model alone{reached}"
+            found.append(("its speed-up", f"{digits(alone / best.macs)}×", remark))
     if search.requested and search.trained is not None:
         saved = 100 * (1 - search.trained / search.requested)
         remark = f"{digits(search.trained)} of {digits(search.requested)} stage epochs trained"
