@@ -185,7 +185,7 @@ def costs(model: str, options: argparse.Namespace, top: int = 15) -> list[dict[s
 def gap(small: str, large: str, options: argparse.Namespace) -> dict[str, Any]:
     """Gap and data wait of the second stage of a run on the GPU."""
     with tempfile.TemporaryDirectory() as name:
-        make_shards(Path(name), 8, 512, seed=0)
+        make_shards(Path(name), 4, 96, seed=0)
         run = raychain.run(validate({
             "name": "gpu",
             "data": {"train": f"{name}/*.tar", "captions": {"keys": ["txt"]},
