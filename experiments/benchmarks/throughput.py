@@ -81,10 +81,21 @@ def with_raychain(job: Job, scratch: Path) -> list[list[float]]:
     return epochs
 
 
+OPEN_CLIP = """from functools import partial
+import torch
+import open_clip_train.data as data
+from open_clip_train.main import main
+import raychain.families
+# open_clip_train 3.3 names a device, which torch refuses for models on the CPU, and reads webdataset 1.0's marks
+# between shards as samples.
+wrap = torch.nn.parallel.DistributedDataParallel.__init__
+torch.nn.parallel.DistributedDataParallel.__init__ = lambda self, model, device_ids, **rest: wrap(self, model, **rest)
+data.tar_file_expander = partial(data.tar_file_expander, eof_value=None)
+"""
+
+
 def with_open_clip(job: Job, scratch: Path) -> list[list[float]]:
     """The same from open_clip_train's own log."""
-    code = "import sys, raychain.families; from open_clip_train.main import main; main(sys.argv[1:])"
-    (scratch / "open_clip.py").write_text(code + "\n")
     arguments = {
         "train-data": job.shards,
         "dataset-type": "webdataset",
@@ -104,7 +115,9 @@ def with_open_clip(job: Job, scratch: Path) -> list[list[float]]:
         "save-frequency": 0,
     }
     flags = [f"--{name}={value}" for name, value in arguments.items()] + ["--local-loss", "--gather-with-grad"]
-    _torchrun([str(scratch / "open_clip.py"), *flags], scratch / "open_clip.out")
+    # Flags lie in the script, as torchrun takes --logs for an abbreviation of its own options.
+    (scratch / "train.py").write_text(f"{OPEN_CLIP}main({flags!r})\n")
+    _torchrun([str(scratch / "train.py")], scratch / "open_clip.out")
     epochs: list[list[float]] = [[] for _ in range(job.epochs)]
     log = (scratch / "logs/job/out.log").read_text()
     for epoch, seconds in re.findall(r"Train Epoch: (\d+) .*Batch \(t\): ([\d.]+)", log):
@@ -203,13 +216,13 @@ def main() -> None:
     results: dict[str, dict[str, list[dict[str, float]]]] = {}
     with tempfile.TemporaryDirectory() as name:
         data = Path(name)
-        make_demo(data / "demo", pictures=4_096, held_out=100)
+        make_demo(data / "demo", pictures=4_000, held_out=100)  # whole shards: as many for each worker
         (data / "photographs").mkdir()
         photographs = make_shards(data / "photographs", 8, 256, seed=0)
         samples = sum(shard.samples for shard in photographs)
         last = max((data / "demo/train").glob("*.tar")).stem
         jobs = {
-            "compute": Job("CoM-micro-M", 40, 128, 3, 4_096, f"{data}/demo/train/{{00000..{last}}}.tar"),
+            "compute": Job("CoM-micro-M", 40, 128, 3, 4_000, f"{data}/demo/train/{{00000..{last}}}.tar"),
             "loader": Job("CoM-micro-S", 80, 64, 3, samples, f"{data}/photographs/{{00..07}}.tar"),
         }
         for bound, job in jobs.items():
