@@ -33,7 +33,8 @@ def search(
     from raychain.chain.plan import check_compute, writable
     from raychain.config.search import Search
     from raychain.reporting.trackers import check_trackers
-    from raychain.searching.driver import plan_search, run_search
+    from raychain.searching.driver import run_search
+    from raychain.searching.request import plan_search
     from raychain.storage import below
 
     config = experiment if isinstance(experiment, Experiment) else load_experiment(experiment, overrides)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import yaml
@@ -14,22 +12,21 @@ import yaml
 from raychain.chain import cluster
 from raychain.chain.driver import LEASE, session, stop_signals
 from raychain.chain.lease import Lease, patience
-from raychain.chain.plan import make_task, replan, worker_cpus
+from raychain.chain.plan import replan, worker_cpus
 from raychain.chain.store import STORE, StageStore
 from raychain.config.durations import Duration
 from raychain.config.experiment import Experiment
-from raychain.config.search import Search
 from raychain.errors import InputError, Interrupted, RunFailed
-from raychain.feed.shards import expand
 from raychain.reporting.report.writing import leave_report
 from raychain.reporting.search_progress import SearchProgress
 from raychain.reporting.wording import METRICS, macs, percent
 from raychain.searching.campaign import Campaign, Job, Kind, Measured, Record, Step, Trial, ratio
 from raychain.searching.halving import Halving, Point, Verdict
 from raychain.searching.outcome import best_chain, comparisons, pareto, rank_correlation, score, scored
+from raychain.searching.request import Plan, identity
 from raychain.searching.running import RayRunner
 from raychain.searching.sampling import Sampler, make_sampler
-from raychain.searching.space import CHAIN, Params, Space, make_space, proxied, with_stages
+from raychain.searching.space import CHAIN, Params, proxied, with_stages
 from raychain.storage import Folder, below
 from raychain.training.stage import STAGE_RECORD, trunk_states
 from raychain.training.task import ChainTask
@@ -40,37 +37,6 @@ PROBE = "1000000000 steps"
 """Long enough for any warm-up, to see what a step costs."""
 TRIES = 50
 """Choices that are asked of a sampler for one new affordable chain, before the space is walked through."""
-
-
-@dataclass
-class Plan:
-    """What is known before anything starts."""
-
-    experiment: Experiment
-    search: Search
-    space: Space
-    base: ChainTask
-    """A task of trials' data and evaluation."""
-    full: ChainTask | None
-    """The same without the proxy; None where there is none."""
-    shards: list[str] | None
-    """What the proxy reads; None: all."""
-    out: Folder
-    store: str
-
-
-def plan_search(experiment: Experiment, out: str, store: str) -> Plan:
-    """Checks everything and finds the data. Raises InputError."""
-    search = experiment.search or Search()
-    _check(experiment, search)
-    space = make_space(experiment)
-    shortest = [(space.chains[0][0], space.lengths[space.first[-1]])]
-    whole = with_stages(experiment, shortest)
-    shards = _part_of_shards(experiment, search)
-    small = proxied(whole, search.proxy, shards) if search.proxy else whole
-    base = make_task(small, out, store=store)
-    full = make_task(whole, out, store=store) if search.proxy and search.proxy.check else None
-    return Plan(experiment, search, space, base, full, shards, Folder(out), store)
 
 
 def run_search(plan: Plan, *, address: str | None = None, verbose: bool = False) -> dict[str, Any]:
@@ -97,7 +63,7 @@ class Searcher:
         search, self.space = plan.search, plan.space
         self.sampler: Sampler = make_sampler(plan.space, search.sampler, search.seed, pareto=search.aim == "pareto")
         self.store = StageStore(Folder(plan.store))
-        self.identity = _identity(plan.experiment)
+        self.identity = identity(plan.experiment)
         before = plan.out.read_json(RESULT)
         self.before: dict[str, Any] = before if isinstance(before, dict) else {}
         if self.before and self.before.get("identity") != self.identity:
@@ -514,34 +480,6 @@ def _slots(plan: Plan) -> int:
     )
     room = max(1, cluster.capacity(worker) // plan.experiment.most_workers)
     return min(room, plan.search.concurrent or room)
-
-
-def _check(experiment: Experiment, search: Search) -> None:
-    if search.trials < 1:
-        raise InputError("search.trials", search.trials, "at least one trial", "--trials 1, or leave it out for 24")
-    evaluate = experiment.evaluate
-    needs = "zero_shot" if search.metric == "zero_shot_top1" else "retrieval"
-    if getattr(evaluate, needs) is None:
-        other = [name for name in ("zero_shot", "retrieval") if getattr(evaluate, name)]
-        instead = {"zero_shot": "zero_shot_top1", "retrieval": "i2t_r1"}
-        fix = f"or --set search.metric={instead[other[0]]}" if other else "or nothing can be compared"
-        raise InputError("search.metric", search.metric, f"a metric that is measured: it needs evaluate.{needs}",
-                         f"set evaluate.{needs}, {fix}")  # fmt: skip
-
-
-def _part_of_shards(experiment: Experiment, search: Search) -> list[str] | None:
-    if search.proxy is None or search.proxy.shards == 1:
-        return None
-    found = [address for source in experiment.data.train for address in expand(source.shards, "data.train")]
-    return found[: max(1, round(search.proxy.shards * len(found)))]
-
-
-def _identity(experiment: Experiment) -> str:
-    """Of all that determines what is tried; more trials or worker groups make no other search."""
-    tree = experiment.model_dump(mode="json", exclude={"compute", "preload", "track", "checkpoint"})
-    if tree.get("search"):
-        tree["search"] = {k: v for k, v in tree["search"].items() if k not in ("trials", "concurrent")}
-    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _length(text: str) -> Duration:

@@ -1,0 +1,75 @@
+"""What a search is asked for, checked before anything starts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+
+from raychain.chain.plan import make_task
+from raychain.config.experiment import Experiment
+from raychain.config.search import Search
+from raychain.errors import InputError
+from raychain.feed.shards import expand
+from raychain.searching.space import Space, make_space, proxied, with_stages
+from raychain.storage import Folder
+from raychain.training.task import ChainTask
+
+
+@dataclass
+class Plan:
+    """What is known before anything starts."""
+
+    experiment: Experiment
+    search: Search
+    space: Space
+    base: ChainTask
+    """A task of trials' data and evaluation."""
+    full: ChainTask | None
+    """The same without the proxy; None where there is none."""
+    shards: list[str] | None
+    """What the proxy reads; None: all."""
+    out: Folder
+    store: str
+
+
+def plan_search(experiment: Experiment, out: str, store: str) -> Plan:
+    """Checks everything and finds the data. Raises InputError."""
+    search = experiment.search or Search()
+    _check(experiment, search)
+    space = make_space(experiment)
+    shortest = [(space.chains[0][0], space.lengths[space.first[-1]])]
+    whole = with_stages(experiment, shortest)
+    shards = _part_of_shards(experiment, search)
+    small = proxied(whole, search.proxy, shards) if search.proxy else whole
+    base = make_task(small, out, store=store)
+    full = make_task(whole, out, store=store) if search.proxy and search.proxy.check else None
+    return Plan(experiment, search, space, base, full, shards, Folder(out), store)
+
+
+def identity(experiment: Experiment) -> str:
+    """Of all that determines what is tried; more trials or worker groups make no other search."""
+    tree = experiment.model_dump(mode="json", exclude={"compute", "preload", "track", "checkpoint"})
+    if tree.get("search"):
+        tree["search"] = {k: v for k, v in tree["search"].items() if k not in ("trials", "concurrent")}
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _check(experiment: Experiment, search: Search) -> None:
+    if search.trials < 1:
+        raise InputError("search.trials", search.trials, "at least one trial", "--trials 1, or leave it out for 24")
+    evaluate = experiment.evaluate
+    needs = "zero_shot" if search.metric == "zero_shot_top1" else "retrieval"
+    if getattr(evaluate, needs) is None:
+        other = [name for name in ("zero_shot", "retrieval") if getattr(evaluate, name)]
+        instead = {"zero_shot": "zero_shot_top1", "retrieval": "i2t_r1"}
+        fix = f"or --set search.metric={instead[other[0]]}" if other else "or nothing can be compared"
+        raise InputError("search.metric", search.metric, f"a metric that is measured: it needs evaluate.{needs}",
+                         f"set evaluate.{needs}, {fix}")  # fmt: skip
+
+
+def _part_of_shards(experiment: Experiment, search: Search) -> list[str] | None:
+    if search.proxy is None or search.proxy.shards == 1:
+        return None
+    found = [address for source in experiment.data.train for address in expand(source.shards, "data.train")]
+    return found[: max(1, round(search.proxy.shards * len(found)))]
