@@ -98,8 +98,9 @@ def test_stages_with_data_of_their_own_are_costed_on_it() -> None:
     assert larger["forward_macs"] > same["forward_macs"]
 
 
-def test_without_distillation_there_is_no_teacher_to_pay() -> None:
-    plan = raychain.plan(validate(MICRO | {"transfer": {"distill": None}}))
+@pytest.mark.parametrize("distill", [None, {"alpha": 0}], ids=["null", "alpha 0"])
+def test_without_distillation_there_is_no_teacher_to_pay(distill: dict[str, float] | None) -> None:
+    plan = raychain.plan(validate(MICRO | {"transfer": {"distill": distill}}))
     assert plan["stages"][1]["macs"] == 3 * plan["stages"][1]["forward_macs"] * plan["stages"][1]["samples_seen"]
 
 

@@ -1,10 +1,10 @@
 """Trains the rows of a study for every seed and tabulates them: `python experiments/evidence/study.py STUDY.yaml WORK`.
 
-A study is a YAML file with `experiment` (without a chain), `demo` (what pictures to make), `seeds`, and `rows`: each a
-`name`, a `chain`, and whatever else of the experiment it changes. Every row is a `raychain.run` of one worker with one
-thread, and as many are at work as there are cores; those that begin with the same model follow one another, so that
-stages and trunks are shared through the storage in WORK. The same command continues. STUDY.json beside the study gets
-everything measured, on validation and test.
+A study is a YAML file with `experiment` (without a chain), `demo` (what pictures to make), `seeds`, `baseline` (the row
+that costs are compared with), and `rows`: each a `name`, a `chain`, and whatever else of the experiment it changes.
+Every row is a `raychain.run` of one worker with one thread, and as many are at work as there are cores; those that
+begin with the same model follow one another, so that stages and trunks are shared through the storage in WORK. The same
+command continues. STUDY.json beside the study gets everything measured, on validation and test.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -42,7 +43,7 @@ def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 def train(study: dict[str, Any], row: dict[str, Any], seed: int, work: Path) -> dict[str, Any]:
     """One row with one seed, measured on both splits."""
-    done = work / "rows" / f"{row['name'].replace(' ', '_').replace('/', '_')}-{seed}.json"
+    done = work / "rows" / f"{re.sub('[^A-Za-z0-9.]+', '_', row['name'])}-{seed}.json"
     if done.exists():
         found: dict[str, Any] = json.loads(done.read_text())
         return found
@@ -92,15 +93,23 @@ def score(metrics: dict[str, float]) -> float:
 
 def table(study: dict[str, Any], results: list[dict[str, Any]]) -> Iterator[str]:
     """Markdown: means over the seeds, and half of largest minus smallest."""
-    yield "| | training MACs, T | seconds | score, validation | score, test | seeds |"
-    yield "|---|---|---|---|---|---|"
-    for row in study["rows"]:
-        found = [result for result in results if result["name"] == row["name"]]
-        if found:
-            scores = [_spread([score(result["metrics"][split]) for result in found]) for split in SPLITS]
-            seconds = statistics.mean(result["seconds"] for result in found)
-            cells = [row["name"], f"{found[0]['macs'] / 1e12:.2f}", f"{seconds:.0f}", *scores, str(len(found))]
-            yield "| " + " | ".join(cells) + " |"
+    by_name: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for result in results:
+        by_name[result["name"]].append(result)
+    baseline = by_name.get(study.get("baseline", ""), [])
+    yield "| | training MACs, T | of baseline | seconds | of baseline | score, validation | score, test | seeds |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for name in (row["name"] for row in study["rows"] if row["name"] in by_name):
+        found = by_name[name]
+        scores = [_spread([score(result["metrics"][split]) for result in found]) for split in SPLITS]
+        costs = [*_cost("macs", 1e12, found, baseline), *_cost("seconds", 1, found, baseline)]
+        yield "| " + " | ".join([name, *costs, *scores, str(len(found))]) + " |"
+
+
+def _cost(key: str, unit: float, found: list[dict[str, Any]], baseline: list[dict[str, Any]]) -> tuple[str, str]:
+    mean = statistics.mean(result[key] for result in found)
+    share = f"{100 * mean / statistics.mean(result[key] for result in baseline):.0f} %" if baseline else "–"
+    return f"{mean / unit:.3g}", share
 
 
 def _spread(values: list[float]) -> str:

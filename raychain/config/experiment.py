@@ -186,7 +186,12 @@ class Transfer(Component):
     warmup: Warmup | None = None
     """Warm-up of grown stages instead of `train.warmup`."""
     distill: Distill | None = Distill()
-    """null: no distillation."""
+    """null, or an alpha of 0: no distillation, and no forward passes of the teacher."""
+
+    @field_validator("distill")
+    @classmethod
+    def _no_idle_teacher(cls, distill: Distill | None) -> Distill | None:
+        return distill if distill and distill.alpha else None
 
 
 class Train(Component):
