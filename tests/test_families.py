@@ -110,6 +110,11 @@ def test_image_size_overrides_the_configs() -> None:
         build("CoM-Swin-T", seed=0, image_size=256, device="meta")
 
 
+def test_convolutional_towers_take_any_image_size() -> None:
+    images = torch.zeros(2, 3, 72, 72)
+    assert build("CoM-micro-ConvNeXt", seed=0, image_size=72).encode_image(images).shape == (2, 64)
+
+
 def test_parameter_count_needs_no_memory_and_is_right() -> None:
     assert parameter_count("CoM-micro-S") == sum(p.numel() for p in build("CoM-micro-S", seed=0).parameters())
     assert parameter_count("CoM-ViT-L-16") > 400e6

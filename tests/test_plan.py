@@ -196,6 +196,17 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
     "unknown in chain": (MICRO, ["--set", "chain.1.model=CoM-micro-X"], ["chain.1.model", "did you mean CoM-micro-"]),
     "shrinking": (MICRO, ["--set", "chain.0.model=CoM-micro-L"], ["chain.1.model", "from small to large"]),
     "image size": (MICRO, ["--set", "data.image_size=41"], ["data.image_size", "41"]),
+    "teacher's image size": (
+        MICRO
+        | {
+            "chain": [
+                {"model": "CoM-Swin-T", "epochs": 9},
+                {"model": "CoM-ViT-L-16", "epochs": 3, "data": {"image_size": 256}},
+            ]
+        },
+        ["--set", "transfer.width=none"],
+        ["chain.1.model", "CoM-Swin-T → CoM-ViT-L-16", "256 pixels", "224 pixels"],
+    ),
     "rules": (family(first=20, rules=[[24, 14]]), [], ["allocation.rules", "allocation.first"]),
     "two rates": (MICRO, ["--tflops", "1", "--throughput", "1,2"], ["one of them"]),
     "rates": (MICRO, ["--throughput", "100"], ["--throughput", "CoM-micro-S, CoM-micro-M"]),

@@ -92,6 +92,9 @@ def _check_growth(experiment: Experiment, i: int) -> None:
     except GrowthError as error:
         allowed = f"a pair that {transfer.width} + {transfer.depth} can grow"
         raise InputError(f"chain.{i}.model", f"{small} → {large}", allowed, str(error)) from None
+    except ValueError as error:
+        fix = f"{error} Or end the chain with another model"
+        raise InputError(f"chain.{i}.model", f"{small} → {large}", f"models that take {size} pixels", fix) from None
 
 
 def check_compute(experiment: Experiment, address: str | None) -> None:

@@ -141,7 +141,7 @@ def _with_image_size(config: dict[str, Any], image_size: int | None) -> dict[str
     vision: dict[str, Any] = dict(config["vision_cfg"])
     if image_size is not None and "timm_model_name" in vision:
         native = timm.get_pretrained_cfg(vision["timm_model_name"], allow_unregistered=False)
-        if native is not None and native.input_size[-1] != image_size:
+        if native is not None and native.fixed_input_size and native.input_size[-1] != image_size:
             raise ValueError(
                 f"image size {image_size} does not fit {vision['timm_model_name']}, which open_clip builds for "
                 f"{native.input_size[-1]} pixels: give that, or the timm model of the size you want."
