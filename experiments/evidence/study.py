@@ -109,11 +109,12 @@ def table(study: dict[str, Any], results: list[dict[str, Any]]) -> Iterator[str]
 def _cost(key: str, unit: float, found: list[dict[str, Any]], baseline: list[dict[str, Any]]) -> tuple[str, str]:
     mean = statistics.mean(result[key] for result in found)
     share = f"{100 * mean / statistics.mean(result[key] for result in baseline):.0f} %" if baseline else "–"
-    return f"{mean / unit:.3g}", share
+    return f"{mean / unit:.0f}" if mean / unit >= 100 else f"{mean / unit:.3g}", share
 
 
 def _spread(values: list[float]) -> str:
-    return f"{statistics.mean(values):.1f} ± {(max(values) - min(values)) / 2:.1f}"
+    spread = f" ± {(max(values) - min(values)) / 2:.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{spread}"
 
 
 def main() -> None:
@@ -128,7 +129,7 @@ def main() -> None:
     make_demo(work / "data/study-demo", **study["demo"])
     torch.set_num_threads(1)
     record = {
-        "command": " ".join(sys.argv),
+        "command": f"python experiments/evidence/study.py {options.study} WORK",
         "machine": f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}",
         "date": time.strftime("%Y-%m-%d"),
     }
