@@ -148,6 +148,21 @@ def test_none_inherits_the_logit_scale_alone() -> None:
         assert all(not value.any() for name, value in moment.items() if name != "logit_scale")
 
 
+@pytest.mark.parametrize("shrink", [0.0, 0.25, 1.0])
+def test_shrink_lies_between_the_random_start_and_the_grown_weights(shrink: float) -> None:
+    small, start, grown, shrunk = tiny(), *(tiny(1, vision_width=24, vision_layers=4) for _ in range(3))
+    small.logit_scale.data.fill_(1.5)
+    grow(small, grown, width="centred", depth="identity")
+    grow(small, shrunk, width="centred", depth="identity", shrink=shrink)
+    random, whole, found = start.state_dict(), grown.state_dict(), shrunk.state_dict()
+    assert found.pop("logit_scale").item() == 1.5
+    for name, value in found.items():
+        torch.testing.assert_close(value, shrink * whole[name] + (1 - shrink) * random[name])
+    closing = "visual.transformer.resblocks.1.mlp.c_proj.weight"
+    assert not whole[closing].any()
+    assert torch.equal(found[closing], (1 - shrink) * random[closing])
+
+
 def test_custom_text_layout_grows_from_the_plain_one() -> None:
     small, large = tiny(), tiny(1, custom_text=True)
     grow(small, large, width="embed", depth="interleave")

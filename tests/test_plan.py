@@ -207,6 +207,16 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
         ["--set", "transfer.width=none"],
         ["chain.1.model", "CoM-Swin-T → CoM-ViT-L-16", "256 pixels", "224 pixels"],
     ),
+    "nothing to shrink": (
+        MICRO,
+        ["--set", "transfer.width=none", "--set", "transfer.shrink=0.2"],
+        ["transfer.shrink", "0.2", "1 with width: none"],
+    ),
+    "shrunk moments": (
+        MICRO,
+        ["--set", "transfer.optimizer=grow", "--set", "transfer.shrink=0.2"],
+        ["transfer.shrink", "0.2", "1 with optimizer: grow"],
+    ),
     "rules": (family(first=20, rules=[[24, 14]]), [], ["allocation.rules", "allocation.first"]),
     "two rates": (MICRO, ["--tflops", "1", "--throughput", "1,2"], ["one of them"]),
     "rates": (MICRO, ["--throughput", "100"], ["--throughput", "CoM-micro-S, CoM-micro-M"]),

@@ -336,6 +336,15 @@ def test_the_macs_of_a_choice_are_those_of_its_plan() -> None:
         assert space.macs(params) == cost_of(space.chosen(params)).cost.macs
 
 
+def test_what_the_space_says_of_the_transfer_reaches_the_chain() -> None:
+    space = make_space(experiment(space=SPACE | {"shrink": [0.2, 1], "width": ["centred", "embed"]}))
+    chosen = [space.chosen(params).transfer for params in space.points()]
+    assert {(transfer.width, transfer.shrink) for transfer in chosen} == {
+        (width, shrink) for width in ("centred", "embed") for shrink in (0.2, 1.0)
+    }
+    assert all(params["shrink"] == 1 for params in space.planned())
+
+
 @pytest.mark.parametrize(
     ("search", "where", "fix"),
     [
@@ -346,6 +355,8 @@ def test_the_macs_of_a_choice_are_those_of_its_plan() -> None:
         ({"space": SPACE | {"lengths": [9]}}, "search.space.lengths", "set it to 3"),
         ({"space": SPACE | {"models": "CoM-micro-S"}}, "search.space.models", "add models"),
         ({"space": SPACE | {"models": ["CoM-micro-S", "CoM-micr-L"]}}, "search.space.models", "correct the name"),
+        ({"space": SPACE | {"width": ["none"], "shrink": [0.2, 1]}}, "transfer.shrink", "a random start is"),
+        ({"space": SPACE | {"shrink": [2]}}, "search.space.shrink.0", "less than or equal to 1"),
         ({"space": SPACE | {"width": ["centered"]}}, "transfer.width", "did you mean centred?"),
     ],
 )

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from raychain.config.durations import Duration
-from raychain.config.experiment import Baseline, Data, Experiment, Train
+from raychain.config.experiment import Baseline, Data, Experiment, Train, Transfer
 from raychain.demo import DemoError, is_current, make_demo
 from raychain.errors import InputError, nearest
 from raychain.evaluation.data import resolve_retrieval, resolve_zero_shot
@@ -76,8 +76,20 @@ def check_chain(experiment: Experiment) -> None:
         if given not in known:
             fix = nearest(given, list(known), "use one of these")
             raise InputError(f"transfer.{field}", given, ", ".join(known), fix)
+    _check_shrink(experiment.transfer)
     for i in range(1, len(experiment.chain)):
         _check_growth(experiment, i)
+
+
+def _check_shrink(transfer: Transfer) -> None:
+    """Grown moments belong to the function that shrinking loses; of `none` there is nothing to shrink."""
+    if transfer.shrink == 1:
+        return
+    if transfer.optimizer == "grow":
+        raise InputError("transfer.shrink", transfer.shrink, "1 with optimizer: grow", "use optimizer: reset")
+    if transfer.width == "none":
+        fix = "name another width operator, or leave shrink out: a random start is `shrink: 0` as well"
+        raise InputError("transfer.shrink", transfer.shrink, "1 with width: none", fix)
 
 
 def _check_growth(experiment: Experiment, i: int) -> None:
@@ -315,7 +327,7 @@ def _stages(
             "adam": [betas, eps],
             "precision": precision,
             "recipe": recipe.model_dump(mode="json", include={"global_batch", "schedule", "weight_decay", "clip_norm"}),
-            "transfer": grown.model_dump(mode="json", exclude={"warmup", "lr_scale"}) if grown else None,
+            "transfer": _inherited(grown) if grown else None,
             "seed": recipe.seed + index,
             "previous": key,
         }
@@ -382,6 +394,13 @@ def _cooldown(recipe: Train, lengths: dict[str, int], steps: int) -> int:
     if recipe.schedule != "wsd":
         return 0
     return max(1, (recipe.cooldown or Duration(20, "%")).steps(**lengths, stage_steps=steps))
+
+
+def _inherited(transfer: Transfer) -> dict[str, Any]:
+    """Of `transfer` what a key does not hold elsewhere; `shrink` came later, stages without it keep their keys."""
+    return transfer.model_dump(
+        mode="json", exclude={"warmup", "lr_scale"} | ({"shrink"} if transfer.shrink == 1 else set())
+    )
 
 
 def _digest(value: Any) -> str:

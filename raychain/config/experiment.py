@@ -179,6 +179,9 @@ class Transfer(Component):
     """Growth operator for widths."""
     depth: str = "identity"
     """Growth operator for layers."""
+    shrink: float = Field(1.0, ge=0, le=1)
+    """Share of the grown weights in what a stage starts from; the rest is its random init ("shrink and perturb"). 1 is
+    growth as it is, 0 a random start."""
     optimizer: Literal["grow", "reset"] = "reset"
     """AdamW's moments: from zero, or grown with the weights."""
     lr_scale: float = Field(1.0, gt=0)

@@ -30,6 +30,7 @@ def _choices(value: Any) -> Any:
 Lengths = Annotated[tuple[Epochs, ...], BeforeValidator(_choices), Field(min_length=1)]
 """Choices, each "N epochs" (the unit of bare numbers), "N steps" or "N samples"; or {low, high, step} in epochs."""
 Amounts = Annotated[tuple[NonNegativeFloat, ...], BeforeValidator(_choices), Field(min_length=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
 Warmups = Annotated[tuple[Warmup, ...], BeforeValidator(_choices), Field(min_length=1)]
 
 
@@ -56,6 +57,8 @@ class Space(Component):
     """Growth operators for widths. Absent, as for the keys below: that of `transfer`."""
     depth: OneOrMore | None = None
     """Growth operators for layers."""
+    shrink: Annotated[tuple[Share, ...], BeforeValidator(_choices), Field(min_length=1)] | None = None
+    """Shares of the grown weights; the rest is random."""
     alpha: Amounts | None = None
     """Weights of the distillation; 0: none."""
     warmup: Warmups | None = None

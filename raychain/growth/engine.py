@@ -44,12 +44,16 @@ class GrowthReport:
         return {"width": self.width, "depth": self.depth, **counts, "towers": towers}
 
 
-def grow(small: nn.Module, large: nn.Module, *, width: str, depth: str) -> GrowthReport:
+def grow(small: nn.Module, large: nn.Module, *, width: str, depth: str, shrink: float = 1.0) -> GrowthReport:
     """Writes `large`'s parameters in place, from `small`'s and its own random ones.
 
     Both are open_clip CLIP or CustomTextCLIP models; the result has `large`'s dtype and device. `width` and `depth`
     name operators of WIDTH_OPERATORS and DEPTH_OPERATORS. Towers of different architectures (a ViT and a Swin) stay
     at their random init, which the report says.
+
+    `shrink` (0 to 1) is the share of the grown parameters in the result, the rest is the random init: shrink and
+    perturb (Ash and Adams, "On Warm-Starting Neural Network Training", 2020), with the init itself as the noise. Below
+    1 no operator preserves the function. Scalars (logit_scale) are taken over as they are.
 
     Raises GrowthError as `check` does, before anything is written.
     """
@@ -60,6 +64,8 @@ def grow(small: nn.Module, large: nn.Module, *, width: str, depth: str) -> Growt
             grown = plan.operator.weight(cell)
             if match.inert and match.large.closes_branch:
                 grown = torch.zeros_like(grown)
+            if shrink < 1:
+                grown = shrink * grown + (1 - shrink) * cell.init
             targets[match.large.name].copy_(grown.reshape(cell.large_shape))
         for name in plan.scalars:
             targets[name].copy_(sources[name].reshape(targets[name].shape))

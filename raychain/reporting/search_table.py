@@ -57,7 +57,7 @@ def search_table(result: Mapping[str, Any], console: Console | None = None) -> N
 
 def _varied(trial: Mapping[str, Any]) -> str:
     """What of the transfer was chosen."""
-    names = ("width", "depth", "alpha", "warmup")
+    names = ("width", "depth", "shrink", "alpha", "warmup")
     found = [f"{name} {trial['params'][name]}" for name in names if name in trial["params"]]
     return f" ({', '.join(found)})" if found else ""
 

@@ -23,8 +23,8 @@ Params = dict[str, Any]
 ARROW = " → "
 MOST_CHAINS = 4096
 """Of a space."""
-CHAIN, FIRST, GROWN, RULE, WIDTH, DEPTH, ALPHA, WARMUP = (
-    "chain", "first", "grown.", "rule", "width", "depth", "alpha", "warmup",
+CHAIN, FIRST, GROWN, RULE, WIDTH, DEPTH, SHRINK, ALPHA, WARMUP = (
+    "chain", "first", "grown.", "rule", "width", "depth", "shrink", "alpha", "warmup",
 )  # fmt: skip
 
 
@@ -72,7 +72,7 @@ class Space:
             found.append(Dimension(RULE, tuple(self.rules), ordered=False))
         else:
             found += [Dimension(GROWN + model, self.grown, ordered=True) for model in models[1:]]
-        ordered = (ALPHA, WARMUP)
+        ordered = (SHRINK, ALPHA, WARMUP)
         return found + [Dimension(name, values, name in ordered) for name, values in self.operators.items()]
 
     @property
@@ -119,7 +119,7 @@ class Space:
     def chosen(self, params: Params) -> Experiment:
         """The experiment with the chain and the transfer of these choices."""
         transfer = self.experiment.transfer
-        distill, changes = transfer.distill, {name: params[name] for name in (WIDTH, DEPTH) if name in params}
+        distill, changes = transfer.distill, {name: params[name] for name in (WIDTH, DEPTH, SHRINK) if name in params}
         if WARMUP in params:
             changes[WARMUP] = self.lengths[params[WARMUP]]
         if ALPHA in params:
@@ -192,7 +192,8 @@ class Space:
         if name == ALPHA:
             alpha = transfer.distill.alpha if transfer.distill else 0.0
             return min(values, key=lambda value: abs(float(value) - alpha))
-        usual = {WIDTH: transfer.width, DEPTH: transfer.depth, WARMUP: str(transfer.warmup)}[name]
+        own = {WIDTH: transfer.width, DEPTH: transfer.depth, SHRINK: transfer.shrink, WARMUP: str(transfer.warmup)}
+        usual = own[name]
         return usual if usual in values else values[0]
 
     def _steps(self, length: Duration) -> int:
@@ -240,7 +241,8 @@ def make_space(experiment: Experiment) -> Space:
         )
     warmups = own.warmup or ()
     operators: dict[str, tuple[str | float, ...]] = {}
-    for name, choices in ((WIDTH, own.width), (DEPTH, own.depth), (ALPHA, own.alpha), (WARMUP, warmups)):
+    named = ((WIDTH, own.width), (DEPTH, own.depth), (SHRINK, own.shrink), (ALPHA, own.alpha), (WARMUP, warmups))
+    for name, choices in named:
         if choices:
             operators[name] = tuple(dict.fromkeys(str(c) if isinstance(c, Duration) else c for c in choices))
     longest_first = max(first, key=steps)
@@ -389,9 +391,8 @@ def _check_growth(space: Space) -> None:
     """Every pair of neighbours under every operator."""
     transfer = space.experiment.transfer
     pairs = sorted({pair for chain in space.chains for pair in itertools.pairwise(chain)})
-    for width, depth in itertools.product(
-        space.operators.get(WIDTH, (transfer.width,)), space.operators.get(DEPTH, (transfer.depth,))
-    ):
-        own = transfer.model_copy(update={WIDTH: width, DEPTH: depth})
+    usual = {WIDTH: transfer.width, DEPTH: transfer.depth, SHRINK: transfer.shrink}
+    for choice in itertools.product(*(space.operators.get(name, (value,)) for name, value in usual.items())):
+        own = transfer.model_copy(update=dict(zip(usual, choice, strict=True)))
         for pair in pairs:
             check_chain(with_stages(space.experiment, [(model, Duration(1, "epochs")) for model in pair], own))

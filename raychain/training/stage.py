@@ -241,7 +241,7 @@ class ChainWorker:
         model = model.to(self.device)
         if previous:
             previous = self._at_image_size(previous, stage)
-            grow(previous.model, model, width=transfer.width, depth=transfer.depth)
+            grow(previous.model, model, width=transfer.width, depth=transfer.depth, shrink=transfer.shrink)
             if transfer.distill:
                 teacher = Student(previous.model).to(self.device).eval().requires_grad_(False)
                 with torch.random.fork_rng(devices=[]):

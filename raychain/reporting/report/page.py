@@ -185,6 +185,9 @@ def _chain_note(run: Run) -> str:
     image = all(stage.image_params for stage in run.stages)
     what = "parameters of the image tower, as are the ratios" if image else "numbers of parameters"
     grown = f", grown by the operators {grown}," if grown else ""
+    share = number(transfer.get("shrink"))
+    if share is not None and share < 1:
+        grown += f" shrunk to {100 * share:g} % with a random start as the rest,"
     return f"Each model starts from the one before it{grown}{follows}. Areas are {what}."
 
 
