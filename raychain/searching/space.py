@@ -192,8 +192,9 @@ class Space:
         if name == ALPHA:
             alpha = transfer.distill.alpha if transfer.distill else 0.0
             return min(values, key=lambda value: abs(float(value) - alpha))
-        own = {WIDTH: transfer.width, DEPTH: transfer.depth, SHRINK: transfer.shrink, WARMUP: str(transfer.warmup)}
-        usual = own[name]
+        given: dict[str, str | float] = {WIDTH: transfer.width, DEPTH: transfer.depth, SHRINK: transfer.shrink,
+                                         WARMUP: str(transfer.warmup)}  # fmt: skip
+        usual = given[name]
         return usual if usual in values else values[0]
 
     def _steps(self, length: Duration) -> int:
