@@ -168,14 +168,16 @@ def test_different_embedding_sizes_are_projected_by_a_trained_map_a_tower(studen
 positive = st.floats(2**-20, 1024, width=32)
 
 
-@given(st.floats(0, 1e4), st.floats(0, 4, width=32), positive, st.sampled_from([torch.float32, torch.bfloat16]))
+@given(
+    st.floats(0, 1e4, width=32), st.floats(0, 4, width=32), positive, st.sampled_from([torch.float32, torch.bfloat16])
+)
 def test_the_capped_distillation_loss_stays_below_the_task_loss(
     alpha: float, distance: float, task: float, dtype: torch.dtype
 ) -> None:
     d, t = torch.tensor(distance, dtype=dtype), torch.tensor(task, dtype=dtype, requires_grad=True)
     weight = capped_alpha(alpha, d, t)
     assert not weight.requires_grad
-    assert 0 <= weight.item() <= alpha * (1 + 1e-6)
+    assert 0 <= weight.item() <= alpha
     assert weight.item() * d.item() < t.item()
 
 
