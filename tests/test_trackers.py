@@ -85,6 +85,8 @@ def chunks(content):
             at += block - at % block
             continue
         _, length, kind = struct.unpack_from("<IHB", content, at)
+        if at + 7 + length > len(content):  # still being written
+            return
         parts.append(content[at + 7 : at + 7 + length])
         at += 7 + length
         if kind in (1, 4):  # whole, or the last part
