@@ -44,9 +44,6 @@ def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 def train(study: dict[str, Any], row: dict[str, Any], seed: int, work: Path) -> dict[str, Any]:
     """One row with one seed, measured on both splits."""
     done = work / "rows" / f"{re.sub('[^A-Za-z0-9.]+', '_', row['name'])}-{seed}.json"
-    if done.exists():
-        found: dict[str, Any] = json.loads(done.read_text())
-        return found
     fixed = {
         "name": done.stem,
         "data": {"train": str(work / "data/study-demo/train")},
@@ -57,8 +54,12 @@ def train(study: dict[str, Any], row: dict[str, Any], seed: int, work: Path) -> 
         "storage": str(work / "runs"),
     }
     changes = {key: value for key, value in row.items() if key != "name"}
-    file = done.with_suffix(".yaml")
-    file.write_text(yaml.safe_dump(merged(merged(study["experiment"], fixed), changes)))
+    file, content = done.with_suffix(".yaml"), yaml.safe_dump(merged(merged(study["experiment"], fixed), changes))
+    if done.exists() and file.read_text() == content:
+        found: dict[str, Any] = json.loads(done.read_text())
+        return found
+    done.unlink(missing_ok=True)
+    file.write_text(content)
     with done.with_suffix(".log").open("a") as log:
         command = [sys.executable, "-m", "raychain.run", str(file), "--json"]
         ran = subprocess.run(command, cwd=work, stdout=subprocess.PIPE, stderr=log, text=True)  # noqa: S603
