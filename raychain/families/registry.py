@@ -18,6 +18,8 @@ import braceexpand
 import open_clip
 import timm
 
+from raychain.families import micro_swin as micro_swin  # timm knows the model once this is imported
+
 CONFIG_FOLDER = Path(__file__).parent / "model_configs"
 _TIMM_PREFIX = "timm/"
 _DOWNLOAD_PREFIXES = ("hf-hub:", "local-dir:", "timm/hf", "hf_hub:")
