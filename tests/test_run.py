@@ -194,3 +194,16 @@ def test_a_stage_of_its_own_source_and_resolution_is_preloaded_while_the_one_bef
     assert len(preloads) == len(list((demo / "validation").glob("*.tar")))
     end = first["CoM-micro-S"]["ts"] + first["CoM-micro-S"]["dur"]
     assert all(bar["ts"] + bar["dur"] < end for bar in [*preloads, first["build CoM-micro-M"]])
+
+
+def test_a_chain_across_architectures_distils_and_grows_the_text_tower_alone(ray_session, tree, tmp_path):
+    tree["chain"] = [{"model": "CoM-micro-S", "epochs": "8 steps"}, {"model": "CoM-micro-Swin", "epochs": "8 steps"}]
+    tree["evaluate"] = {}
+    run = raychain.run(validate(tree))
+    out = tmp_path / "runs" / "tiny"
+    assert all(0 < x["distill_loss"] < x["task_loss"] for x in lines(out) if x["stage"] == 1)
+    small, large = (load_file(out / stage["checkpoint"] / "open_clip_model.safetensors") for stage in run["stages"])
+    words, grown = (state["token_embedding.weight"] for state in (small, large))
+    assert torch.cosine_similarity(words, grown[:, :64]).mean() > 0.99
+    model = open_clip.create_model(f"local-dir:{out / run['stages'][1]['checkpoint']}")
+    assert model.encode_image(torch.zeros(2, 3, 40, 40)).shape == (2, 64)
