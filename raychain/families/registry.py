@@ -3,7 +3,7 @@
 raychain's own families are the JSON files in `model_configs/`, in open_clip's format and added to open_clip's
 registry when this module is imported, so open_clip itself builds them by name. Widths, depths, heads and embedding
 sizes of `CoM-ViT-*` are those of the paper (Chain-of-Models Pre-Training, arXiv 2604.12391); open_clip's own
-ViT-S/M/L-16 have other text towers, hence the prefix. `CoM-micro-*` is a family small enough to train on a CPU in
+ViT-S/M/L-16 have other text towers, hence the prefix. `CoM-micro-*` are small enough to train on a CPU in
 minutes.
 """
 
@@ -42,7 +42,7 @@ def model_names() -> list[str]:
 
 
 def matching_models(patterns: Iterable[str]) -> list[str]:
-    """The names that patterns with braces and globs stand for (`CoM-ViT-{T,S}-16`, `CoM-micro-*`), each once, in order.
+    """The names that patterns with braces and globs stand for (`CoM-ViT-{T,S}-16`, `CoM-ViT-*`), each once, in order.
 
     A name without `*`, `?` or `[` is taken as it is. Raises UnknownModelError for a pattern that fits no name, and
     ValueError for braces that do not close.
