@@ -41,8 +41,8 @@ def plan(
     (samples a second over all workers, a number a stage), or `like` a finished run's folder.
     Raises InputError for wrong input and where no chain is within the limits.
     """
+    from raychain.chain.checks import check_chain
     from raychain.chain.costing import cost_of
-    from raychain.chain.plan import check_chain
 
     config = experiment if isinstance(experiment, Experiment) else load_experiment(experiment, overrides)
     config, chosen = _chosen(config) if config.family else (config, {})

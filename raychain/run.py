@@ -32,8 +32,9 @@ def run(
     a family instead of a chain, the planner's first proposal is trained; run.json shows it.
     Raises InputError before any work, RunFailed or Interrupted during it; what was trained is kept.
     """
+    from raychain.chain.checks import check_experiment, writable
     from raychain.chain.driver import run_chain
-    from raychain.chain.plan import check_experiment, make_task, writable
+    from raychain.chain.resolve import make_task
     from raychain.storage import below
 
     config = _resolved(experiment if isinstance(experiment, Experiment) else load_experiment(experiment, overrides))
@@ -82,7 +83,8 @@ def _resolved(experiment: Experiment) -> Experiment:
 
 
 def _dry_run(experiment: str, overrides: tuple[str, ...], out: str | None, address: str | None, as_json: bool) -> None:
-    from raychain.chain.plan import check_experiment, dry_plan, writable
+    from raychain.chain.checks import check_experiment, writable
+    from raychain.chain.resolve import dry_plan
     from raychain.storage import below
 
     config = _resolved(load_experiment(experiment, overrides))

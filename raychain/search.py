@@ -30,7 +30,7 @@ def search(
     STORAGE/NAME-search, gets search.json and best.yaml, the best chain as an experiment.
     Raises InputError before any work, RunFailed or Interrupted during it; what was trained is kept.
     """
-    from raychain.chain.plan import check_compute, writable
+    from raychain.chain.checks import check_compute, writable
     from raychain.config.search import Search
     from raychain.reporting.trackers import check_trackers
     from raychain.searching.driver import run_search

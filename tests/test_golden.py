@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from raychain.chain.plan import make_task, replan
+from raychain.chain.resolve import make_task, replan
 from raychain.config import load_experiment
 from raychain.config.loading import validate
 from raychain.searching.request import plan_search

@@ -101,8 +101,8 @@ def test_dry_run_checks_and_starts_nothing(tree, tmp_path):
 
 
 def test_every_shipped_experiment_is_valid():
+    from raychain.chain.checks import check_experiment
     from raychain.chain.costing import with_chain
-    from raychain.chain.plan import check_experiment
     from raychain.config.loading import load_experiment, shipped_experiments
 
     assert {"demo", "demo-quick", "cc3m-vit-tsbl"} <= set(shipped_experiments())

@@ -12,7 +12,7 @@ import yaml
 
 import raychain
 from raychain.chain.costing import cost_of, proposals_for, with_chain
-from raychain.chain.plan import dry_plan
+from raychain.chain.resolve import dry_plan
 from raychain.config import load_experiment
 from raychain.config.loading import validate
 from raychain.errors import InputError

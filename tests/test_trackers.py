@@ -13,7 +13,7 @@ from test_config import MINIMAL
 from wandb.proto.wandb_internal_pb2 import Record
 
 import raychain
-from raychain.chain.plan import Reading, _stages
+from raychain.chain.resolve import Reading, resolve_stages
 from raychain.config.loading import validate
 from raychain.errors import InputError
 from raychain.feed.order import Order
@@ -199,7 +199,7 @@ def test_stage_keys_do_not_depend_on_trackers(tmp_path):
     def keys(**changes):
         reading = Reading((), Order((2048,), 0))
         tree = MINIMAL | {"train": {"warmup": "10 %"}} | changes
-        return [stage.key for stage in _stages(validate(tree), [reading] * 2, Folder(str(tmp_path)))]
+        return [stage.key for stage in resolve_stages(validate(tree), [reading] * 2, Folder(str(tmp_path)))]
 
     assert keys(track={"wandb": "p", "mlflow": "databricks"}) == keys()
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
-from raychain.chain.plan import make_task
+from raychain.chain.resolve import make_task
 from raychain.config.experiment import Distill
 from raychain.config.loading import validate
 from raychain.families import build

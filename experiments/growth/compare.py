@@ -26,7 +26,8 @@ from typing import Any, NamedTuple
 import open_clip
 import torch
 
-from raychain.chain.plan import check_experiment, make_task
+from raychain.chain.checks import check_experiment
+from raychain.chain.resolve import make_task
 from raychain.config import Experiment
 from raychain.config.loading import validate
 from raychain.demo import make_demo

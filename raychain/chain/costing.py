@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from raychain.chain.plan import epoch_samples
+from raychain.chain.resolve import epoch_samples
 from raychain.config.durations import Duration
 from raychain.config.experiment import Allocation, Data, Experiment, Stage
 from raychain.errors import InputError, nearest

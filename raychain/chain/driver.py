@@ -19,8 +19,9 @@ import ray
 
 from raychain.chain.group import Groups
 from raychain.chain.lease import Holder, Lease, patience
-from raychain.chain.plan import totals, worker_cpus
+from raychain.chain.resolve import worker_cpus
 from raychain.chain.store import StageStore, UnusableStageError, usable
+from raychain.chain.totals import totals
 from raychain.errors import InputError, Interrupted, RunFailed
 from raychain.reporting.environment import environment
 from raychain.reporting.events import Event, event

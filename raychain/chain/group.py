@@ -27,8 +27,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raychain.chain import cluster
 from raychain.chain.controllers import Trainer, start_controllers
-from raychain.chain.plan import worker_cpus
 from raychain.chain.policy import FailurePolicy, MicroBatches, failure_of
+from raychain.chain.resolve import worker_cpus
 from raychain.errors import RunFailed
 from raychain.reporting.events import Event, event
 from raychain.storage import Folder

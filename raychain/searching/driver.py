@@ -12,7 +12,7 @@ import yaml
 from raychain.chain import cluster
 from raychain.chain.driver import LEASE, session, stop_signals
 from raychain.chain.lease import Lease, patience
-from raychain.chain.plan import replan, worker_cpus
+from raychain.chain.resolve import replan, worker_cpus
 from raychain.chain.store import STORE, StageStore
 from raychain.config.durations import Duration
 from raychain.config.experiment import Experiment

@@ -6,7 +6,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 
-from raychain.chain.plan import make_task
+from raychain.chain.resolve import make_task
 from raychain.config.experiment import Experiment
 from raychain.config.search import Search
 from raychain.errors import InputError

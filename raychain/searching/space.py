@@ -8,8 +8,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from raychain.chain.checks import check_chain
 from raychain.chain.costing import proposals_for
-from raychain.chain.plan import Others, check_chain, epoch_samples
+from raychain.chain.resolve import Others, epoch_samples
 from raychain.config.durations import Duration
 from raychain.config.experiment import Baseline, Distill, Experiment, Stage
 from raychain.config.search import Proxy, Search

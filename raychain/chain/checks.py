@@ -1,0 +1,119 @@
+"""What can be wrong with an experiment, said before any work starts. Without Ray."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from raychain.config.experiment import Experiment, Transfer
+from raychain.errors import InputError, nearest
+from raychain.families import UnknownModelError, build, model_config, model_names, parameter_count
+from raychain.growth import DEPTH_OPERATORS, WIDTH_OPERATORS, GrowthError, check
+from raychain.planning.macs import forward_macs
+from raychain.reporting.health import DataHealth
+from raychain.reporting.trackers import check_trackers
+from raychain.storage import Folder
+
+
+def check_experiment(experiment: Experiment, address: str | None = None) -> None:
+    """Everything that can be wrong without looking at data. Raises InputError."""
+    check_chain(experiment)
+    check_compute(experiment, address)
+    check_trackers(experiment.track)
+
+
+def check_chain(experiment: Experiment) -> None:
+    """Whether the models are known, take the pictures' size, and grow into one another. Raises InputError."""
+    for i, stage in enumerate(experiment.chain):
+        image_size = experiment.stage_data(i).image_size
+        try:
+            model_config(stage.model)
+            forward_macs(stage.model, image_size)
+        except UnknownModelError as error:
+            fix = nearest(
+                stage.model, model_names(), "python -c 'import raychain.families as f; print(f.model_names())'"
+            )
+            raise InputError(f"chain.{i}.model", stage.model, str(error), fix) from None
+        except ValueError as error:
+            raise InputError("data.image_size", image_size, f"a size {stage.model} takes", str(error)) from None
+    for field, known in (("width", WIDTH_OPERATORS), ("depth", DEPTH_OPERATORS)):
+        given = getattr(experiment.transfer, field)
+        if given not in known:
+            fix = nearest(given, list(known), "use one of these")
+            raise InputError(f"transfer.{field}", given, ", ".join(known), fix)
+    _check_shrink(experiment.transfer)
+    for i in range(1, len(experiment.chain)):
+        _check_growth(experiment, i)
+
+
+def _check_shrink(transfer: Transfer) -> None:
+    """Grown moments belong to the function that shrinking loses; of `none` there is nothing to shrink."""
+    if transfer.shrink == 1:
+        return
+    if transfer.optimizer == "grow":
+        raise InputError("transfer.shrink", transfer.shrink, "1 with optimizer: grow", "use optimizer: reset")
+    if transfer.width == "none":
+        fix = "name another width operator, or leave shrink out: a random start is `shrink: 0` as well"
+        raise InputError("transfer.shrink", transfer.shrink, "1 with width: none", fix)
+
+
+def _check_growth(experiment: Experiment, i: int) -> None:
+    small, large = experiment.chain[i - 1].model, experiment.chain[i].model
+    if parameter_count(large) < parameter_count(small):
+        sizes = f"{small} ({parameter_count(small):,} parameters) → {large} ({parameter_count(large):,})"
+        raise InputError(f"chain.{i}.model", sizes, "models in growing order", "order the chain from small to large")
+    size, transfer = image_size(experiment, i), experiment.transfer
+    try:
+        models = [build(name, seed=0, image_size=size, device="meta") for name in (small, large)]
+        check(*models, width=transfer.width, depth=transfer.depth)
+    except GrowthError as error:
+        allowed = f"a pair that {transfer.width} + {transfer.depth} can grow"
+        raise InputError(f"chain.{i}.model", f"{small} → {large}", allowed, str(error)) from None
+    except ValueError as error:
+        fix = f"{error} Or end the chain with another model"
+        raise InputError(f"chain.{i}.model", f"{small} → {large}", f"models that take {size} pixels", fix) from None
+
+
+def check_compute(experiment: Experiment, address: str | None) -> None:
+    """Whether the workers get a pair each, and GPUs where this machine is to have them. Raises InputError."""
+    compute, batch = experiment.compute, experiment.train.global_batch
+    fewest = experiment.fewest_workers
+    if batch < experiment.most_workers:
+        raise InputError(
+            "train.global_batch",
+            f"{batch} over {experiment.most_workers} workers",
+            "at least one pair a worker",
+            f"--set compute.workers={batch}, or raise train.global_batch",
+        )
+    here = torch.cuda.device_count()
+    if not (address or os.environ.get("RAY_ADDRESS")) and compute.gpus_per_worker and here < fewest:
+        raise InputError(
+            "compute",
+            f"{fewest} workers with {compute.gpus_per_worker:g} GPU each",
+            f"at most the {here} GPUs of this machine, or a Ray cluster",
+            "give --address ADDR of a running cluster, or --set compute.workers / compute.gpus_per_worker",
+        )
+
+
+def writable(address: str, where: str = "--out") -> Folder:
+    """The folder; InputError, which names `where` it was given, if nothing can be written there."""
+    folder = Folder(address)
+    try:
+        folder.write(".raychain", b"raychain writes here\n")
+    except OSError as error:
+        raise InputError(where, address, "a folder that can be written", str(error)) from None
+    return folder
+
+
+def check_health(health: DataHealth) -> None:
+    """InputError if more of the training data is unusable than `data.max_bad_fraction` allows."""
+    if health.exceeded:
+        fix = "replace or leave out these shards, or raise data.max_bad_fraction (raychain data check lists everything)"
+        raise InputError("data.train", health.describe(), f"at most {health.limit:.3g} of the samples", fix)
+
+
+def image_size(experiment: Experiment, index: int) -> int:
+    """Pixels a side of the pictures that stage `index` reads."""
+    given = experiment.stage_data(index).image_size
+    return given or int(model_config(experiment.chain[index].model)["vision_cfg"]["image_size"])

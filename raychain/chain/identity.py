@@ -1,0 +1,112 @@
+"""The keys of stages: pure functions of all that determines a stage's result, and of nothing else.
+
+Nothing here reads a file, a device or the environment. What a machine decides (workers, budget, cache, storage) has no
+field in `Determinants`, so it cannot change a key. A new determinant joins `_content` only where it is used, so that
+stages without it keep their keys; anything else is a new SCHEMA, which the changelog explains.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from raychain.config.experiment import Captions, Transfer
+from raychain.feed.spec import Representation
+
+SCHEMA = 2
+"""Version of the code's training semantics; part of every stage key."""
+
+
+@dataclass(frozen=True)
+class Determinants:
+    """All that determines a stage's result but the stages before it."""
+
+    model: Mapping[str, Any]
+    """The model's configuration as open_clip takes it."""
+    image_size: int
+    shards: tuple[str, ...]
+    """Identities of the shards in their order."""
+    weights: tuple[float, ...]
+    """Of the sources that are mixed."""
+    captions: Captions
+    crop: tuple[float, float] | None
+    window: int
+    """Shards that are shuffled together."""
+    pixels: Representation
+    global_batch: int
+    steps: int
+    warmup: int
+    cooldown: int
+    """Steps of the cool-down; 0 without one."""
+    average: int
+    """Steps that the averaged weights look back; 0 without an average."""
+    lr: float
+    schedule: str
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+    clip_norm: float | None
+    precision: Literal["bf16", "fp32"]
+    transfer: Transfer | None
+    """How the stage starts from the one before; None for the first stage."""
+    seed: int
+
+
+def stage_key(stage: Determinants, previous: str) -> str:
+    """Content address of a stage that follows the stage with the key `previous` (empty: none)."""
+    own = {"steps": stage.steps, "average": stage.average} | ({"cooldown": stage.cooldown} if stage.cooldown else {})
+    return _digest(_content(stage, previous) | own)
+
+
+def trunk_key(stage: Determinants, previous: str) -> str:
+    """Content address of what precedes the stage's cool-down, whatever its length; empty without a cool-down."""
+    return _digest(_content(stage, previous) | {"trunk": True}) if stage.cooldown else ""
+
+
+def evaluation_key(zero_shot: str | None, retrieval: str | None) -> str:
+    """Content address of what is measured, from the digests of its parts."""
+    return _digest([zero_shot, retrieval])
+
+
+def _content(stage: Determinants, previous: str) -> dict[str, Any]:
+    """What stages of every length have in common."""
+    return {
+        "schema": SCHEMA,
+        "model": stage.model,
+        "image_size": stage.image_size,
+        "data": {
+            "shards": stage.shards,
+            "weights": stage.weights,
+            "captions": stage.captions.model_dump(mode="json"),
+            "crop": stage.crop,
+            "window": stage.window,
+            "pixels": stage.pixels,
+        },
+        "warmup": stage.warmup,
+        "lr": stage.lr,
+        "adam": [stage.betas, stage.eps],
+        "precision": stage.precision,
+        "recipe": {
+            "global_batch": stage.global_batch,
+            "schedule": stage.schedule,
+            "weight_decay": stage.weight_decay,
+            "clip_norm": stage.clip_norm,
+        },
+        "transfer": _inherited(stage.transfer) if stage.transfer else None,
+        "seed": stage.seed,
+        "previous": previous,
+    }
+
+
+def _inherited(transfer: Transfer) -> dict[str, Any]:
+    """The part of `transfer` that a key holds nowhere else; `shrink` came later, stages without it keep their keys."""
+    return transfer.model_dump(
+        mode="json", exclude={"warmup", "lr_scale"} | ({"shrink"} if transfer.shrink == 1 else set())
+    )
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:32]

@@ -1,0 +1,264 @@
+"""From an experiment to the task of the workers: data found and counted, step numbers, stage keys. Without Ray."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from raychain.chain.checks import check_health, image_size
+from raychain.chain.identity import Determinants, evaluation_key, stage_key, trunk_key
+from raychain.config.durations import Duration
+from raychain.config.experiment import Data, Experiment, Train
+from raychain.demo import DemoError, is_current, make_demo
+from raychain.errors import InputError
+from raychain.evaluation.data import resolve_retrieval, resolve_zero_shot
+from raychain.families import model_config, parameter_count
+from raychain.families.tokenizing import make_tokenizer
+from raychain.feed.loader import Feed
+from raychain.feed.members import Wanted
+from raychain.feed.order import Mixture, Order, Stream
+from raychain.feed.shards import Shard, expand, survey
+from raychain.feed.spec import Spec, fitting
+from raychain.planning.macs import forward_macs, stage_macs
+from raychain.reporting.health import DataHealth
+from raychain.storage import Folder, below, is_local
+from raychain.training.optimizer import adam_constants
+from raychain.training.stage import STAGE_RECORD
+from raychain.training.task import ChainTask, StageTask
+
+
+class Others(NamedTuple):
+    """Lengths that first and grown stages have in other chains."""
+
+    first: tuple[Duration, ...] = ()
+    grown: tuple[Duration, ...] = ()
+
+
+ALONE = Others()
+"""A chain that is trained for itself."""
+
+
+def make_task(
+    experiment: Experiment,
+    out: str,
+    *,
+    store: str | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> ChainTask:
+    """Finds and counts the data, and resolves every stage. Renders the demo shards if the experiment asks for them.
+
+    `store` is the storage whose finished stages are shared.
+    """
+    cache = Path(experiment.preload.cache).expanduser()
+    demo = experiment.data.demo
+    if demo:
+        try:
+            make_demo(Path(demo.out), names=demo.names, pictures=demo.pictures, seed=demo.seed, on_progress=on_progress)
+        except DemoError as error:
+            raise InputError("data.demo", demo.out, "a folder for demo shards", str(error)) from None
+    try:
+        (cache / "counts").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError("preload.cache", cache, "a folder that can be written", str(error)) from None
+    evaluate, keys = experiment.evaluate, experiment.data.captions.keys
+    zero_shot = resolve_zero_shot(evaluate.zero_shot, cache) if evaluate.zero_shot else None
+    retrieval = resolve_retrieval(evaluate.retrieval, keys, cache) if evaluate.retrieval else None
+    task = ChainTask(
+        experiment=experiment,
+        out=Folder(out).path if is_local(out) else out,
+        store=store,
+        stages=resolve_stages(experiment, _readings(experiment, cache), Folder(out)),
+        zero_shot=zero_shot,
+        retrieval=retrieval,
+        evaluation=evaluation_key(zero_shot.digest if zero_shot else None, retrieval.digest if retrieval else None),
+        threads=max(1, int(worker_cpus(experiment))),
+    )
+    check_health(DataHealth(task.shards, experiment.data.max_bad_fraction))
+    return task
+
+
+def replan(task: ChainTask, experiment: Experiment, out: str, others: Others = ALONE) -> ChainTask:
+    """The task of another chain on the same data and evaluation, which are not looked at again. Raises InputError.
+
+    `others` are the lengths with which the chain's trunks are to be shared.
+    """
+    feed = task.stages[0].feed
+    readings = [Reading(feed.shards, feed.order)] * len(experiment.chain)
+    stages = resolve_stages(experiment, readings, Folder(out), others)
+    return replace(task, experiment=experiment, out=Folder(out).path if is_local(out) else out, stages=stages)
+
+
+def dry_plan(experiment: Experiment) -> dict[str, Any]:
+    """What `--dry-run` shows: every stage's steps and MACs. Demo shards that are not there yet are not rendered."""
+    demo, out = experiment.data.demo, below(experiment.storage, experiment.name)
+    if demo and not is_current(Path(demo.out), names=demo.names, pictures=demo.pictures, seed=demo.seed):
+        reading = Reading((), Order((demo.pictures,), experiment.train.seed))
+        stages = resolve_stages(experiment, [reading] * len(experiment.chain), Folder(out))
+    else:
+        stages = make_task(experiment, out).stages
+    shown = ("model", "params", "epoch_samples", "epochs", "steps", "warmup", "lr", "macs", "published")
+    return {"stages": [{name: getattr(stage, name) for name in shown} for stage in stages]}
+
+
+def epoch_samples(experiment: Experiment, data: Data, where: str = "data.train") -> int:
+    """Samples of an epoch of `data`: as stated, as the demo will render them, or counted. Raises InputError."""
+    demo = experiment.data.demo
+    if data.samples:
+        return data.samples
+    if demo and not is_current(Path(demo.out), names=demo.names, pictures=demo.pictures, seed=demo.seed):
+        return demo.pictures
+    cache = Path(experiment.preload.cache).expanduser()
+    (cache / "counts").mkdir(parents=True, exist_ok=True)
+    return _reading(experiment, data, cache, where).order.samples
+
+
+class Reading(NamedTuple):
+    """The shards of a stage and the order of their samples."""
+
+    shards: tuple[Shard, ...]
+    order: Stream
+
+
+def _readings(experiment: Experiment, cache: Path) -> list[Reading]:
+    """Each stage's data, found and counted once where stages share it. Raises InputError."""
+    known: dict[Data, Reading] = {}
+    readings = []
+    for index in range(len(experiment.chain)):
+        data = experiment.stage_data(index)
+        if data not in known:
+            own = "train" in experiment.chain[index].data.model_fields_set
+            known[data] = _reading(experiment, data, cache, f"chain.{index}.data.train" if own else "data.train")
+        readings.append(known[data])
+    return readings
+
+
+def _reading(experiment: Experiment, data: Data, cache: Path, where: str) -> Reading:
+    wanted, seed = Wanted(data.captions.keys), experiment.train.seed
+    found = [tuple(survey(expand(source.shards, where), wanted, cache, where)) for source in data.train]
+    weights = tuple(source.weight for source in data.train)
+    counts = [tuple(shard.samples for shard in source) for source in found]
+    order: Stream
+    if set(weights) == {1.0}:
+        order = Order(tuple(itertools.chain(*counts)), seed, data.shuffle_window)
+    else:
+        order = Mixture(tuple(Order(c, seed + i, data.shuffle_window) for i, c in enumerate(counts)), weights, seed)
+    if experiment.train.global_batch > order.samples:
+        raise InputError(
+            "train.global_batch",
+            experiment.train.global_batch,
+            f"at most the {order.samples} samples of an epoch of {where}",
+            "lower it or add data",
+        )
+    return Reading(tuple(itertools.chain(*found)), order)
+
+
+def worker_cpus(experiment: Experiment) -> float:
+    """CPUs of a worker: as configured, else this machine's cores shared out among the workers."""
+    given = experiment.compute.cpus_per_worker
+    return given if given is not None else max(1, (os.cpu_count() or 1) // experiment.most_workers)
+
+
+def resolve_stages(
+    experiment: Experiment, readings: Sequence[Reading], out: Folder, others: Others = ALONE
+) -> tuple[StageTask, ...]:
+    """The chain's stages in numbers, each on its reading. Raises InputError for stages too short for their warm-up."""
+    stages: list[StageTask] = []
+    for index, reading in enumerate(readings):
+        stages.append(_stage(experiment, index, reading, out, others, stages[-1].key if stages else ""))
+    return tuple(stages)
+
+
+def _stage(
+    experiment: Experiment, index: int, reading: Reading, out: Folder, others: Others, previous: str
+) -> StageTask:
+    """The task of one stage; `previous` is the key of the stage before, empty for the first."""
+    recipe, stage, data = experiment.train, experiment.chain[index], experiment.stage_data(index)
+    grown, every = experiment.transfer if index else None, experiment.evaluate.every
+    epoch_samples = data.samples or reading.order.samples
+    lengths = {"epoch_samples": epoch_samples, "global_batch": recipe.global_batch}
+    steps = stage.epochs.steps(**lengths)
+    if steps < 1:
+        raise InputError(
+            f"chain.{index}.epochs", stage.epochs, "at least one optimiser step", "lengthen it or lower global_batch"
+        )
+    own_warmup = stage.warmup or (grown and grown.warmup) or recipe.warmup
+    warmup, cooldown = own_warmup.steps(**lengths, stage_steps=steps), _cooldown(recipe, lengths, steps)
+    if warmup + cooldown >= steps:
+        given = f"{warmup} warm-up steps" + (f" and {cooldown} of the cool-down" if cooldown else "")
+        raise InputError(f"chain.{index}", f"{given} of {steps}", "less than the stage",
+                         f'set chain.{index}.warmup, for example "10 %"')  # fmt: skip
+    rungs = set()
+    for length in (stage.epochs, *others[min(index, 1)]) if cooldown else ():
+        total = length.steps(**lengths)
+        rung = total - _cooldown(recipe, lengths, total)
+        if own_warmup.steps(**lengths, stage_steps=total) == warmup < rung <= steps - cooldown:
+            rungs.add(rung)
+    config = model_config(stage.model)
+    size = image_size(experiment, index)
+    spec = Spec(Wanted(data.captions.keys), size, make_tokenizer(config)[1], data.crop is not None)
+    spec = fitting(spec, sum(reading.order.counts), experiment.preload.budget)
+    betas, eps = adam_constants(recipe, config)
+    determinants = Determinants(
+        model=config,
+        image_size=size,
+        shards=tuple(shard.identity for shard in reading.shards),
+        weights=tuple(source.weight for source in data.train),
+        captions=data.captions,
+        crop=data.crop,
+        window=data.shuffle_window,
+        pixels=spec.pixels,
+        global_batch=recipe.global_batch,
+        steps=steps,
+        warmup=warmup,
+        cooldown=cooldown,
+        average=max(1, recipe.average.steps(**lengths, stage_steps=steps)) if recipe.average else 0,
+        lr=stage.lr or recipe.lr * (grown.lr_scale if grown else 1),
+        schedule=recipe.schedule,
+        betas=betas,
+        eps=eps,
+        weight_decay=recipe.weight_decay,
+        clip_norm=recipe.clip_norm,
+        precision=recipe.precision or ("bf16" if experiment.compute.gpus_per_worker else "fp32"),
+        transfer=grown,
+        seed=recipe.seed + index,
+    )
+    key = stage_key(determinants, previous)
+    folder = f"{index}-{re.sub(r'[^A-Za-z0-9._-]', '_', stage.model)}"
+    record = out.read_json(f"stages/{folder}/{STAGE_RECORD}")
+    student = forward_macs(stage.model, size)
+    teacher = forward_macs(experiment.chain[index - 1].model, size) if grown and grown.distill else None
+    return StageTask(
+        index=index,
+        model=stage.model,
+        key=key,
+        folder=folder,
+        steps=steps,
+        warmup=warmup,
+        lr=determinants.lr,
+        betas=betas,
+        eps=eps,
+        precision=determinants.precision,
+        average=determinants.average,
+        cooldown=cooldown,
+        trunk=trunk_key(determinants, previous),
+        rungs=tuple(sorted(rungs)),
+        feed=Feed(reading.shards, reading.order, spec, data.captions.per_image, data.crop),
+        epoch_samples=epoch_samples,
+        eval_every=max(1, every.steps(**lengths)) if every else 0,
+        epochs=round(steps * recipe.global_batch / epoch_samples, 4),
+        params=parameter_count(stage.model),
+        macs=stage_macs(student, teacher, steps * recipe.global_batch, data.captions.per_image),
+        published=isinstance(record, dict) and record.get("key") == key,
+    )
+
+
+def _cooldown(recipe: Train, lengths: dict[str, int], steps: int) -> int:
+    """Steps of the cool-down of a stage of `steps`."""
+    if recipe.schedule != "wsd":
+        return 0
+    return max(1, (recipe.cooldown or Duration(20, "%")).steps(**lengths, stage_steps=steps))

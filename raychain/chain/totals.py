@@ -1,0 +1,27 @@
+"""What a chain costs in all, against the baseline."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from raychain.config.experiment import Baseline
+from raychain.planning.macs import forward_macs, stage_macs
+from raychain.training.task import ChainTask
+
+
+def totals(task: ChainTask, wall_s: float) -> dict[str, Any]:
+    """`totals` of run.json: the chain's MACs against the baseline's."""
+    experiment = task.experiment
+    first, last = task.stages[0], task.stages[-1]
+    lengths = {"epoch_samples": first.epoch_samples, "global_batch": experiment.train.global_batch}
+    baseline = experiment.baseline or Baseline(model=last.model, epochs=experiment.chain[0].epochs)
+    samples = baseline.epochs.steps(**lengths) * experiment.train.global_batch
+    alone = stage_macs(forward_macs(baseline.model, last.image_size), None, samples, last.feed.per_image)
+    macs = sum(stage.macs for stage in task.stages)
+    return {
+        "macs": macs,
+        "baseline_macs": alone,
+        "percent_of_baseline": round(100 * macs / alone, 2),
+        "speedup": round(alone / macs, 3),
+        "wall_s": round(wall_s, 3),
+    }
