@@ -39,7 +39,7 @@ def evaluate(
     """Measures a checkpoint in fp32 on each of the addresses `data`; returns what `--json` prints.
 
     `checkpoint` is what `read_checkpoint` takes, also on object storage; `model` names the architecture of a weights
-    file. Which tasks an address holds, `raychain.evaluation.finding` tells. Decoded pictures are kept in `cache`, at
+    file. Which tasks an address holds, `raychain.evaluators.finding` tells. Decoded pictures are kept in `cache`, at
     most `budget` bytes (default 64 GiB).
 
     Returns {`checkpoint`, `model`, `params`, `image_size`, `device`, `seconds`, `results`: [{`data`, `task`,
@@ -47,9 +47,9 @@ def evaluate(
 
     Raises InputError for wrong arguments, RunFailed where a shard cannot be read.
     """
-    from raychain.evaluation import evaluate as measure
-    from raychain.evaluation.data import ZeroShotData
-    from raychain.evaluation.finding import find_tasks
+    from raychain.evaluators import evaluate as measure
+    from raychain.evaluators.data import ZeroShotData
+    from raychain.evaluators.finding import find_tasks
     from raychain.families.tokenizing import make_tokenizer
     from raychain.feed.cache import ShardCache
 
@@ -203,7 +203,7 @@ def _cache_folder(cache: str) -> Path:
 
 
 def _described(task: Any) -> dict[str, Any]:
-    from raychain.evaluation.data import ZeroShotData
+    from raychain.evaluators.data import ZeroShotData
 
     pictures = sum(shard.samples for shard in task.shards)
     if isinstance(task, ZeroShotData):

@@ -20,7 +20,7 @@ from test_feed import BUDGET, SIZE, SPEC, WANTED, feed, load, numbers, plain, sa
 from webdataset.tariterators import base_plus_ext
 
 from raychain.errors import InputError
-from raychain.evaluation.data import resolve_retrieval
+from raychain.evaluators.data import resolve_retrieval
 from raychain.feed import health, members
 from raychain.feed.cache import ShardCache
 from raychain.feed.health import Bad, Tally, tally

@@ -17,9 +17,9 @@ from PIL import Image
 from torch import multiprocessing
 
 from raychain.errors import InputError
-from raychain.evaluation import RetrievalData, ZeroShotData, evaluate, ranks, resolve_retrieval, resolve_zero_shot
-from raychain.evaluation.reading import shares
-from raychain.evaluation.retrieval import recall
+from raychain.evaluators import RetrievalData, ZeroShotData, evaluate, ranks, resolve_retrieval, resolve_zero_shot
+from raychain.evaluators.reading import shares
+from raychain.evaluators.retrieval import recall
 from raychain.families import build
 from raychain.feed.cache import ShardCache
 
@@ -197,7 +197,7 @@ def test_recall_in_chunks_is_recall_of_the_whole(monkeypatch: pytest.MonkeyPatch
     owner = torch.repeat_interleave(pool)
     images = F.normalize(torch.randn(41, 8, generator=generator), dim=-1)
     texts = F.normalize(images[owner] + torch.randn(len(owner), 8, generator=generator), dim=-1)
-    monkeypatch.setattr("raychain.evaluation.retrieval.SCORES", 300)
+    monkeypatch.setattr("raychain.evaluators.retrieval.SCORES", 300)
     assert recall(images, texts, pool) == pytest.approx(brute_force(images, texts, owner))
 
 

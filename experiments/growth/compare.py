@@ -31,7 +31,7 @@ from raychain.chain.resolve import make_task
 from raychain.config import Experiment
 from raychain.config.loading import validate
 from raychain.demo import make_demo
-from raychain.evaluation.data import resolve_retrieval, resolve_zero_shot
+from raychain.evaluators.data import resolve_retrieval, resolve_zero_shot
 from raychain.training.stage import STAGE_RECORD, ChainWorker
 from raychain.training.task import ChainTask, StageTask
 

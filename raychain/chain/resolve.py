@@ -16,7 +16,7 @@ from raychain.config.durations import Duration
 from raychain.config.experiment import Data, Experiment, Train
 from raychain.demo import DemoError, is_current, make_demo
 from raychain.errors import InputError
-from raychain.evaluation.data import resolve_retrieval, resolve_zero_shot
+from raychain.evaluators.data import resolve_retrieval, resolve_zero_shot
 from raychain.families import model_config, parameter_count
 from raychain.families.tokenizing import make_tokenizer
 from raychain.feed.loader import Feed

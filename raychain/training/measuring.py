@@ -10,7 +10,7 @@ import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch import nn
 
-from raychain.evaluation.measure import evaluate
+from raychain.evaluators.measure import evaluate
 from raychain.families import build, model_config
 from raychain.families.tokenizing import make_tokenizer
 from raychain.feed.cache import ShardCache

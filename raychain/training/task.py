@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from raychain.config.experiment import Experiment
-from raychain.evaluation.data import RetrievalData, ZeroShotData
+from raychain.evaluators.data import RetrievalData, ZeroShotData
 from raychain.feed.loader import Feed
 from raychain.feed.shards import Shard
 

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from raychain.evaluation import ranks
-from raychain.evaluation.reading import tables
+from raychain.evaluators import ranks
+from raychain.evaluators.reading import tables
 from raychain.feed.cache import ShardCache
 from raychain.feed.members import Wanted
 from raychain.feed.shards import Shard

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from raychain.evaluation import ranks
-from raychain.evaluation.data import ZeroShotData
-from raychain.evaluation.encoding import Encoder
+from raychain.evaluators import ranks
+from raychain.evaluators.data import ZeroShotData
+from raychain.evaluators.encoding import Encoder
 from raychain.feed.order import rank_slice
 from raychain.objectives.contrastive import world_size
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from raychain.errors import InputError
-from raychain.evaluation.data import CLASSES, RetrievalData, ZeroShotData, resolve_retrieval, resolve_zero_shot
+from raychain.evaluators.data import CLASSES, RetrievalData, ZeroShotData, resolve_retrieval, resolve_zero_shot
 from raychain.storage import Folder, below
 
 KIND, RETRIEVAL = "dataset_type.txt", "retrieval"

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import nn
 
-from raychain.evaluation.data import RetrievalData, ZeroShotData
-from raychain.evaluation.encoding import Encoder
-from raychain.evaluation.retrieval import retrieval as measure_retrieval
-from raychain.evaluation.zero_shot import zero_shot as measure_zero_shot
+from raychain.evaluators.data import RetrievalData, ZeroShotData
+from raychain.evaluators.encoding import Encoder
+from raychain.evaluators.retrieval import retrieval as measure_retrieval
+from raychain.evaluators.zero_shot import zero_shot as measure_zero_shot
 from raychain.feed.cache import ShardCache
 from raychain.feed.spec import Resizing, Tokenize
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from raychain.evaluation import ranks
-from raychain.evaluation.data import RetrievalData
-from raychain.evaluation.encoding import Encoder
+from raychain.evaluators import ranks
+from raychain.evaluators.data import RetrievalData
+from raychain.evaluators.encoding import Encoder
 from raychain.feed.order import rank_slice
 from raychain.objectives.contrastive import world_size
 
