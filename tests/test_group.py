@@ -13,7 +13,8 @@ import ray
 import torch
 
 import raychain
-from raychain.chain import cluster, group
+from raychain.backend_ray import cluster
+from raychain.chain import group
 from raychain.config.loading import validate
 from raychain.errors import RunFailed
 from raychain.training.student import Student

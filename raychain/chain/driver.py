@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import ray
 
+from raychain.backend_ray.gauges import Gauges
 from raychain.chain.group import Groups
 from raychain.chain.lease import Holder, Lease, patience
 from raychain.chain.resolve import worker_cpus
@@ -25,7 +26,6 @@ from raychain.chain.totals import totals
 from raychain.errors import InputError, Interrupted, RunFailed
 from raychain.reporting.environment import environment
 from raychain.reporting.events import Event, event
-from raychain.reporting.gauges import Gauges
 from raychain.reporting.health import DataHealth
 from raychain.reporting.progress import Progress
 from raychain.reporting.report.writing import leave_report

@@ -25,9 +25,10 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from raychain.chain import cluster
+from raychain.backend_ray import cluster
+from raychain.backend_ray.failures import failure_of
 from raychain.chain.controllers import Trainer, start_controllers
-from raychain.chain.policy import FailurePolicy, MicroBatches, failure_of
+from raychain.chain.policy import FailurePolicy, MicroBatches
 from raychain.chain.resolve import worker_cpus
 from raychain.errors import RunFailed
 from raychain.reporting.events import Event, event

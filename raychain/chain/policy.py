@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from ray.exceptions import RayActorError
-
 LONGEST_S = 60.0
-GONE = "its process died; it was killed, or its node was lost"
 
 
 class FailurePolicy:
@@ -50,23 +47,3 @@ class MicroBatches:
             return None
         self._found[stage] = size // 2
         return size // 2
-
-
-def failure_of(error: BaseException) -> str:
-    """Why a worker group failed: its workers' own error, without the layers of Ray around it."""
-    failures = getattr(error, "worker_failures", None)
-    if failures:
-        rank, failure = next(iter(sorted(failures.items())))
-        return f"worker {rank}: {_words(getattr(failure, 'cause', None) or failure)}"
-    return _words(getattr(error, "controller_failure", None) or error)
-
-
-def _words(error: BaseException) -> str:
-    if isinstance(error, RayActorError):
-        return GONE
-    text = str(error).strip()
-    if "is unavailable: RpcError" in text:  # an actor's error as text
-        return GONE
-    if "by peer" in text:  # gloo's and NCCL's way to say it
-        return "lost its connection to another worker, whose process was killed or whose node was lost"
-    return text.splitlines()[-1] if text else type(error).__name__

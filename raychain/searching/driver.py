@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from raychain.chain import cluster
+from raychain.backend_ray import cluster
 from raychain.chain.driver import LEASE, session, stop_signals
 from raychain.chain.lease import Lease, patience
 from raychain.chain.resolve import replan, worker_cpus

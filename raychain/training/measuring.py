@@ -49,7 +49,7 @@ def free_node(task: ChainTask) -> str | None:
     sets = [found for found in (task.zero_shot, task.retrieval) if found is not None]
     if sum(shard.samples for found in sets for shard in found.shards) < APART_FROM:
         return None
-    from raychain.chain import cluster  # a second of imports, which most runs need not
+    from raychain.backend_ray import cluster  # a second of imports, which most runs need not
 
     return cluster.free_node(_resources())
 

@@ -110,8 +110,8 @@ def train_chain(config: dict[str, Any]) -> bool:
     import ray.train.torch
     import torch
 
+    from raychain.backend_ray.preloading import preloading
     from raychain.objectives.contrastive import rank
-    from raychain.training.preloading import preloading
     from raychain.training.stage import ChainWorker
 
     task: ChainTask = ray.get(config["task"])

@@ -1,0 +1,1 @@
+"""Everything that touches Ray: sessions, worker groups, actors, tasks, metrics. No other package imports `ray`."""
