@@ -18,7 +18,25 @@ class InputError(Exception):
 
 
 class RunFailed(Exception):  # noqa: N818 - the name says what happened
-    """The run stopped with an error (exit status 1); what was trained is kept."""
+    """The run stopped with an error (exit status 1); what was trained is kept.
+
+    `overrides` are "dotted.key=value" with which it would go on, where that is known.
+    """
+
+    def __init__(self, message: str, overrides: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.overrides = tuple(overrides)
+
+
+class Diverged(FloatingPointError):  # noqa: N818 - the name says what happened
+    """Training met numbers that are not finite: in which stage, and of which step its last good state is."""
+
+    def __init__(self, message: str, stage: int, step: int) -> None:
+        super().__init__(message, stage, step)  # all three, so that it survives pickling between processes
+        self.stage, self.step = stage, step
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class Interrupted(Exception):  # noqa: N818 - nothing went wrong

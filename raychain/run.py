@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,21 +31,29 @@ def run(
 
     `experiment` is a YAML path, a shipped experiment's name, or an Experiment; `overrides` are "dotted.key=value". With
     a family instead of a chain, the planner's first proposal is trained; run.json shows it.
-    Raises InputError before any work, RunFailed or Interrupted during it; what was trained is kept.
+    Raises InputError before any work, RunFailed or Interrupted during it; what was trained is kept. Where training
+    diverged, RunFailed has the `overrides` with which it goes on from the last good state at half the learning rate.
     """
     from raychain.chain.checks import check_experiment, writable
     from raychain.chain.driver import run_chain
     from raychain.chain.resolve import make_task
     from raychain.storage import below
 
-    config = _resolved(experiment if isinstance(experiment, Experiment) else load_experiment(experiment, overrides))
+    given = experiment if isinstance(experiment, Experiment) else load_experiment(experiment, overrides)
+    config = _resolved(given)
     check_experiment(config, address)
     folder = out or below(config.storage, config.name)
     writable(folder)
     # A folder given on its own may be anywhere, so nothing is written outside of it unless the experiment says where.
     shared = out is None or "storage" in config.model_fields_set
     store = writable(config.storage, "storage").address if shared else None
-    return run_chain(make_task(config, folder, store=store), address=address, verbose=verbose)
+    task = make_task(config, folder, store=store)
+    try:
+        return run_chain(task, address=address, verbose=verbose)
+    except RunFailed as error:
+        if error.overrides and given.family:
+            error.overrides = (*_as_overrides(config), *error.overrides)
+        raise
 
 
 def run_command(
@@ -82,6 +91,12 @@ def _resolved(experiment: Experiment) -> Experiment:
     return resolved
 
 
+def _as_overrides(planned: Experiment) -> tuple[str, ...]:
+    """What turns an experiment with a family into the one that the planner made of it."""
+    chain = ", ".join(f"{{model: {json.dumps(stage.model)}, epochs: {stage.epochs}}}" for stage in planned.chain)
+    return ("family=null", "allocation=null", f"chain=[{chain}]")
+
+
 def _dry_run(experiment: str, overrides: tuple[str, ...], out: str | None, address: str | None, as_json: bool) -> None:
     from raychain.chain.checks import check_experiment, writable
     from raychain.chain.resolve import dry_plan
@@ -115,12 +130,20 @@ def guarded(app: Any) -> None:
         print(f"raychain: {error}", file=sys.stderr)
         status = 2
     except RunFailed as error:
-        print(f"raychain: the run failed: {error}\n{KEPT}", file=sys.stderr)
+        print(f"raychain: the run failed: {error}\n{_way_on(error)}", file=sys.stderr)
         status = 1
     except (Interrupted, KeyboardInterrupt):
         print(f"raychain: interrupted. {KEPT}", file=sys.stderr)
         status = 130
     sys.exit(status)
+
+
+def _way_on(error: RunFailed) -> str:
+    """What to do about it."""
+    if not error.overrides:
+        return KEPT
+    command = shlex.join([*sys.orig_argv, *(word for override in error.overrides for word in ("--set", override))])
+    return f"What is done is kept. To go on with half the learning rate, or any that you put there:\n{command}"
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from raychain.backend_ray import cluster
 from raychain.backend_ray.failures import failure_of
 from raychain.chain.controllers import Trainer, start_controllers
-from raychain.chain.policy import FailurePolicy, MicroBatches
+from raychain.chain.policy import FailurePolicy, MicroBatches, slower
 from raychain.chain.resolve import worker_cpus
 from raychain.errors import RunFailed
 from raychain.reporting.events import Event, event
@@ -90,7 +90,7 @@ class Groups:
         self.demand = cluster.Demand(self.worker)
         self.attempt: Attempt | None = None
         self.stopping = False
-        self._fatal: str | None = None
+        self._fatal: Event | None = None
         self._memory: Event | None = None
         self._here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self.mailbox: Any = ray.remote(num_cpus=0)(Mailbox).options(scheduling_strategy=self._here).remote()
@@ -159,7 +159,7 @@ class Groups:
             first = attempt.complete
             if attempt.complete and attempt.until + 1 == len(self.task.stages):
                 return True
-            if self.stopping or spoilt():
+            if spoilt() or (self.stopping and self._fatal is None):
                 return False
             if attempt.error is not None:
                 self._after_failure(attempt.error)
@@ -266,7 +266,9 @@ class Groups:
     def _after_failure(self, error: BaseException) -> None:
         """Waits as long as the policy says, or raises RunFailed."""
         if self._fatal is not None:
-            raise RunFailed(self._fatal) from error
+            diverged = "step" in self._fatal
+            overrides = slower(self.task.stages[self._fatal["stage"]], self._fatal["step"]) if diverged else ()
+            raise RunFailed(self._fatal["message"], overrides) from error
         if self._memory is not None:
             seen, self._memory = self._memory, None
             smaller = self.micro.too_large(seen["stage"], seen["micro_batch"])
@@ -304,7 +306,7 @@ class Groups:
             case "failure" if found["kind"] == "memory":
                 self._memory = found
             case "failure" if found["kind"] == "fatal":
-                self._fatal = self._fatal or found["message"]
+                self._fatal = self._fatal or found
 
     def _tell(self, found: Event) -> None:
         for handle in self.handlers:

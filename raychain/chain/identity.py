@@ -53,6 +53,8 @@ class Determinants:
     transfer: Transfer | None
     """How the stage starts from the one before; None for the first stage."""
     seed: int
+    changes: tuple[tuple[int, float], ...] = ()
+    """Other peak learning rates, each after the step from which it holds."""
 
 
 def stage_key(stage: Determinants, previous: str) -> str:
@@ -73,7 +75,7 @@ def evaluation_key(zero_shot: str | None, retrieval: str | None) -> str:
 
 def _content(stage: Determinants, previous: str) -> dict[str, Any]:
     """What stages of every length have in common."""
-    return {
+    content = {
         "schema": SCHEMA,
         "model": stage.model,
         "image_size": stage.image_size,
@@ -99,6 +101,7 @@ def _content(stage: Determinants, previous: str) -> dict[str, Any]:
         "seed": stage.seed,
         "previous": previous,
     }
+    return content | ({"changes": stage.changes} if stage.changes else {})
 
 
 def _inherited(transfer: Transfer) -> dict[str, Any]:

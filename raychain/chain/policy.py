@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from raychain.training.task import StageTask
+
 LONGEST_S = 60.0
 
 
@@ -47,3 +49,15 @@ class MicroBatches:
             return None
         self._found[stage] = size // 2
         return size // 2
+
+
+def slower(stage: StageTask, step: int) -> tuple[str, ...]:
+    """The "dotted.key=value" with which the stage goes on from `step` at half its learning rate, or begins with that
+    where `step` is 0.
+    """
+    where, lr = f"chain.{stage.index}", float(f"{stage.peak(step) / 2:.3g}")
+    if not step:
+        return (f"{where}.lr={lr!r}", *((f"{where}.changes=[]",) if stage.changes else ()))
+    changes = [*((change.step, change.lr) for change in stage.changes if change.step < step), (step, lr)]
+    listed = ", ".join(f"{{at: {at} steps, lr: {rate!r}}}" for at, rate in changes)
+    return (f"{where}.changes=[{listed}]",)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from raychain.chain.checks import check_health, image_size
 from raychain.chain.identity import Determinants, evaluation_key, stage_key, trunk_key
 from raychain.config.durations import Duration
-from raychain.config.experiment import Data, Experiment, Train
+from raychain.config.experiment import Change, Data, Experiment, Train
 from raychain.demo import DemoError, is_current, make_demo
 from raychain.errors import InputError
 from raychain.evaluators.data import resolve_retrieval, resolve_zero_shot
@@ -29,7 +29,7 @@ from raychain.reporting.health import DataHealth
 from raychain.storage import Folder, below, is_local
 from raychain.training.optimizer import adam_constants
 from raychain.training.stage import STAGE_RECORD
-from raychain.training.task import ChainTask, StageTask
+from raychain.training.task import ChainTask, RateChange, StageTask
 
 
 class Others(NamedTuple):
@@ -226,6 +226,7 @@ def _stage(
         precision=recipe.precision or ("bf16" if experiment.compute.gpus_per_worker else "fp32"),
         transfer=grown,
         seed=recipe.seed + index,
+        changes=_changes(stage.changes, lengths, steps, f"chain.{index}.changes"),
     )
     key = stage_key(determinants, previous)
     folder = f"{index}-{re.sub(r'[^A-Za-z0-9._-]', '_', stage.model)}"
@@ -254,7 +255,28 @@ def _stage(
         params=parameter_count(stage.model),
         macs=stage_macs(student, teacher, steps * recipe.global_batch, data.captions.per_image),
         published=isinstance(record, dict) and record.get("key") == key,
+        changes=_histories(determinants, previous),
     )
+
+
+def _changes(
+    changes: Sequence[Change], lengths: dict[str, int], steps: int, where: str
+) -> tuple[tuple[int, float], ...]:
+    """The learning rates that a stage changes to, each after its step. Raises InputError."""
+    found = tuple((change.at.steps(**lengths), change.lr) for change in changes)
+    if any(a >= b for a, b in itertools.pairwise((0, *(step for step, _ in found), steps))):
+        given = ", ".join(f"{change.at} (step {step})" for change, (step, _) in zip(changes, found, strict=True))
+        raise InputError(where, given, f"rising steps from 1 to {steps - 1}", f"correct {where}.N.at")
+    return found
+
+
+def _histories(stage: Determinants, previous: str) -> tuple[RateChange, ...]:
+    """The stage's changes, each with the identity of the stage that it changes."""
+    found = []
+    for number, (step, lr) in enumerate(stage.changes):
+        before = replace(stage, changes=stage.changes[:number])
+        found.append(RateChange(step, lr, stage_key(before, previous), trunk_key(before, previous)))
+    return tuple(found)
 
 
 def _cooldown(recipe: Train, lengths: dict[str, int], steps: int) -> int:

@@ -127,6 +127,15 @@ class StageData(Component):
     crop: AreaRange | None = None
 
 
+class Change(Component):
+    """Another learning rate from some step of a stage on."""
+
+    at: Every
+    """Steps that are done before: "N steps", "N samples" or "N epochs"."""
+    lr: float = Field(gt=0)
+    """Peak learning rate from there on. The schedule, AdamW's moments and the averaged weights go on as they are."""
+
+
 class Stage(Component):
     """One model of the chain."""
 
@@ -138,6 +147,10 @@ class Stage(Component):
     """Peak learning rate of this stage, whatever `train` and `transfer` say."""
     warmup: Warmup | None = None
     """Warm-up of this stage, whatever `train` and `transfer` say."""
+    changes: tuple[Change, ...] = ()
+    """Learning rates from given steps on, as after a divergence: `[{at: "1200 steps", lr: 5.0e-4}]`. The stage goes on
+    from what the run folder holds of the same stage without the change; where that is nothing it trains these steps
+    too, to the same result."""
     workers: Workers | None = None
     """Workers of this stage instead of `compute.workers`. Where they are not those of the stage before, it gets a
     worker group of its own, which takes some ten seconds."""

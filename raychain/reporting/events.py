@@ -31,7 +31,8 @@ trunk        A state before a cool-down is shared with stages of other lengths.
 stopped      The workers have saved because they were asked to stop.
     stage, step
 failure      A worker met an error that it knows: `fatal` would only come again, `memory` could be too large a batch.
-    kind (fatal or memory), message; for memory: stage, micro_batch (pairs whose activations were held)
+    kind (fatal or memory), message; for memory: stage, micro_batch (pairs whose activations were held);
+    where training diverged: stage, step (of its last good state; 0: there is none)
 restart      A worker group ended early, or was asked to, and another goes on from the last checkpoint.
     reason (failure, memory, drain or grow), workers (of the group that ended), message
 warning      Something the user should know that does not stop the run.

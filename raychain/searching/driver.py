@@ -28,7 +28,8 @@ from raychain.searching.running import RayRunner
 from raychain.searching.sampling import Sampler, make_sampler
 from raychain.searching.space import CHAIN, Params, proxied, with_stages
 from raychain.storage import Folder, below
-from raychain.training.stage import STAGE_RECORD, trunk_states
+from raychain.training.stage import STAGE_RECORD
+from raychain.training.states import trunk_states
 from raychain.training.task import ChainTask
 
 SCHEMA = 1

@@ -50,6 +50,9 @@ def plan_search(experiment: Experiment, out: str, store: str) -> Plan:
 def identity(experiment: Experiment) -> str:
     """Of all that determines what is tried; more trials or worker groups make no other search."""
     tree = experiment.model_dump(mode="json", exclude={"compute", "preload", "track", "checkpoint"})
+    for stage in tree["chain"]:  # came later; searches without them are what they were
+        if not stage["changes"]:
+            del stage["changes"]
     if tree.get("search"):
         tree["search"] = {k: v for k, v in tree["search"].items() if k not in ("trials", "concurrent")}
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]

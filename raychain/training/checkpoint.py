@@ -1,78 +1,108 @@
-"""Saved states of an unfinished stage: a folder a step, complete once `state.json` is there."""
+"""Saved states of an unfinished stage: a folder a step, complete once `state.json` is there. All are finite."""
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import re
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 import xxhash
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from raychain.storage import Folder
-from raychain.training.state import Snapshot, TrainState
+from raychain.training.state import Snapshot, TrainState, all_finite
 
 log = logging.getLogger("raychain.training")
 MARKER = "state.json"
 WEIGHTS, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
 CHUNK = 2**24
+STEP = re.compile("[0-9]{10}")
+ASIDE = re.compile("[0-9a-f]{8,}")
+"""What a key looks like, and how the name of a folder ends to which states of another key were moved."""
 
 
 class Checkpoints:
-    """The states of one key in the folder `name`. Saving copies the state and writes in the background.
+    """The states of one stage in the folder `name`. Saving copies the state and writes in the background.
 
-    `keep`: how many; None: all. `saved` hears of the step of each that is complete.
+    `key` is theirs, or gives that of the state after so many steps. `keep`: how many of a key; None: all. `saved` hears
+    of the step of each that is complete.
     """
 
     def __init__(
-        self, out: Folder, name: str, key: str, keep: int | None, saved: Callable[[int], None] = lambda _: None
+        self,
+        out: Folder,
+        name: str,
+        key: str | Callable[[int], str],
+        keep: int | None,
+        saved: Callable[[int], None] = lambda _: None,
     ) -> None:
-        self.out, self.name, self.key, self.keep, self.saved = out, name, key, keep, saved
+        self.out, self.name, self.keep, self.saved = out, name, keep, saved
+        self.key_at: Callable[[int], str] = (lambda _: key) if isinstance(key, str) else key
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
         self._buffers: dict[str, torch.Tensor] = {}
 
     def latest(self, most: int | None = None) -> int | None:
-        """Step of the newest sound checkpoint of this key, of `most` steps where given, or None. Damaged ones are named
-        and set aside.
+        """Step of the newest sound checkpoint of this stage, of `most` steps where given, or None. Those that are
+        damaged or not finite are named and set aside.
         """
-        for name in reversed(self.out.list(self.name)):
-            if most is not None and name.isdigit() and int(name) > most:
-                continue
-            state = self.out.read_json(f"{self.name}/{name}/{MARKER}")
-            if not name.isdigit() or not isinstance(state, dict) or state.get("key") != self.key:
+        for name in reversed(self._steps()):
+            state = self.marker(int(name))
+            if state is None or (most is not None and int(name) > most):
                 continue
             damage = self._damage(f"{self.name}/{name}", state)
             if damage is None:
-                return int(state["counters"]["step"])
+                return int(name)
             log.warning("%s is damaged (%s): set aside, an earlier state is used", f"{self.name}/{name}", damage)
-            self.out.move(f"{self.name}/{name}", f"{self.name}/{name}.damaged")
+            self._move(f"{self.name}/{name}", f"{self.name}/{name}.damaged")
         return None
+
+    def arrange(self, keys: Iterable[str]) -> None:
+        """Moves what stages of other keys than `keys`, which are this one's, saved here to `<name>.<first of the key>`,
+        and this stage's states from such folders back.
+        """
+        for name in self._steps():
+            key = _key(self.out.read_json(f"{self.name}/{name}/{MARKER}"))
+            if key != self.key_at(int(name)) and ASIDE.fullmatch(key):
+                self._move(f"{self.name}/{name}", f"{self._aside(key)}/{name}")
+        for key in keys:
+            aside = self._aside(key)
+            for name in self._steps(aside):
+                found = _key(self.out.read_json(f"{aside}/{name}/{MARKER}"))
+                if found == self.key_at(int(name)) and self.marker(int(name)) is None:
+                    self._move(f"{aside}/{name}", f"{self.name}/{name}")
 
     def marker(self, step: int) -> dict[str, Any] | None:
         """What was noted of that step's state; None if there is none. Its files are not looked at."""
         state = self.out.read_json(f"{self.name}/{step:010d}/{MARKER}")
-        return state if isinstance(state, dict) and state.get("key") == self.key else None
+        return state if isinstance(state, dict) and state.get("key") == self.key_at(step) else None
 
-    def save(self, state: TrainState, *, wait: bool = False) -> None:
-        """Saves the state. While the one before is still being written nothing is saved: training does not wait for
-        storage. A failure to write is logged and training goes on. With `wait` it is waited for and raised.
+    def save(self, state: TrainState, *, wait: bool = False) -> bool:
+        """Saves the state; False, and nothing is saved, if it is not finite. While the one before is still being
+        written nothing is saved either: training does not wait for storage. A failure to write is logged and training
+        goes on. With `wait` it is waited for and raised.
         """
         if not wait and self._pending is not None and not self._pending.done():
             log.warning("the checkpoint before is still being written to %s: none is saved this time", self.out.address)
-            return
+            return True
         self.finish()
-        self._pending = self._writer.submit(self._write, state.snapshot(self._buffers))
+        snapshot = state.snapshot(self._buffers)
+        if not snapshot.finite:
+            return False
+        self._pending = self._writer.submit(self._write, snapshot)
         if wait:
             self._pending.result()
             self._pending = None
+        return True
 
     def finish(self) -> None:
         """Waits for the write under way."""
@@ -91,25 +121,45 @@ class Checkpoints:
             state.restore(load_file(folder / WEIGHTS), load_file(folder / OPTIMIZER), counters)
 
     def clear(self) -> None:
-        """Removes all checkpoints of the stage: it is finished."""
+        """Removes all checkpoints of the stage, which is finished, and what was moved aside for them."""
         self.finish()
-        self.out.delete(self.name)
+        parent, _, own = self.name.rpartition("/")
+        for name in self.out.list(parent):
+            if name == own or (name.startswith(f"{own}.") and ASIDE.fullmatch(name.removeprefix(f"{own}."))):
+                self.out.delete(f"{parent}/{name}")
+
+    def _steps(self, folder: str | None = None) -> list[str]:
+        return [name for name in self.out.list(folder or self.name) if STEP.fullmatch(name)]
+
+    def _aside(self, key: str) -> str:
+        return f"{self.name}.{key[:8]}"
+
+    def _move(self, source: str, target: str) -> None:
+        """Renames a state's folder; what is at the target goes."""
+        self.out.delete(target)
+        self.out.fs.create_dir(self.out.join(target.rpartition("/")[0]), recursive=True)
+        self.out.move(source, target, MARKER)
 
     def _damage(self, name: str, state: dict[str, Any]) -> str | None:
         """What is wrong with a checkpoint's files, or None."""
         files = state.get("files")
         if not isinstance(files, dict) or not {WEIGHTS, OPTIMIZER} <= files.keys():
             return f"{MARKER} does not list its files"
-        for file in (WEIGHTS, OPTIMIZER):
+        counters = state.get("counters")
+        if not isinstance(counters, dict) or counters.get("step") != int(name.rpartition("/")[2]):
+            return f"{MARKER} is of another step"
+        with tempfile.TemporaryDirectory(prefix="raychain-") as scratch:
             try:
-                with self.out.fs.open_input_stream(self.out.join(f"{name}/{file}")) as stream:
-                    digest = xxhash.xxh3_128()
-                    while chunk := stream.read(CHUNK):
-                        digest.update(chunk)
-            except OSError as error:
+                folder = self.out.fetch(name, Path(scratch) / "checkpoint")
+                for file in (WEIGHTS, OPTIMIZER):
+                    if _digest(folder / file) != files[file]:
+                        return f"{file} is not what was written"
+                    if (tensor := _not_finite(folder / file)) is not None:  # as versions before this check wrote them
+                        return f"{tensor} in {file} is not finite"
+            except (OSError, SafetensorError) as error:
+                if getattr(error, "errno", None) == errno.ENOSPC:  # the scratch folder's fault
+                    raise
                 return str(error)
-            if digest.hexdigest() != files[file]:
-                return f"{file} is not what was written"
         return None
 
     def _write(self, snapshot: Snapshot) -> None:
@@ -121,7 +171,7 @@ class Checkpoints:
                 save_file(snapshot.weights, folder / WEIGHTS)
                 save_file(snapshot.moments, folder / OPTIMIZER)
                 files = {file: _digest(folder / file) for file in (WEIGHTS, OPTIMIZER)}
-                marker = {"key": self.key, "counters": snapshot.counters, "files": files}
+                marker = {"key": self.key_at(step), "counters": snapshot.counters, "files": files}
                 (folder / MARKER).write_text(json.dumps(marker))
                 self.out.publish(folder, name, MARKER)
             except (OSError, SafetensorError) as error:
@@ -130,8 +180,19 @@ class Checkpoints:
                 raise OSError(str(error)) from error
         self.saved(step)
         if self.keep is not None:
-            for old in [name for name in self.out.list(self.name) if name.isdigit()][: -self.keep]:
+            alike = [n for n in self._steps() if int(n) <= step and self.key_at(int(n)) == self.key_at(step)]
+            for old in alike[: -self.keep]:
                 self.out.delete(f"{self.name}/{old}")
+
+
+def _key(marker: Any) -> str:
+    return str(marker.get("key")) if isinstance(marker, dict) else ""
+
+
+def _not_finite(path: Path) -> str | None:
+    """The first tensor in a safetensors file with numbers that are not finite, or None."""
+    with safe_open(path, "pt") as file:
+        return next((name for name in file.keys() if not all_finite([file.get_tensor(name)])), None)  # noqa: SIM118
 
 
 def _digest(path: Path) -> str:

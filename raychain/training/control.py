@@ -13,11 +13,12 @@ from raychain.objectives.contrastive import world_size
 
 
 class Wish(IntFlag):
-    """What rank 0 wants done after a step."""
+    """What rank 0 wants done after a step; FAIL: a state that it was to save is not finite."""
 
     NONE = 0
     SAVE = 1
     STOP = 2
+    FAIL = 4
 
 
 class Control:

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -84,6 +84,8 @@ class StageLoop:
     share: Callable[[], None]
     """Shares the trunk's state with stages of other lengths."""
     evaluate: Callable[[], object]
+    sound: torch.Tensor = field(init=False)
+    """Steps done with a finite loss; on the device, read only when training has failed."""
 
     def run(
         self, state: TrainState, teacher: nn.Module | None, loader: Loader, control: Control, last_step: float | None
@@ -91,9 +93,10 @@ class StageLoop:
         """Trains until the stage's last step; False if it was stopped before (the state is saved then).
 
         `last_step` is when the previous stage's last step ended, in wall-clock seconds, if it ended in this process.
-        Raises FloatingPointError, naming the step, when a logged loss is not finite.
+        Raises FloatingPointError, naming the step, when a logged loss is not finite, or a state that was to be saved.
         """
         counters, started = state.counters, time.perf_counter()
+        self.sound = torch.tensor(counters.step, device=self.device)
         student: nn.Module = state.student.train()
         if world_size() > 1:
             student = DistributedDataParallel(
@@ -113,13 +116,14 @@ class StageLoop:
             )
             lr = learning_rate(
                 counters.step,
-                peak=self.task.lr,
+                peak=self.task.peak(counters.step),
                 warmup=self.task.warmup,
                 total=self.task.steps,
                 schedule=self.recipe.schedule,
                 cooldown=self.task.cooldown,
             )
             losses = self._update(student, state, teacher, batch, lr)
+            self.sound += losses.total.detach().isfinite()
             if counters.gap_s is None and last_step is not None:
                 counters.gap_s = time.time() - last_step
             counters.step += 1
@@ -134,6 +138,8 @@ class StageLoop:
             if counters.step in self.task.rungs:
                 self.share()
             wish = control.exchange(lambda: self.wishes(counters.step))
+            if wish & Wish.FAIL:
+                raise self.not_finite(state)
             if wish & Wish.STOP and not done:
                 self.save(True)
                 return False
@@ -142,6 +148,11 @@ class StageLoop:
             if self.task.eval_every and counters.step % self.task.eval_every == 0 and not done:
                 self.evaluate()
         return True
+
+    def not_finite(self, state: TrainState) -> FloatingPointError:
+        """The error for a state that is not to be saved or published."""
+        found = "weights, AdamW's moments or averaged weights are not finite"
+        return FloatingPointError(f"{self.task.model}: {found} at step {state.counters.step}.")
 
     def _update(
         self, student: nn.Module, state: TrainState, teacher: nn.Module | None, batch: Batch, lr: float
@@ -169,8 +180,7 @@ class StageLoop:
         counters = state.counters
         if not math.isfinite(task + distill):
             raise FloatingPointError(
-                f"{self.task.model}: the loss is not finite at step {counters.step} (task {task}, distill {distill}). "
-                "The last checkpoint is kept; lower train.lr or lengthen train.warmup and run again."
+                f"{self.task.model}: the loss is not finite at step {counters.step} (task {task}, distill {distill})."
             )
         since, samples, waited = logged
         self.emit(

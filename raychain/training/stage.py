@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from raychain.errors import Diverged
 from raychain.families import at_image_size, build, model_config
 from raychain.families.tokenizing import make_tokenizer
 from raychain.feed.cache import ShardCache
@@ -31,18 +32,16 @@ from raychain.objectives.distillation import Projector
 from raychain.storage import Folder, patiently
 from raychain.training.artifact import load_model, load_moments, write_artifact
 from raychain.training.average import make_average
-from raychain.training.checkpoint import Checkpoints
 from raychain.training.control import Control, Wish
 from raychain.training.loop import StageLoop
 from raychain.training.measuring import free_node, measured, measured_apart
 from raychain.training.optimizer import make_optimizer
-from raychain.training.state import Counters, TrainState
+from raychain.training.state import Counters, TrainState, all_finite
+from raychain.training.states import Resumed, StageStates
 from raychain.training.student import Student
 from raychain.training.task import ChainTask, StageTask
 
 STAGE_RECORD = "stage.json"
-TRUNKS = "store/.trunks"
-"""States before a cool-down, in the storage: `<trunk>/<step>/`. They may be deleted at any time."""
 POLL_S = 0.2
 """How often the next stage looks whether its shards are there."""
 HANDOVER_S = 1.0
@@ -54,13 +53,6 @@ class Trained(NamedTuple):
 
     model: nn.Module
     moments: Moments | None
-
-
-class Resumed(NamedTuple):
-    """Where a stage goes on, and the states of which that step is; 0: it begins."""
-
-    step: int
-    states: Checkpoints
 
 
 class ChainWorker:
@@ -128,15 +120,16 @@ class ChainWorker:
                     previous = self._load(self.task.stages[stage.index - 1])
                 following = next((s for s in todo if s.index == stage.index + 1), None)
                 ready, self._ready = self._ready, None
-                found = Resumed(0, self._checkpoints(stage)) if ready and not stage.trunk else self._resume(stage)
-                if ready and found.step:  # a shared trunk: the loader is to begin where that ends
+                states = StageStates(self.task, stage, self.emit)
+                found = states.resumed(*self._agree(states.furthest() if self.rank == 0 else (0, 0)))
+                if ready and found.step:  # states of an earlier time, or a shared trunk's: the loader begins there
                     ready.result()[1].close()
                     ready = None
                 model, loader = ready.result() if ready else self._prepare(stage, found.step)
                 with loader:
                     start = self._start(stage, model, found, previous)
                     previous = None  # its moments are needed no more
-                    previous = self._train(stage, *start, loader, following)
+                    previous = self._train(stage, *start, loader, states, following)
                 if previous is None:
                     return False
             self._wait_for_publication()
@@ -170,15 +163,6 @@ class ChainWorker:
             status = "reused" if stage.published else "trained"
             self.emit({"event": "stage_end", "stage": stage.index, "record": shown | {"status": status}})
 
-    def _resume(self, stage: StageTask) -> Resumed:
-        """The furthest state there is of the stage: its own, or its trunk's."""
-        own, trunks = self._checkpoints(stage), self._trunks(stage)
-        steps = (0, 0)
-        if self.rank == 0:
-            steps = (own.latest() or 0, (trunks.latest(stage.averaged_from) or 0) if trunks else 0)
-        steps = self._agree(steps)
-        return Resumed(steps[1], trunks) if trunks and steps[1] > steps[0] else Resumed(steps[0], own)
-
     def _agree(self, value: Any) -> Any:
         """Rank 0's value on every rank."""
         if world_size() == 1:
@@ -188,9 +172,20 @@ class ChainWorker:
         return box[0]
 
     def _load(self, stage: StageTask) -> Trained:
+        """A finished stage. Raises FloatingPointError if it is not finite, as versions before checked none."""
         with tempfile.TemporaryDirectory(prefix="raychain-") as scratch:
             folder = self.out.fetch(f"stages/{stage.folder}", Path(scratch) / "stage")
-            return Trained(load_model(folder).to(self.device), load_moments(folder))
+            model, moments = load_model(folder), load_moments(folder)
+        found = list(model.state_dict().values())
+        if moments:
+            found += [*moments.exp_avg.values(), *moments.exp_avg_sq.values()]
+        if not all_finite(found):
+            shared = f" and store/{stage.key} in {self.task.store}" if self.task.store else ""
+            raise FloatingPointError(
+                f"{stage.model} is finished, but its weights or AdamW's moments are not finite. "
+                f"Remove stages/{stage.folder} in {self.out.address}{shared} to train it again."
+            )
+        return Trained(model.to(self.device), moments)
 
     def _at_image_size(self, previous: Trained, stage: StageTask) -> Trained:
         """The stage before, for this stage's pictures. Interpolated position embeddings have no moments."""
@@ -268,10 +263,11 @@ class ChainWorker:
         state: TrainState,
         teacher: Student | None,
         loader: Loader,
+        states: StageStates,
         following: StageTask | None,
     ) -> Trained | None:
-        """Runs the stage's steps, measures and publishes it; None if it was stopped."""
-        started, checkpoints, trunks = time.time(), self._checkpoints(stage), self._trunks(stage)
+        """Runs the stage's steps, measures and publishes it; None if it was stopped. Raises Diverged."""
+        started = time.time()
         self._running = (stage, state, loader)
         self.emit(
             {
@@ -296,20 +292,20 @@ class ChainWorker:
             saved[0] = time.monotonic() if due else saved[0]
             if self._publishing and self._publishing.done():
                 self._wait_for_publication()
-            return (Wish.STOP if self.stopping() else Wish.NONE) | (Wish.SAVE if due else Wish.NONE)
+            stop, fail = Wish.STOP if self.stopping() else Wish.NONE, Wish.FAIL if states.broken else Wish.NONE
+            return stop | fail | (Wish.SAVE if due else Wish.NONE)
 
         def save(last: bool) -> None:
             begun = time.time()
             if self.rank == 0:
-                checkpoints.save(state, wait=last)
+                states.save(state, last=last)
                 self._span(f"checkpoint {state.counters.step}", "checkpoint", begun, stage)
-            if last:
+            if last and not states.broken:
                 self.emit({"event": "stopped", "stage": stage.index, "step": state.counters.step})
 
         def share() -> None:
-            if self.rank == 0 and trunks:
-                trunks.finish()
-                trunks.save(state)
+            if self.rank == 0:
+                states.share(state)
 
         loop = StageLoop(
             stage,
@@ -325,10 +321,15 @@ class ChainWorker:
         )
         self.hurry.clear()
         self._ready = self._background.submit(self._prepare_early, following) if following else None
-        complete = loop.run(state, teacher, loader, self.control, self.last_step)
+        try:
+            complete = loop.run(state, teacher, loader, self.control, self.last_step)
+            if self._agree(states.broken or (complete and self.rank == 0 and not state.is_finite())):
+                raise loop.not_finite(state)
+        except FloatingPointError as error:
+            raise self._diverged(stage, states, loop, error) from None
         self.last_step = time.time()
-        if trunks and not complete:
-            trunks.finish()
+        if not complete:
+            states.finish()
         self.hurry.set()
         self._span(stage.model, "stage", started, stage)
         if not complete:
@@ -343,27 +344,22 @@ class ChainWorker:
             self._wait_for_publication()
             # Nothing changes the stage's tensors any more, so the next one can train while they are written.
             self._handed_over.clear()
-            self._publishing = self._background.submit(
-                self._publish, stage, state, moments, measure, checkpoints, trunks
-            )
+            self._publishing = self._background.submit(self._publish, stage, state, moments, measure, states)
         return Trained(state.model, moments)
 
-    def _checkpoints(self, stage: StageTask) -> Checkpoints:
-        def saved(step: int) -> None:
-            self.emit({"event": "saved", "stage": stage.index, "step": step})
-
-        name = f"checkpoints/{stage.folder}"
-        return Checkpoints(self.out, name, stage.key, self.experiment.checkpoint.keep, saved)
-
-    def _trunks(self, stage: StageTask) -> Checkpoints | None:
-        """The shared states of the stage's trunk; None without a trunk or a storage to share it through."""
-        if not stage.trunk or self.task.store is None:
-            return None
-
-        def saved(step: int) -> None:
-            self.emit({"event": "trunk", "stage": stage.index, "trunk": stage.trunk, "step": step})
-
-        return trunk_states(self.task.store, stage.trunk, saved)
+    def _diverged(self, stage: StageTask, states: StageStates, loop: StageLoop, error: FloatingPointError) -> Diverged:
+        """The error, with the last state from which the loss was finite; every rank calls it."""
+        step = 0
+        if self.rank == 0:
+            states.finish()
+            step, _ = states.furthest(int(loop.sound) - 1)
+        step = self._agree(step)
+        kept = (
+            f"The last good state is that of step {step}."
+            if step
+            else "No good state was saved: the stage begins again."
+        )
+        return Diverged(f"{error} {kept}", stage.index, step)
 
     def _wait_for_publication(self) -> None:
         """Raises what kept the stage before from being published."""
@@ -398,8 +394,7 @@ class ChainWorker:
         state: TrainState,
         moments: Moments,
         measure: Callable[[], dict[str, float] | None],
-        checkpoints: Checkpoints,
-        trunks: Checkpoints | None,
+        states: StageStates,
     ) -> None:
         self._handed_over.wait(HANDOVER_S)
         metrics = measure()
@@ -417,6 +412,8 @@ class ChainWorker:
             "wall_s": round(counters.wall_s, 3),
             "gap_s": None if counters.gap_s is None else round(counters.gap_s, 3),
             "data_wait_s": round(counters.data_wait_s, 3),
+            "lr": stage.lr,
+            "changes": [{"step": change.step, "lr": change.lr} for change in stage.changes],
             "transfer": transfer.model_dump(mode="json") if stage.index else None,
             "checkpoint": f"stages/{stage.folder}",
             "metrics": metrics or {},
@@ -434,9 +431,7 @@ class ChainWorker:
             (Path(scratch) / STAGE_RECORD).write_text(json.dumps({**record, "files": files}, indent=2) + "\n")
             name = f"stages/{stage.folder}"
             patiently(lambda: self.out.publish(Path(scratch), name, STAGE_RECORD), f"{self.out.address}/{name}")
-        checkpoints.clear()
-        if trunks:
-            trunks.finish()
+        states.clear()
         self._span(f"export {stage.model}", "export", started, stage)
         self.emit({"event": "stage_end", "stage": stage.index, "record": record})
 
@@ -456,11 +451,6 @@ class ChainWorker:
                 "stage": stage.index,
             }
         )
-
-
-def trunk_states(store: str, trunk: str, saved: Callable[[int], None] = lambda _: None) -> Checkpoints:
-    """The states of a trunk in the storage `store`."""
-    return Checkpoints(Folder(store), f"{TRUNKS}/{trunk}", trunk, None, saved)
 
 
 def _embed_dim(name: str) -> int:

@@ -12,6 +12,19 @@ from raychain.feed.shards import Shard
 
 
 @dataclass(frozen=True)
+class RateChange:
+    """Another peak learning rate from some step of a stage on."""
+
+    step: int
+    """Steps that are done before."""
+    lr: float
+    key: str
+    """Content address of the stage without this change and those after it."""
+    trunk: str
+    """The same of what comes before that stage's cool-down; empty without one."""
+
+
+@dataclass(frozen=True)
 class StageTask:
     """One stage of the chain, all durations in steps."""
 
@@ -47,6 +60,16 @@ class StageTask:
     """Training MACs of the whole stage."""
     published: bool
     """Finished already: the stage folder in the run folder holds this key."""
+    changes: tuple[RateChange, ...] = ()
+    """Other peak learning rates, by rising step."""
+
+    def peak(self, step: int) -> float:
+        """Peak learning rate of the update after `step` steps."""
+        return next((change.lr for change in reversed(self.changes) if step >= change.step), self.lr)
+
+    def key_at(self, step: int) -> str:
+        """Content address of the state after `step` steps, which later changes have no part in."""
+        return next((change.key for change in self.changes if step <= change.step), self.key)
 
     @property
     def averaged_from(self) -> int:

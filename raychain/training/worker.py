@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
-from raychain.errors import InputError
+from raychain.errors import Diverged, InputError
 
 if TYPE_CHECKING:
     from raychain.training.task import ChainTask
@@ -136,7 +136,8 @@ def train_chain(config: dict[str, Any]) -> bool:
         with preloading(task, worker, link.emit):
             return worker.run()
     except (FloatingPointError, InputError) as error:
-        link.emit({"event": "failure", "kind": "fatal", "message": str(error)})
+        known = {"stage": error.stage, "step": error.step} if isinstance(error, Diverged) else {}
+        link.emit({"event": "failure", "kind": "fatal", "message": str(error), **known})
         raise
     except torch.OutOfMemoryError as error:
         message = str(error).strip().splitlines()[0]

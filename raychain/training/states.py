@@ -1,0 +1,86 @@
+"""What is saved of an unfinished stage: its own checkpoints, and its trunk's states, which other stages share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from raychain.storage import Folder
+from raychain.training.checkpoint import Checkpoints
+from raychain.training.state import TrainState
+from raychain.training.task import ChainTask, StageTask
+
+TRUNKS = "store/.trunks"
+"""States before a cool-down, in the storage: `<trunk>/<step>/`. They may be deleted at any time."""
+
+
+class Resumed(NamedTuple):
+    """Where a stage goes on, and the states of which that step is; 0: it begins."""
+
+    step: int
+    states: Checkpoints
+
+
+class StageStates:
+    """The saved states of one stage. Every rank has them; rank 0 alone reads and writes."""
+
+    def __init__(self, task: ChainTask, stage: StageTask, emit: Callable[[dict[str, Any]], None]) -> None:
+        def saved(step: int) -> None:
+            emit({"event": "saved", "stage": stage.index, "step": step})
+
+        def shared(step: int) -> None:
+            emit({"event": "trunk", "stage": stage.index, "trunk": stage.trunk, "step": step})
+
+        name, keep = f"checkpoints/{stage.folder}", task.experiment.checkpoint.keep
+        self._keys = (*(change.key for change in stage.changes), stage.key)
+        self._own = Checkpoints(Folder(task.out), name, stage.key_at, keep, saved)
+        self._all: list[tuple[Checkpoints, int]] = [(self._own, stage.steps)]
+        """Where states of the stage are, and the last step at which those there are the stage's."""
+        self._trunk: Checkpoints | None = None
+        if stage.trunk and task.store is not None:
+            self._trunk = trunk_states(task.store, stage.trunk, shared)
+            self._all.append((self._trunk, stage.averaged_from))
+            for change in stage.changes:
+                self._all.append((trunk_states(task.store, change.trunk), min(change.step, stage.averaged_from)))
+        self.broken = False
+        """A state that was to be saved is not finite."""
+
+    def furthest(self, most: int | None = None) -> tuple[int, int]:
+        """Step of the furthest state there is (0: none), of `most` steps where given, and where it is, as `resumed`
+        takes it. What is damaged, not finite or of other settings is moved out of the way.
+        """
+        self._own.arrange(self._keys)
+        bounds = [(states, last if most is None else min(last, most)) for states, last in self._all]
+        found = [states.latest(last) or 0 for states, last in bounds]
+        return max(found), found.index(max(found))
+
+    def resumed(self, step: int, place: int) -> Resumed:
+        """What `furthest` found on rank 0."""
+        return Resumed(step, self._all[place][0])
+
+    def save(self, state: TrainState, *, last: bool) -> None:
+        """Saves the state, and waits for it if it is the `last`; one that is not finite makes this `broken` instead."""
+        self.broken = not self._own.save(state, wait=last) or self.broken
+
+    def share(self, state: TrainState) -> None:
+        """Saves the state for stages of other lengths, where there is a trunk."""
+        if self._trunk:
+            self._trunk.finish()
+            self.broken = not self._trunk.save(state) or self.broken
+
+    def finish(self) -> None:
+        """Waits for what is being written."""
+        self._own.finish()
+        if self._trunk:
+            self._trunk.finish()
+
+    def clear(self) -> None:
+        """Removes the stage's own states, as it is finished, once all is written."""
+        self._own.clear()
+        if self._trunk:
+            self._trunk.finish()
+
+
+def trunk_states(store: str, trunk: str, saved: Callable[[int], None] = lambda _: None) -> Checkpoints:
+    """The states of a trunk in the storage `store`."""
+    return Checkpoints(Folder(store), f"{TRUNKS}/{trunk}", trunk, None, saved)
