@@ -9,11 +9,11 @@ import torch
 from growing import inputs, tiny
 from torch import nn
 
-from raychain.objectives.distillation import Projector
+from raychain.paradigms.clip.objective import ClipObjective
+from raychain.paradigms.objective import Projector
 from raychain.training.average import make_average
 from raychain.training.optimizer import make_optimizer
 from raychain.training.state import Counters, TrainState
-from raychain.training.student import Student
 
 
 def expected(values: list[float], steps: int, trained: bool) -> float:
@@ -51,7 +51,7 @@ def step(state: TrainState) -> None:
 
 
 def fresh() -> TrainState:
-    student = Student(tiny(), Projector(16, 8))
+    student = ClipObjective(tiny(), Projector(dict.fromkeys(("image", "text"), (16, 8))))
     optimizer = make_optimizer(student, weight_decay=0.1, betas=(0.9, 0.98), eps=1e-6)
     for group in optimizer.param_groups:
         group["lr"] = 1e-2

@@ -255,10 +255,10 @@ def test_a_bad_sample_is_replaced_by_one_of_its_shard_on_any_rank(tmp_path: Path
     told: list[tuple[str, Tally]] = []
     report = {"report": lambda shard, bad: told.append((shard.address, bad))}
     [whole] = load(feed(found), cache, batch=16, stop=1, **report)
-    drawn = sorted(whole.images[:, 0, 0, 0].tolist())
+    drawn = sorted(whole["images"][:, 0, 0, 0].tolist())
     assert drawn == sorted([*range(16), 0][i] for i in range(17) if i != 2), "row 7 of 7 is row 0 again"
     halves = [load(feed(found), cache, batch=16, stop=1, rank=rank, world=2)[0] for rank in range(2)]
-    assert torch.equal(torch.cat([half.images for half in halves]), whole.images)
+    assert torch.equal(torch.cat([half["images"] for half in halves]), whole["images"])
     assert {address for address, _ in told} == {paths[0]}
     assert told[0][1] == tally([Bad(health.UNREADABLE, "002", "no picture that Pillow knows")])
 

@@ -196,8 +196,8 @@ def _train(root: Path, found: list[Shard], seed: int, rank: int, world: int, bud
     seen = []
     with Loader(feed, cache, numbers, global_batch=48, start=0, stop=20, rank=rank, world=world, threads=2) as loader:
         for batch in loader:
-            assert torch.equal(batch.images[:, 3, 3, 0].long(), batch.tokens[:, 0, 0])
-            seen += batch.tokens[:, 0, 0].tolist()
+            assert torch.equal(batch["images"][:, 3, 3, 0].long(), batch["tokens"][:, 0, 0])
+            seen += batch["tokens"][:, 0, 0].tolist()
     results.put((seed, rank, seen))
 
 
@@ -241,7 +241,7 @@ def test_an_idle_loader_holds_nothing(tmp_path: Path, found: list[Shard]) -> Non
         assert all(table.mapped for table in tables)
         assert time.monotonic() - started < caching.PATIENCE_S / 2
         del tables
-        greys = [first.tokens[:, 0, 0], *(batch.tokens[:, 0, 0] for batch in batches)]
+        greys = [first.tokens[:, 0, 0], *(batch["tokens"][:, 0, 0] for batch in batches)]
     assert sorted(torch.cat(greys).tolist()) == list(range(SHARDS * SAMPLES))
 
 
@@ -319,4 +319,4 @@ def test_pictures_kept_as_jpeg_stay_close_and_take_less(tmp_path: Path) -> None:
 def _batches(feed: Feed, cache: ShardCache, threads: int) -> Iterator[torch.Tensor]:
     with Loader(feed, cache, numbers, global_batch=4, start=0, stop=3, threads=threads) as loader:
         for batch in loader:
-            yield batch.images
+            yield batch["images"]

@@ -12,17 +12,17 @@ import torch
 from payload import Payload
 
 from raychain.families import build
+from raychain.paradigms.clip.objective import ClipObjective
 from raychain.storage import Folder
 from raychain.training.average import make_average
 from raychain.training.checkpoint import MARKER, Checkpoints
 from raychain.training.optimizer import make_optimizer
 from raychain.training.state import Counters, TrainState
-from raychain.training.student import Student
 
 
 def state(seed: int) -> TrainState:
     torch.manual_seed(seed)
-    student = Student(build("CoM-micro-S", seed=seed))
+    student = ClipObjective(build("CoM-micro-S", seed=seed))
     optimizer = make_optimizer(student, weight_decay=0.1, betas=(0.9, 0.98), eps=1e-6)
     return TrainState(student, optimizer, Counters(), make_average(student.model, 10, trained=True))
 

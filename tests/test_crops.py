@@ -56,7 +56,7 @@ def test_a_crop_is_resized_to_the_models_size(tmp_path: Path) -> None:
     feed = Feed((shard,), Order((1,), seed=3), Spec(wanted, 40, "ones", True), 1, (0.25, 0.5))
     cache = ShardCache(tmp_path, 2**20)
     with Loader(feed, cache, lambda texts: np.ones((len(texts), 1)), global_batch=1, start=0, stop=20) as loader:
-        crops = [batch.images[0] for batch in loader]
+        crops = [batch["images"][0] for batch in loader]
     assert {tuple(crop.shape) for crop in crops} == {(40, 40, 3)}
     assert len({(int(crop[0, 0, 0]), int(crop[0, 0, 1])) for crop in crops}) > 15
     for crop in crops:  # both gradients run through the crop

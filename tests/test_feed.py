@@ -96,7 +96,7 @@ def load(
 
 def same(a: Sequence[Batch], b: Sequence[Batch]) -> bool:
     return len(a) == len(b) and all(
-        x.step == y.step and torch.equal(x.images, y.images) and torch.equal(x.tokens, y.tokens)
+        x.step == y.step and x.columns.keys() == y.columns.keys() and all(torch.equal(x[n], y[n]) for n in x.columns)
         for x, y in zip(a, b, strict=True)
     )
 
@@ -277,8 +277,8 @@ def test_an_unreadable_picture_is_skipped_with_a_warning_and_the_batch_is_full(
     assert found[0].samples == 8
     with caplog.at_level(logging.WARNING, "raychain.feed"):
         batches = load(feed(found), cache, batch=8, stop=2)
-    assert [len(batch.images) for batch in batches] == [8, 8]
-    assert set(torch.cat([b.images for b in batches]).unique().tolist()) <= {0, 1, 3, 7}
+    assert [len(batch["images"]) for batch in batches] == [8, 8]
+    assert set(torch.cat([b["images"] for b in batches]).unique().tolist()) <= {0, 1, 3, 7}
     [record] = caplog.records
     assert "x.tar: skipped 2 unreadable picture, 1 invalid text, 1 missing caption: 002 (" in record.getMessage()
 
@@ -368,20 +368,20 @@ def test_two_processes_that_want_a_shard_at_once_decode_it_once(tmp_path: Path, 
 def test_a_pass_of_batches_holds_each_sample_once_with_its_own_captions(cache: ShardCache, three: list[Shard]) -> None:
     batches = load(feed(three), cache, batch=7, stop=3)
     assert [batch.step for batch in batches] == [0, 1, 2]
-    assert batches[0].images.shape == (7, SIZE, SIZE, 3)
-    assert batches[0].images.dtype == torch.uint8
-    assert batches[0].tokens.shape == (7, 1, CONTEXT)
-    assert batches[0].tokens.dtype == torch.int64
-    greys = torch.cat([batch.images[:, 0, 0, 0] for batch in batches])
+    assert batches[0]["images"].shape == (7, SIZE, SIZE, 3)
+    assert batches[0]["images"].dtype == torch.uint8
+    assert batches[0]["tokens"].shape == (7, 1, CONTEXT)
+    assert batches[0]["tokens"].dtype == torch.int64
+    greys = torch.cat([batch["images"][:, 0, 0, 0] for batch in batches])
     assert sorted(greys.tolist()) == list(range(21))
-    assert torch.equal(greys.long(), torch.cat([batch.tokens[:, 0, 0] for batch in batches]))
+    assert torch.equal(greys.long(), torch.cat([batch["tokens"][:, 0, 0] for batch in batches]))
 
 
 def test_several_captions_are_the_pictures_own_and_hold_the_raw_one(cache: ShardCache, three: list[Shard]) -> None:
     drawn: set[int] = set()
     for batch in load(feed(three, per_image=2), cache, batch=7, stop=12):
-        assert batch.tokens.shape == (7, 2, CONTEXT)
-        for grey, tokens in zip(batch.images[:, 0, 0, 0].tolist(), batch.tokens.tolist(), strict=True):
+        assert batch["tokens"].shape == (7, 2, CONTEXT)
+        for grey, tokens in zip(batch["images"][:, 0, 0, 0].tolist(), batch["tokens"].tolist(), strict=True):
             assert [caption[0] for caption in tokens] == [grey, grey]
             first, second = (caption[1] for caption in tokens)
             assert first == 0
@@ -406,7 +406,7 @@ def test_ranks_joined_are_the_batch_of_one_rank_from_any_step_on(
     for start in range(8):  # a rank's part may begin where a window or a pass ends
         parts = [load(source, cache, rank=rank, world=world, start=start) for rank in range(world)]
         joined = [
-            Batch(p[0].step, torch.cat([b.images for b in p]), torch.cat([b.tokens for b in p]))
+            Batch(p[0].step, {name: torch.cat([b[name] for b in p]) for name in p[0].columns})
             for p in zip(*parts, strict=True)
         ]
         assert same(joined, whole[start:])
@@ -417,7 +417,7 @@ def test_a_batch_larger_than_the_data_and_empty_shards_are_fine(tmp_path: Path, 
     found = survey(paths, WANTED, tmp_path / "cache", "data.train")
     assert [shard.samples for shard in found] == [2, 0]
     for batch in load(feed(found), cache, batch=10, stop=3):
-        assert sorted(batch.images[:, 0, 0, 0].tolist()) == [1] * 5 + [2] * 5
+        assert sorted(batch["images"][:, 0, 0, 0].tolist()) == [1] * 5 + [2] * 5
 
 
 def closes(loader: Loader, seconds: float = 3) -> bool:

@@ -17,7 +17,7 @@ from raychain.backend_ray import cluster
 from raychain.chain import group
 from raychain.config.loading import validate
 from raychain.errors import RunFailed
-from raychain.training.student import Student
+from raychain.paradigms.clip.objective import ClipObjective
 from raychain.training.worker import train_chain
 
 pytestmark = pytest.mark.slow
@@ -33,14 +33,14 @@ def _workers_know_this_module():
 
 def with_little_memory(config):
     """A worker whose memory holds the activations of FITS pairs of the second stage's model."""
-    encode = Student._encode
+    encode = ClipObjective.encode
 
-    def limited(self, images, tokens):
-        if self.projector is not None and len(images) > FITS:
+    def limited(self, part):
+        if self.projector is not None and len(part["images"]) > FITS:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore lines")
-        return encode(self, images, tokens)
+        return encode(self, part)
 
-    Student._encode = limited
+    ClipObjective.encode = limited
     return train_chain(config)
 
 

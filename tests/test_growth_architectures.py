@@ -29,7 +29,8 @@ from torch import nn
 
 from raychain.families.building import build_config
 from raychain.growth import WIDTH_OPERATORS, GrowthError, check, grow
-from raychain.objectives.distillation import Projector, feature_distance
+from raychain.paradigms.objective import Projector
+from raychain.training.distillation import feature_distance
 
 VIT = {"img_size": 16, "patch_size": 8, "num_classes": 0}
 SWIN = {"img_size": 32, "patch_size": 4, "window_size": 4, "num_classes": 0, "drop_path_rate": 0.0}
@@ -149,7 +150,7 @@ def test_every_hop_grows_trains_saves_and_loads_in_open_clip(small: str, large: 
         configs[0]["vision_cfg"]["image_size"] = 224
     teacher, student = (build_config(cfg, seed=seed) for seed, cfg in enumerate(configs))
     grow(teacher, student, width="centred", depth="identity")
-    projector = Projector(configs[1]["embed_dim"], configs[0]["embed_dim"])
+    projector = Projector(dict.fromkeys(("image", "text"), (configs[1]["embed_dim"], configs[0]["embed_dim"])))
     optimizer = torch.optim.AdamW([*student.parameters(), *projector.parameters()], lr=1e-4)
     images, tokens = inputs(student, count=2)
     for _ in range(3):
@@ -157,7 +158,7 @@ def test_every_hop_grows_trains_saves_and_loads_in_open_clip(small: str, large: 
         image, text, scale = student(images, tokens)
         with torch.no_grad():
             wanted = teacher.encode_image(images, normalize=True), teacher.encode_text(tokens, normalize=True)
-        distance = feature_distance(projector(image, text), wanted)
+        distance = feature_distance(projector((image, text)), wanted)
         loss = F.cross_entropy(scale * image @ text.T, torch.arange(2)) + distance
         loss.backward()
         optimizer.step()

@@ -27,7 +27,7 @@ def consume(feed: Feed, cache: Path, log: Path, start: int, rank: int, world: in
     )
     with loader, log.open("a") as file:
         for batch in loader:
-            file.write(f"{batch.step} {' '.join(map(str, batch.tokens[:, 0, 0].tolist()))}\n")
+            file.write(f"{batch.step} {' '.join(map(str, batch['tokens'][:, 0, 0].tolist()))}\n")
             file.flush()
             time.sleep(0.002)
 

@@ -13,8 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from open_clip.loss import ClipLoss
 
-from raychain.objectives.contrastive import contrastive_loss, gather, mean_over_ranks, world_size
-from raychain.objectives.distillation import CAP, Projector, capped_alpha, feature_distance
+from raychain.core.dist import gather, mean_over_ranks, world_size
+from raychain.paradigms.clip.loss import contrastive_loss
+from raychain.paradigms.objective import Projector
+from raychain.training.distillation import CAP, capped_alpha, feature_distance
 
 BATCH, CAPTIONS, INPUT, DIM = 12, 3, 7, 5
 
@@ -146,17 +148,17 @@ def test_distillation_is_the_public_codes_up_to_its_factor() -> None:
 
 
 def test_equal_embedding_sizes_need_no_projection() -> None:
-    projector = Projector(6, 6)
+    projector = Projector(dict.fromkeys(("image", "text"), (6, 6)))
     image, text = F.normalize(torch.randn(4, 6), dim=-1), F.normalize(torch.randn(4, 3, 6), dim=-1)
     assert not list(projector.parameters())
-    for got, given_ in zip(projector(image, text), (image, text), strict=True):
+    for got, given_ in zip(projector((image, text)), (image, text), strict=True):
         torch.testing.assert_close(got, given_)
 
 
 @pytest.mark.parametrize(("student", "teacher"), [(8, 5), (5, 8)])
 def test_different_embedding_sizes_are_projected_by_a_trained_map_a_tower(student: int, teacher: int) -> None:
-    projector = Projector(student, teacher)
-    image, text = projector(torch.randn(4, student), torch.randn(4, 3, student))
+    projector = Projector(dict.fromkeys(("image", "text"), (student, teacher)))
+    image, text = projector((torch.randn(4, student), torch.randn(4, 3, student)))
     assert image.shape == (4, teacher)
     assert text.shape == (4, 3, teacher)
     torch.testing.assert_close(text.norm(dim=-1), torch.ones(4, 3))

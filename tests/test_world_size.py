@@ -15,14 +15,12 @@ from torch.nn.parallel import DistributedDataParallel
 from raychain.chain.resolve import make_task
 from raychain.config.experiment import Distill
 from raychain.config.loading import validate
+from raychain.core.dist import mean_over_ranks, rank_slice
 from raychain.families import build
-from raychain.feed.loader import Batch
-from raychain.feed.order import rank_slice
-from raychain.objectives.contrastive import mean_over_ranks
-from raychain.objectives.distillation import Projector
-from raychain.training.loop import step_losses
+from raychain.paradigms.clip.objective import ClipObjective
+from raychain.paradigms.objective import Projector
 from raychain.training.stage import ChainWorker
-from raychain.training.student import Student
+from raychain.training.step import forward_backward
 
 BATCH, CAPTIONS = 10, 3
 STEPS = (20, 200)
@@ -32,18 +30,20 @@ CHANGES = ((2, 90), (1, 130), (3, 170), (2, None))
 """World sizes, and the step at which the next one takes over."""
 
 
-def models(dtype: torch.dtype) -> tuple[Student, Student]:
+def models(dtype: torch.dtype) -> tuple[ClipObjective, ClipObjective]:
     """A CoM-micro-M that follows a CoM-micro-S teacher."""
     torch.manual_seed(0)
-    teacher = Student(build("CoM-micro-S", seed=1)).to(dtype).eval().requires_grad_(False)
-    return Student(build("CoM-micro-M", seed=2), Projector(64, 64)).to(dtype), teacher
+    teacher = ClipObjective(build("CoM-micro-S", seed=1)).to(dtype).eval().requires_grad_(False)
+    return ClipObjective(build("CoM-micro-M", seed=2), Projector(dict.fromkeys(("image", "text"), (64, 64)))).to(
+        dtype
+    ), teacher
 
 
-def batch(part: slice) -> Batch:
+def batch(part: slice) -> dict[str, torch.Tensor]:
     rng = torch.Generator().manual_seed(3)
     images = torch.randint(0, 256, (BATCH, 40, 40, 3), generator=rng, dtype=torch.uint8)
     tokens = torch.randint(1, 90, (BATCH, CAPTIONS, 18), generator=rng)
-    return Batch(0, images[part], tokens[part])
+    return {"images": images[part], "tokens": tokens[part]}
 
 
 def reference() -> tuple[float, dict[str, torch.Tensor]]:
@@ -54,9 +54,9 @@ def reference() -> tuple[float, dict[str, torch.Tensor]]:
     whole = batch(slice(None))
     features = []
     for side in (student, teacher):
-        pixels = (whole.images.permute(0, 3, 1, 2).double() - side.mean) / side.std
+        pixels = (whole["images"].permute(0, 3, 1, 2).double() - side.mean) / side.std
         image = side.model.encode_image(pixels, normalize=True)
-        text = torch.stack([side.model.encode_text(t, normalize=True) for t in whole.tokens])
+        text = torch.stack([side.model.encode_text(t, normalize=True) for t in whole["tokens"]])
         features.append((image, text))
     (image, text), (image_t, text_t) = features
     scale, target = student.model.logit_scale.exp(), torch.arange(BATCH)
@@ -75,8 +75,8 @@ def ours(rank: int, world: int, micro: int | None) -> tuple[float, dict[str, tor
     student, teacher = models(torch.float32)
     student.micro_batch = teacher.micro_batch = micro
     wrapped = DistributedDataParallel(student) if world > 1 else student
-    losses = step_losses(wrapped, teacher, batch(rank_slice(BATCH, rank, world)), Distill(), BATCH)
-    losses.total.backward()
+    part = batch(rank_slice(BATCH, rank, world))
+    losses = forward_backward(wrapped, student, teacher, part, Distill(), BATCH)
     loss = float(mean_over_ranks(losses.total))
     return loss, {n: p.grad for n, p in student.named_parameters() if p.grad is not None}
 
@@ -109,13 +109,13 @@ def _peak(micro: int | None, pairs: int) -> int:
     """Bytes of tensors alive at once in a forward and backward pass, beyond the parameters, their gradients, and the
     share of a part that is added to them.
     """
-    student = Student(build("CoM-micro-M", seed=0))
+    student = ClipObjective(build("CoM-micro-M", seed=0))
     student.micro_batch = micro
     images = torch.zeros(pairs, 40, 40, 3, dtype=torch.uint8)
     tokens = torch.ones(pairs, 1, 18, dtype=torch.long)
     with torch.profiler.profile(profile_memory=True) as profile:
-        features = student(images, tokens)
-        (features.image.sum() + features.text.sum()).backward()
+        image, text = student({"images": images, "tokens": tokens}).features
+        (image.sum() + text.sum()).backward()
     held = peak = 0
     for event in profile.profiler.kineto_results.events():
         if event.name() == "[memory]":

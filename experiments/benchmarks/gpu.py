@@ -34,13 +34,12 @@ import raychain
 from raychain.config.experiment import Distill, Train
 from raychain.config.loading import validate
 from raychain.families import build, model_config
-from raychain.feed.loader import Batch
 from raychain.growth import grow
-from raychain.objectives.distillation import Projector
+from raychain.paradigms.clip.objective import ClipObjective
+from raychain.paradigms.objective import Projector
 from raychain.planning.macs import model_size, stage_macs
-from raychain.training.loop import step_losses
 from raychain.training.optimizer import adam_constants, make_optimizer
-from raychain.training.student import Student
+from raychain.training.step import forward_backward
 
 TEACHERS = {"CoM-ViT-S-16": "CoM-ViT-T-16", "CoM-ViT-B-16": "CoM-ViT-S-16", "CoM-ViT-L-16": "CoM-ViT-B-16",
             "CoM-micro-S": "CoM-micro-T", "CoM-micro-M": "CoM-micro-S"}  # fmt: skip
@@ -67,10 +66,10 @@ class Step:
         if distilled:
             teacher = build(TEACHERS[model], seed=0)
             grow(teacher, network, width="centred", depth="identity")
-            dims = [int(model_config(name)["embed_dim"]) for name in (model, TEACHERS[model])]
-            projector = Projector(*dims)
-            self.teacher = Student(teacher).to(self.device).eval().requires_grad_(False)
-        self.student = Student(network, projector).to(self.device)
+            sizes = int(model_config(model)["embed_dim"]), int(model_config(TEACHERS[model])["embed_dim"])
+            projector = Projector(dict.fromkeys(ClipObjective.feature_names, sizes))
+            self.teacher = ClipObjective(teacher).to(self.device).eval().requires_grad_(False)
+        self.student = ClipObjective(network, projector).to(self.device)
         betas, eps = adam_constants(Train(), model_config(model))
         self.optimizer = make_optimizer(self.student, weight_decay=0.1, betas=betas, eps=eps)
         size, length = (
@@ -80,15 +79,15 @@ class Step:
         vocabulary = model_config(model)["text_cfg"]["vocab_size"]
         images = torch.randint(0, 256, (self.batch, size, size, 3), dtype=torch.uint8, device=self.device)
         tokens = torch.randint(1, vocabulary, (self.batch, options.captions, length), device=self.device)
-        self.data = Batch(0, images, tokens)
+        self.data = {"images": images, "tokens": tokens}
         self.run: nn.Module = torch.compile(self.student) if compiled else self.student
-        self.follow: Any = torch.compile(self.teacher) if compiled and self.teacher else self.teacher
+        if compiled and self.teacher:
+            self.teacher.features = torch.compile(self.teacher.features)  # type: ignore[method-assign]
 
     def __call__(self) -> None:
         """Forward, backward, clipping, AdamW."""
         forward = partial(torch.autocast, self.device.type, torch.bfloat16)
-        losses = step_losses(self.run, self.follow, self.data, self.distill, self.batch, forward)
-        losses.total.backward()
+        forward_backward(self.run, self.student, self.teacher, self.data, self.distill, self.batch, forward)
         nn.utils.clip_grad_norm_(self.student.parameters(), 1.0)
         for group in self.optimizer.param_groups:
             group["lr"] = 1e-5

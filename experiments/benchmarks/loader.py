@@ -113,7 +113,7 @@ def loaded(
     feed = Feed(tuple(shards), order, spec, 1, CROP if crop else None)
     with Loader(feed, cache, tokenize, global_batch=BATCH, start=0, stop=steps) as loader:
         for batch in loader:
-            yield batch.images
+            yield batch["images"]
 
 
 def timed(batches: Iterator[torch.Tensor]) -> dict[str, float]:

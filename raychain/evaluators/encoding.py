@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from raychain.core.dist import world_size
 from raychain.evaluators import ranks
 from raychain.evaluators.reading import tables
 from raychain.feed.cache import ShardCache
@@ -16,7 +17,6 @@ from raychain.feed.members import Wanted
 from raychain.feed.shards import Shard
 from raychain.feed.spec import Resizing, Spec, Tokenize
 from raychain.feed.table import Table
-from raychain.objectives.contrastive import world_size
 
 
 class Encoder:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from raychain.objectives.contrastive import rank as rank
-from raychain.objectives.contrastive import world_size
+from raychain.core.dist import rank as rank
+from raychain.core.dist import world_size
 
 
 def join(parts: Sequence[torch.Tensor], device: torch.device, dtype: torch.dtype = torch.float32) -> torch.Tensor:

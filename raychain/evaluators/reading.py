@@ -8,9 +8,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
 
+from raychain.core.dist import rank_slice
 from raychain.feed import health
 from raychain.feed.cache import ShardCache
-from raychain.feed.order import rank_slice
 from raychain.feed.shards import Shard
 from raychain.feed.spec import Spec, Tokenize
 from raychain.feed.table import Table

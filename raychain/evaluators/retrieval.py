@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from raychain.core.dist import rank_slice, world_size
 from raychain.evaluators import ranks
 from raychain.evaluators.data import RetrievalData
 from raychain.evaluators.encoding import Encoder
-from raychain.feed.order import rank_slice
-from raychain.objectives.contrastive import world_size
 
 TOP = (1, 5, 10)
 SCORES = 1 << 22

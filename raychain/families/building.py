@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
@@ -67,6 +67,11 @@ def at_image_size(model: nn.Module, config: dict[str, Any], image_size: int) -> 
     preprocessing = get_model_preprocess_cfg(clip)
     set_model_preprocess_cfg(resized, {**preprocessing, "size": resized.visual.image_size})
     return resized
+
+
+def preprocessing_of(model: nn.Module) -> dict[str, Any]:
+    """open_clip's `preprocess_cfg` of a model: size, mean and std of its pictures, interpolation."""
+    return dict(cast(Any, model.visual).preprocess_cfg)
 
 
 def _pixels(clip: Any) -> int:

@@ -13,12 +13,13 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
+from raychain.core.dist import rank_slice
 from raychain.feed import health
 from raychain.feed.cache import ShardCache
 from raychain.feed.crops import crop_boxes
 from raychain.feed.decode import scale
 from raychain.feed.health import Tally
-from raychain.feed.order import Rows, Stream, Window, draw_captions, extend, mix, rank_slice
+from raychain.feed.order import Rows, Stream, Window, draw_captions, extend, mix
 from raychain.feed.shards import Shard
 from raychain.feed.spec import Spec, Tokenize
 from raychain.feed.table import Table
@@ -40,10 +41,16 @@ class Batch:
     """One rank's part of a global batch."""
 
     step: int
-    images: torch.Tensor
-    """uint8 [b, H, W, 3]."""
-    tokens: torch.Tensor
-    """int64 [b, K, context length]."""
+    columns: dict[str, torch.Tensor]
+    """`images`, uint8 [b, H, W, 3]; `tokens`, int64 [b, K, context length]; `seed`, int64 [b], one of each sample and
+    pass, for what else is drawn."""
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.columns[name]
+
+    def to(self, device: torch.device) -> dict[str, torch.Tensor]:
+        """The columns on a device, copied beside other work where they are pinned."""
+        return {name: column.to(device, non_blocking=True) for name, column in self.columns.items()}
 
 
 @dataclass(frozen=True)
@@ -208,18 +215,16 @@ class Loader:
     def _batch(self, step: int) -> Batch:
         """The rank's part of a global batch, one window after the other: only what one needs is held at a time."""
         place, stop = (step * self.global_batch + edge for edge in (self.slice.start, self.slice.stop))
-        images, tokens = [], []
+        parts: list[dict[str, np.ndarray]] = []
         while place < stop:
             end = min(stop, self._hold(place))
-            pictures, ids = self._part(self.feed.order.rows(place, end))
-            images.append(pictures)
-            tokens.append(ids)
+            parts.append(self._part(self.feed.order.rows(place, end)))
             place = end
-        batch = Batch(step, _joined(images), _joined(tokens))
-        return Batch(step, batch.images.pin_memory(), batch.tokens.pin_memory()) if self.pin else batch
+        columns = {name: _joined([part[name] for part in parts]) for name in parts[0]}
+        return Batch(step, {name: c.pin_memory() for name, c in columns.items()} if self.pin else columns)
 
-    def _part(self, rows: Rows) -> tuple[np.ndarray, np.ndarray]:
-        """Pictures uint8 [n, H, W, 3] and token ids int64 [n, K, context length] of n rows of one window."""
+    def _part(self, rows: Rows) -> dict[str, np.ndarray]:
+        """The columns of n rows of one window."""
         feed, tables = self.feed, self._tables
         place = [(tables[s], r % tables[s].size) for s, r in zip(rows.shard.tolist(), rows.row.tolist(), strict=True)]
         size = feed.spec.image_size
@@ -250,7 +255,8 @@ class Loader:
             fill(0)
         else:
             list(self._croppers.map(fill, range(parts)))
-        return images, tokens
+        seed = mix(feed.order.seed, rows.passes, rows.shard, rows.row)
+        return {"images": images, "tokens": tokens, "seed": seed.view(np.int64)}
 
     def _boxes(self, rows: Rows, place: list[tuple[Table, int]]) -> np.ndarray:
         """The rows' crops, int64 [n, 4], or [0, 4] without crops."""

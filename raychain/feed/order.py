@@ -239,11 +239,6 @@ def _window(order: Order, pass_: int, index: int) -> tuple[np.ndarray, np.ndarra
     return shard, row
 
 
-def rank_slice(size: int, rank: int, world: int) -> slice:
-    """The contiguous block of `size` items that `rank` of `world` takes; sizes differ by at most one."""
-    return slice(rank * size // world, (rank + 1) * size // world)
-
-
 def mix(*values: np.ndarray | int) -> np.ndarray:
     """A uint64 hash of integers (broadcast together) in which every bit depends on every input: splitmix64, chained."""
     state = np.zeros((), dtype=np.uint64)

@@ -12,9 +12,8 @@ from open_clip.model import set_model_preprocess_cfg
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from raychain.families.building import build_config
+from raychain.families.building import build_config, preprocessing_of
 from raychain.growth import Moments
-from raychain.training.student import preprocessing_of
 
 CONFIG = "open_clip_config.json"
 WEIGHTS = "open_clip_model.safetensors"

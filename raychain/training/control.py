@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from raychain.objectives.contrastive import world_size
+from raychain.core.dist import world_size
 
 
 class Wish(IntFlag):

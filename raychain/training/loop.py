@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
 from collections.abc import Callable
@@ -15,55 +14,15 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from raychain.config.experiment import Distill, Train
-from raychain.feed.loader import Batch, Loader
+from raychain.core.dist import mean_over_ranks, rank, world_size
+from raychain.feed.loader import Loader
 from raychain.feed.order import mix
-from raychain.objectives.contrastive import contrastive_loss, mean_over_ranks, rank, world_size
-from raychain.objectives.distillation import capped_alpha, feature_distance
+from raychain.paradigms.objective import Columns, Objective
 from raychain.training.control import Control, Wish
 from raychain.training.optimizer import learning_rate
 from raychain.training.state import TrainState
-from raychain.training.student import Features
+from raychain.training.step import Losses, forward_backward
 from raychain.training.task import StageTask
-
-MAX_LOGIT_SCALE = math.log(100)
-
-
-@dataclass(frozen=True)
-class Losses:
-    """Of one step, as tensors: what is differentiated, and the detached terms (of the global batch once `shared`)."""
-
-    total: torch.Tensor
-    task: torch.Tensor
-    distill: torch.Tensor
-    alpha: torch.Tensor
-
-
-def step_losses(
-    student: nn.Module,
-    teacher: nn.Module | None,
-    batch: Batch,
-    distill: Distill | None,
-    global_batch: int,
-    forward: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext,
-) -> Losses:
-    """L_task + alpha · L_IFD of a batch (`method.md`); alpha is lowered where the cap demands it.
-
-    `forward` makes the context of the models' forward passes (autocast); the losses are computed in fp32 outside of it.
-    """
-    with forward():
-        features: Features = student(batch.images, batch.tokens)
-    task = contrastive_loss(features.image, features.text, features.scale, global_batch)
-    none = torch.zeros((), device=task.device)
-    if teacher is None or distill is None or features.projected is None:
-        return Losses(task, task.detach(), none, none)
-    with torch.no_grad(), forward():
-        target: Features = teacher(batch.images, batch.tokens)
-    distance = feature_distance(features.projected, (target.image, target.text), global_batch)
-    alpha = torch.full_like(none, distill.alpha)
-    if distill.cap:
-        shared = mean_over_ranks(torch.stack([distance, task]))
-        alpha = capped_alpha(distill.alpha, shared[0], shared[1])
-    return Losses(task + alpha * distance, task.detach(), (alpha * distance).detach(), alpha)
 
 
 @dataclass
@@ -88,7 +47,7 @@ class StageLoop:
     """Steps done with a finite loss; on the device, read only when training has failed."""
 
     def run(
-        self, state: TrainState, teacher: nn.Module | None, loader: Loader, control: Control, last_step: float | None
+        self, state: TrainState, teacher: Objective | None, loader: Loader, control: Control, last_step: float | None
     ) -> bool:
         """Trains until the stage's last step; False if it was stopped before (the state is saved then).
 
@@ -109,11 +68,6 @@ class StageLoop:
             self.evaluate()
         base, logged = (counters.wall_s, counters.data_wait_s), (time.perf_counter(), counters.samples, 0.0)
         for batch in loader:
-            batch = Batch(
-                batch.step,
-                batch.images.to(self.device, non_blocking=True),
-                batch.tokens.to(self.device, non_blocking=True),
-            )
             lr = learning_rate(
                 counters.step,
                 peak=self.task.peak(counters.step),
@@ -122,8 +76,8 @@ class StageLoop:
                 schedule=self.recipe.schedule,
                 cooldown=self.task.cooldown,
             )
-            losses = self._update(student, state, teacher, batch, lr)
-            self.sound += losses.total.detach().isfinite()
+            losses = self._update(student, state, teacher, batch.to(self.device), lr)
+            self.sound += losses.total.isfinite()
             if counters.gap_s is None and last_step is not None:
                 counters.gap_s = time.time() - last_step
             counters.step += 1
@@ -155,11 +109,12 @@ class StageLoop:
         return FloatingPointError(f"{self.task.model}: {found} at step {state.counters.step}.")
 
     def _update(
-        self, student: nn.Module, state: TrainState, teacher: nn.Module | None, batch: Batch, lr: float
+        self, student: nn.Module, state: TrainState, teacher: Objective | None, batch: Columns, lr: float
     ) -> Losses:
         torch.manual_seed(_seed(self.recipe.seed, self.task.index, state.counters.step, rank()))
-        losses = step_losses(student, teacher, batch, self.distill, self.recipe.global_batch, self._forward)
-        losses.total.backward()
+        losses = forward_backward(
+            student, state.student, teacher, batch, self.distill, self.recipe.global_batch, self._forward
+        )
         if self.recipe.clip_norm is not None:
             nn.utils.clip_grad_norm_(state.student.parameters(), self.recipe.clip_norm)
         for group in state.optimizer.param_groups:
@@ -167,7 +122,7 @@ class StageLoop:
         state.optimizer.step()
         state.optimizer.zero_grad()
         with torch.no_grad():
-            state.student.model.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
+            state.student.after_step()
         return losses
 
     def _forward(self) -> AbstractContextManager[object]:
@@ -195,7 +150,7 @@ class StageLoop:
                 "distill_loss": distill,
                 "alpha": alpha,
                 "lr": lr,
-                "logit_scale": float(state.student.model.logit_scale.detach().exp()),
+                **state.student.report(),
                 "samples_per_s": round((counters.samples - samples) / (time.perf_counter() - since), 1),
                 "data_wait_s": round(loader.wait_s - waited, 4),
                 "world_size": self.world,

@@ -12,9 +12,9 @@ from torch import nn
 
 from raychain.evaluators.measure import evaluate
 from raychain.families import build, model_config
+from raychain.families.building import preprocessing_of
 from raychain.families.tokenizing import make_tokenizer
 from raychain.feed.cache import ShardCache
-from raychain.training.student import preprocessing_of
 from raychain.training.task import ChainTask, StageTask
 
 log = logging.getLogger("raychain.training")

@@ -17,18 +17,18 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from raychain.core.dist import rank, rank_slice, world_size
 from raychain.errors import Diverged
 from raychain.families import at_image_size, build, model_config
 from raychain.families.tokenizing import make_tokenizer
 from raychain.feed.cache import ShardCache
 from raychain.feed.health import Tally
 from raychain.feed.loader import Loader
-from raychain.feed.order import rank_slice
 from raychain.feed.preload import first_windows
 from raychain.feed.shards import Shard
 from raychain.growth import Moments, grow, grow_moments, read_moments, write_moments
-from raychain.objectives.contrastive import rank, world_size
-from raychain.objectives.distillation import Projector
+from raychain.paradigms.clip.objective import ClipObjective
+from raychain.paradigms.objective import Objective, Projector
 from raychain.storage import Folder, patiently
 from raychain.training.artifact import load_model, load_moments, write_artifact
 from raychain.training.average import make_average
@@ -38,7 +38,6 @@ from raychain.training.measuring import free_node, measured, measured_apart
 from raychain.training.optimizer import make_optimizer
 from raychain.training.state import Counters, TrainState, all_finite
 from raychain.training.states import Resumed, StageStates
-from raychain.training.student import Student
 from raychain.training.task import ChainTask, StageTask
 
 STAGE_RECORD = "stage.json"
@@ -229,7 +228,7 @@ class ChainWorker:
 
     def _start(
         self, stage: StageTask, model: nn.Module, resumed: Resumed, previous: Trained | None
-    ) -> tuple[TrainState, Student | None]:
+    ) -> tuple[TrainState, Objective | None]:
         """The stage's state, grown from the stage before or restored, and its teacher."""
         transfer, recipe = self.experiment.transfer, self.experiment.train
         teacher, projector = None, None
@@ -238,11 +237,12 @@ class ChainWorker:
             previous = self._at_image_size(previous, stage)
             grow(previous.model, model, width=transfer.width, depth=transfer.depth, shrink=transfer.shrink)
             if transfer.distill:
-                teacher = Student(previous.model).to(self.device).eval().requires_grad_(False)
+                teacher = ClipObjective(previous.model).to(self.device).eval().requires_grad_(False)
                 with torch.random.fork_rng(devices=[]):
                     torch.manual_seed(recipe.seed + stage.index)
-                    projector = Projector(_embed_dim(stage.model), _embed_dim(self.task.stages[stage.index - 1].model))
-        student = Student(model, projector).to(self.device)
+                    sizes = _embed_dim(stage.model), _embed_dim(self.task.stages[stage.index - 1].model)
+                    projector = Projector(dict.fromkeys(ClipObjective.feature_names, sizes))
+        student = ClipObjective(model, projector).to(self.device)
         for tower in (student, teacher):
             if tower is not None:
                 tower.micro_batch = self.micro_batches.get(stage.index)
@@ -261,7 +261,7 @@ class ChainWorker:
         self,
         stage: StageTask,
         state: TrainState,
-        teacher: Student | None,
+        teacher: Objective | None,
         loader: Loader,
         states: StageStates,
         following: StageTask | None,

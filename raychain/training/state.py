@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from raychain.training.student import Student
+from raychain.paradigms.objective import Objective
 
 ADAM = ("step", "exp_avg", "exp_avg_sq")
 AVERAGE = "average"
@@ -49,7 +49,7 @@ class Snapshot(NamedTuple):
 class TrainState:
     """The student, its optimiser and the counters; the data position is `counters.step` global batches."""
 
-    student: Student
+    student: Objective
     optimizer: torch.optim.Optimizer
     counters: Counters
     average: AveragedModel | None = None
@@ -63,7 +63,7 @@ class TrainState:
 
     @property
     def model(self) -> nn.Module:
-        """What is measured and published: the averaged open_clip model, or the student's own."""
+        """What is measured and published: the averaged model, or the student's own."""
         return self.student.model if self.averaged is None else self.averaged.module
 
     def follow(self) -> None:
@@ -90,8 +90,8 @@ class TrainState:
             if name not in buffers:
                 buffers[name] = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
             buffers[name].copy_(value.detach(), non_blocking=True)
-        if self.student.mean.is_cuda:
-            torch.cuda.synchronize(self.student.mean.device)
+        if (device := next(self.student.parameters()).device).type == "cuda":
+            torch.cuda.synchronize(device)
         copies, moment_copies = ({name: buffers[name] for name in group} for group in (weights, moments))
         return Snapshot(copies, moment_copies, asdict(self.counters), bool(finite))
 

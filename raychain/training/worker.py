@@ -111,7 +111,7 @@ def train_chain(config: dict[str, Any]) -> bool:
     import torch
 
     from raychain.backend_ray.preloading import preloading
-    from raychain.objectives.contrastive import rank
+    from raychain.core.dist import rank
     from raychain.training.stage import ChainWorker
 
     task: ChainTask = ray.get(config["task"])

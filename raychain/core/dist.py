@@ -1,4 +1,4 @@
-"""LaCLIP's contrastive loss of a global batch spread over ranks. B global batch, b local, K captions, D features."""
+"""Ranks of a process group and what they exchange. B global batch, b a rank's part; without a group, all of it."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-
-from raychain.feed.order import rank_slice
 
 
 class _Gather(torch.autograd.Function):
@@ -33,6 +31,11 @@ class _Gather(torch.autograd.Function):
         grad = grad.clone(memory_format=torch.contiguous_format)  # autograd may hold the same tensor elsewhere
         dist.all_reduce(grad)
         return grad[ctx.block], None
+
+
+def rank_slice(size: int, rank: int, world: int) -> slice:
+    """The contiguous block of `size` items that `rank` of `world` takes; sizes differ by at most one."""
+    return slice(rank * size // world, (rank + 1) * size // world)
 
 
 def world_size() -> int:
@@ -68,24 +71,3 @@ def mean_over_ranks(value: torch.Tensor) -> torch.Tensor:
         dist.all_reduce(value)
         value /= world_size()
     return value
-
-
-def contrastive_loss(
-    image_bD: torch.Tensor, text_bKD: torch.Tensor, scale: torch.Tensor, batch: int | None = None
-) -> torch.Tensor:
-    """CLIP's symmetric cross-entropy, averaged over the K captions of an image (LaCLIP; `method.md`, "The method").
-
-    Features are normalised, `scale` is exp(logit_scale), `batch` is B (absent: all ranks hold as many). Returns this
-    rank's part: its pictures against all captions and its captions against all pictures. The mean over ranks is the
-    loss of the global batch, so DDP's averaged gradient is its gradient. With one caption and an even split it equals
-    open_clip's ClipLoss(local_loss=True, gather_with_grad=True).
-    """
-    image_all, text_all = gather(image_bD, batch), gather(text_bKD, batch)
-    first = rank_slice(len(image_all), rank(), world_size()).start
-    target = torch.arange(len(image_bD), device=image_bD.device) + first
-    total = image_bD.new_zeros(())
-    for k in range(text_bKD.shape[1]):
-        to_text = scale * image_bD @ text_all[:, k].T
-        to_image = scale * text_bKD[:, k] @ image_all.T
-        total = total + (F.cross_entropy(to_text, target) + F.cross_entropy(to_image, target)) / 2
-    return total / text_bKD.shape[1] * share(len(image_bD), batch)
