@@ -241,7 +241,7 @@ def test_an_idle_loader_holds_nothing(tmp_path: Path, found: list[Shard]) -> Non
         assert all(table.mapped for table in tables)
         assert time.monotonic() - started < caching.PATIENCE_S / 2
         del tables
-        greys = [first.tokens[:, 0, 0], *(batch["tokens"][:, 0, 0] for batch in batches)]
+        greys = [first["tokens"][:, 0, 0], *(batch["tokens"][:, 0, 0] for batch in batches)]
     assert sorted(torch.cat(greys).tolist()) == list(range(SHARDS * SAMPLES))
 
 
