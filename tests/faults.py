@@ -83,7 +83,7 @@ class Site:
             self.driver = subprocess.Popen(command, stdout=log, stderr=log)
 
     def processes(self, title: str) -> list[psutil.Process]:
-        """The cluster's processes whose title holds `title`: RayTrainWorker, PreloadActor, ray::Controllers."""
+        """The cluster's processes whose title holds `title`: RayTrainWorker, PreloadActor, ray::TrainController."""
         found = []
         for node in [self.cluster.head_node, *self.nodes]:
             for raylet in node.all_processes.get("raylet", []):
@@ -133,9 +133,9 @@ def kill_worker(site: Site, rng: random.Random) -> None:
 
 
 def kill_controller(site: Site, rng: random.Random) -> None:
-    """The process of Ray Train's controllers is killed."""
+    """The process of Ray Train's controller is killed."""
     controllers: list[psutil.Process] = []
-    site.wait(lambda: bool(controllers.extend(site.processes("ray::Controllers")) or controllers), 60)
+    site.wait(lambda: bool(controllers.extend(site.processes("ray::TrainController")) or controllers), 60)
     controllers[0].kill()
 
 

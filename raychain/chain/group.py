@@ -22,12 +22,11 @@ from typing import Any
 
 import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig
+from ray.train.torch import TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from raychain.backend_ray import cluster
+from raychain.backend_ray import cluster, placement
 from raychain.backend_ray.failures import failure_of
-from raychain.chain.controllers import Trainer, start_controllers
 from raychain.chain.policy import FailurePolicy, MicroBatches, slower
 from raychain.chain.resolve import worker_cpus
 from raychain.errors import RunFailed
@@ -39,8 +38,9 @@ from raychain.training.worker import Mailbox, train_chain
 POLL_S = 0.2
 WATCH_S = 1.0
 """How often the nodes are looked at."""
-SETTLE_S = 1.0
-"""How long to wait for more room than the fewest workers need before starting with what there is."""
+SETTLE_S = 1.5
+"""How long to wait for more room than the fewest workers need before starting with what there is. What is free may be
+known a second late."""
 MISSING_S = 45.0
 """How long resources that the cluster does not have may be missing at the start of a run."""
 REMIND_S = 60.0
@@ -96,7 +96,6 @@ class Groups:
         self.mailbox: Any = ray.remote(num_cpus=0)(Mailbox).options(scheduling_strategy=self._here).remote()
         for name, seconds in SETTINGS.items():
             os.environ.setdefault(name, seconds)
-        self._controllers: Any = start_controllers(self._here)
 
     @property
     def until(self) -> int:
@@ -130,11 +129,9 @@ class Groups:
         self.mailbox.request_stop.remote()
 
     def close(self) -> None:
-        """Ends the mailbox's process and the controllers'; a search runs many chains on one connection to Ray."""
-        for actor in (self.mailbox, self._controllers):
-            with contextlib.suppress(ray.exceptions.RayError):
-                if actor is not None:
-                    ray.kill(actor)
+        """Ends the mailbox's process; a search runs many chains on one connection to Ray."""
+        with contextlib.suppress(ray.exceptions.RayError):
+            ray.kill(self.mailbox)
 
     def run(self, spoilt: Callable[[], bool]) -> bool:
         """Trains until the chain is complete (True), or until `stop` or `spoilt` ended it.
@@ -198,15 +195,13 @@ class Groups:
         name = f"ray-{uuid.uuid4().hex[:8]}"
         task = ray.put(self.task)  # the controller need not import what it is made of
         micro = {stage.index: self.micro.of(stage.index) for stage in self.task.stages}
-        self._controllers = self._controllers or start_controllers(self._here)
-        trainer = Trainer(
-            self._controllers,
-            train_chain,
+        trainer = TorchTrainer(
+            train_chain,  # type: ignore[arg-type]  # what it returns is `return_value` below
             train_loop_config={"task": task, "mailbox": self.mailbox, "micro_batch": micro, "until": attempt.until},
             scaling_config=ScalingConfig(
                 num_workers=attempt.workers, use_gpu=compute.gpus_per_worker > 0, resources_per_worker=self.worker
             ),
-            torch_config=TorchConfig(backend="nccl" if compute.gpus_per_worker else "gloo"),
+            torch_config=placement.Placed("nccl" if compute.gpus_per_worker else "gloo", mailbox=self.mailbox),
             run_config=RunConfig(
                 name=name,
                 storage_path=storage.path,
@@ -214,7 +209,6 @@ class Groups:
                 failure_config=FailureConfig(  # type: ignore[call-arg]
                     max_failures=0, controller_failure_limit=0, max_preemption_failures=0
                 ),
-                callbacks=[cluster.LeftBehind(self.mailbox)],  # type: ignore[list-item]
             ),
         )
 
@@ -223,8 +217,6 @@ class Groups:
                 attempt.complete = bool(trainer.fit().return_value)  # type: ignore[attr-defined]
             except BaseException as error:  # handled by the thread that waits
                 attempt.error = error
-                if isinstance(error, ray.exceptions.RayActorError):  # the controllers': a worker's is Ray Train's own
-                    self._controllers = None
 
         thread = threading.Thread(target=fit, name="fit", daemon=True)
         thread.start()
@@ -241,20 +233,21 @@ class Groups:
             self._drain()
         finally:
             with contextlib.suppress(Exception):
-                cluster.remove(ray.get(self.mailbox.placements.remote(), timeout=10))
+                placement.remove(ray.get(self.mailbox.placements.remote(), timeout=10))
             with contextlib.suppress(OSError):  # Ray's own few files; the storage may be away
                 storage.delete(name)
 
     def _watch(self, attempt: Attempt) -> None:
         """Asks the group to save and return where its nodes leave, or where more workers would fit."""
-        self.demand.want(self.most - attempt.workers)
+        most = self._workers(attempt.until)[1]
+        self.demand.want(most - attempt.workers, attempt.workers)
         if attempt.leave or not attempt.nodes:
             return
         away = attempt.nodes & cluster.leaving()
         if away:
             self._ask(attempt, "drain", f"{len(away)} of its nodes will be taken away")
-        elif attempt.workers < self.most and time.time() - attempt.began >= GROW_AFTER_S:
-            more = min(self.most - attempt.workers, cluster.room(self.worker))
+        elif attempt.workers < most and time.time() - attempt.began >= GROW_AFTER_S:
+            more = min(most - attempt.workers, cluster.room(self.worker))
             if more:
                 self._ask(attempt, "grow", f"there is room for {attempt.workers + more} workers")
 

@@ -29,7 +29,7 @@ class Mailbox:
 
     def __init__(self) -> None:
         self.events: list[dict[str, Any]] = []
-        self.groups: list[str] = []
+        self.groups: list[Any] = []
         self.stop = False
 
     def push(self, events: list[dict[str, Any]]) -> bool:
@@ -50,11 +50,11 @@ class Mailbox:
         """A new worker group is to train."""
         self.stop = False
 
-    def placed(self, group: str) -> None:
+    def placed(self, group: Any) -> None:
         """A worker group got this placement group."""
         self.groups.append(group)
 
-    def placements(self) -> list[str]:
+    def placements(self) -> list[Any]:
         """The placement groups since the last call."""
         groups, self.groups = self.groups, []
         return groups

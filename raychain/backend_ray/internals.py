@@ -1,0 +1,87 @@
+"""The one place where raychain reaches into Ray's private modules. Each use has a public path to fall back on.
+
+A private import stands inside the function that needs it, so that another version of Ray costs what it was for and
+nothing else.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import ray
+
+log = logging.getLogger("raychain.backend_ray")
+
+_told: set[str] = set()
+
+
+def missing(what: str, error: BaseException) -> None:
+    """Says once a process that this version of Ray does not offer something, and why."""
+    if what not in _told:
+        _told.add(what)
+        log.warning("Ray %s does not give raychain %s: %s", ray.__version__, what, error)
+
+
+class Requests(Protocol):
+    """Requests for workers to the cluster's autoscaler."""
+
+    def ask(self, workers: int, running: int, *, again: bool) -> None:
+        """Asks for so many workers beside those `running`; `again`: as the last time."""
+
+    def cancel(self) -> None:
+        """Takes the request back."""
+
+
+def requests(name: str, worker: Mapping[str, float]) -> Requests:
+    """What asks the autoscaler for workers of these resources, as `name`.
+
+    Ray has no public way to ask beside others: `ray.autoscaler.sdk.request_resources` replaces what anybody asked for
+    before, and a placement group would keep what it gets from those who could use it now. Its own libraries share a
+    coordinator, which adds up their requests.
+    """
+    try:
+        return _Coordinated(name, worker)
+    except (ImportError, AttributeError, TypeError) as error:
+        missing("its coordinator of requests to the autoscaler; what other jobs ask for may be forgotten", error)
+        return _Alone(worker)
+
+
+class _Coordinated:
+    """Through the coordinator of Ray's own libraries."""
+
+    def __init__(self, name: str, worker: Mapping[str, float]) -> None:
+        from ray.train import ScalingConfig
+        from ray.train.v2._internal.execution.scaling_policy.autoscaling_coordinator_client import (
+            TrainAutoscalingCoordinatorClient,
+        )
+
+        self._client: Any = TrainAutoscalingCoordinatorClient(name)
+        self._send, self._repeat = self._client.send_resource_request, self._client.maybe_send_resource_request
+        self._config = ScalingConfig(num_workers=1, use_gpu=worker.get("GPU", 0) > 0, resources_per_worker=dict(worker))
+
+    def ask(self, workers: int, running: int, *, again: bool) -> None:  # noqa: ARG002 - Ray Train asks for those itself
+        (self._repeat if again else self._send)(self._config, workers)
+
+    def cancel(self) -> None:
+        self._client.cancel_resource_request()
+
+
+class _Alone:
+    """Through Ray's public function, whose last caller is the only one that is heard."""
+
+    def __init__(self, worker: Mapping[str, float]) -> None:
+        self._worker = dict(worker)
+
+    def ask(self, workers: int, running: int, *, again: bool) -> None:
+        if not again:
+            self._request([self._worker] * (workers + running))
+
+    def cancel(self) -> None:
+        self._request([])
+
+    def _request(self, bundles: list[dict[str, float]]) -> None:
+        from ray.autoscaler.sdk import request_resources
+
+        request_resources(bundles=bundles)
