@@ -14,11 +14,12 @@ import torch
 
 import raychain
 from raychain.backend_ray import cluster
+from raychain.backend_ray import group as ray_train
+from raychain.backend_ray.worker import train_chain
 from raychain.chain import group
 from raychain.config.loading import validate
 from raychain.errors import RunFailed
 from raychain.paradigms.clip.objective import ClipObjective
-from raychain.training.worker import train_chain
 
 pytestmark = pytest.mark.slow
 FITS = 10
@@ -46,7 +47,7 @@ def with_little_memory(config):
 
 @pytest.mark.long
 def test_the_micro_batch_is_halved_until_the_memory_suffices(ray_session, tree, monkeypatch):
-    monkeypatch.setattr(group, "train_chain", with_little_memory)
+    monkeypatch.setattr(ray_train, "train_chain", with_little_memory)
     tree["compute"]["max_failures"] = 0  # finding the size is no failure
     tree["evaluate"] = {}
     run = raychain.run(validate(tree))
@@ -75,7 +76,7 @@ def dying_at_once(config):
 
 
 def test_a_worker_that_dies_at_start_does_not_hang_the_next_attempt(ray_session, tree, monkeypatch):
-    monkeypatch.setattr(group, "train_chain", dying_at_once)
+    monkeypatch.setattr(ray_train, "train_chain", dying_at_once)
     tree["evaluate"] = {}
     tree["compute"] |= {"workers": 1, "cpus_per_worker": 3}  # what the dead worker's group holds is needed
     run = raychain.run(validate(tree))

@@ -12,10 +12,10 @@ import pytest
 import ray
 
 import raychain
-from raychain.chain import group
+from raychain.backend_ray import group as ray_train
+from raychain.backend_ray.worker import train_chain
 from raychain.config.loading import validate
 from raychain.training import measuring
-from raychain.training.worker import train_chain
 
 pytestmark = pytest.mark.slow
 
@@ -48,7 +48,7 @@ def test_a_stage_measured_apart_has_the_same_metrics_and_the_next_does_not_wait(
     ray_session: None, finished: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, worker: Any
 ) -> None:
     usual, _, tree = finished
-    monkeypatch.setattr(group, "train_chain", worker)
+    monkeypatch.setattr(ray_train, "train_chain", worker)
     tree["evaluate"].pop("every")
     run = raychain.run(validate(tree | {"storage": str(tmp_path / "apart")}))
     assert [stage["status"] for stage in run["stages"]] == ["trained", "trained"]

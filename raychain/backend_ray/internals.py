@@ -42,13 +42,13 @@ def requests(name: str, worker: Mapping[str, float]) -> Requests:
     coordinator, which adds up their requests.
     """
     try:
-        return _Coordinated(name, worker)
+        return Coordinated(name, worker)
     except (ImportError, AttributeError, TypeError) as error:
         missing("its coordinator of requests to the autoscaler; what other jobs ask for may be forgotten", error)
-        return _Alone(worker)
+        return Alone(worker)
 
 
-class _Coordinated:
+class Coordinated:
     """Through the coordinator of Ray's own libraries."""
 
     def __init__(self, name: str, worker: Mapping[str, float]) -> None:
@@ -68,7 +68,7 @@ class _Coordinated:
         self._client.cancel_resource_request()
 
 
-class _Alone:
+class Alone:
     """Through Ray's public function, whose last caller is the only one that is heard."""
 
     def __init__(self, worker: Mapping[str, float]) -> None:

@@ -10,30 +10,18 @@ to grow or to leave a node saves first.
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import os
-import threading
 import time
-import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
-import ray
-from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-from raychain.backend_ray import cluster, placement
+from raychain.backend_ray import cluster
 from raychain.backend_ray.failures import failure_of
+from raychain.backend_ray.group import Workers
 from raychain.chain.policy import FailurePolicy, MicroBatches, slower
 from raychain.chain.resolve import worker_cpus
 from raychain.errors import RunFailed
 from raychain.reporting.events import Event, event
-from raychain.storage import Folder
 from raychain.training.task import ChainTask
-from raychain.training.worker import Mailbox, train_chain
 
 POLL_S = 0.2
 WATCH_S = 1.0
@@ -46,12 +34,6 @@ MISSING_S = 45.0
 REMIND_S = 60.0
 GROW_AFTER_S = 30.0
 """A group trains at least this long before it makes way for a larger one."""
-SETTINGS = {
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
-}
-"""Ray Train's own 60 s and 2 s would be most of the time a lost node costs; `Groups` watches for drained nodes."""
 
 
 @dataclass
@@ -77,7 +59,7 @@ class Groups:
     def __init__(
         self, task: ChainTask, handlers: Sequence[Callable[[Event], None]], done: set[int], *, verbose: bool
     ) -> None:
-        self.task, self.verbose = task, verbose
+        self.task = task
         self.done = done
         """Stages, by index, that are finished."""
         self.handlers = [self._follow, *handlers]
@@ -92,10 +74,7 @@ class Groups:
         self.stopping = False
         self._fatal: Event | None = None
         self._memory: Event | None = None
-        self._here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        self.mailbox: Any = ray.remote(num_cpus=0)(Mailbox).options(scheduling_strategy=self._here).remote()
-        for name, seconds in SETTINGS.items():
-            os.environ.setdefault(name, seconds)
+        self.backend = Workers(task, self.worker, verbose=verbose)
 
     @property
     def until(self) -> int:
@@ -126,12 +105,11 @@ class Groups:
     def stop(self) -> None:
         """Has the workers save and return; `run` then returns False."""
         self.stopping = True
-        self.mailbox.request_stop.remote()
+        self.backend.request_stop()
 
     def close(self) -> None:
-        """Ends the mailbox's process; a search runs many chains on one connection to Ray."""
-        with contextlib.suppress(ray.exceptions.RayError):
-            ray.kill(self.mailbox)
+        """Ends what belongs to the chain on Ray."""
+        self.backend.close()
 
     def run(self, spoilt: Callable[[], bool]) -> bool:
         """Trains until the chain is complete (True), or until `stop` or `spoilt` ended it.
@@ -139,8 +117,6 @@ class Groups:
         Raises RunFailed when attempts fail `compute.max_failures` times in a row, when an error would only come again,
         or when the cluster cannot hold the fewest workers.
         """
-        if not self.verbose:
-            logging.getLogger("ray.train").setLevel(logging.ERROR)
         try:
             return self._run(spoilt)
         finally:
@@ -150,7 +126,6 @@ class Groups:
         first = True
         while (workers := self._room(first)) and not self.stopping:
             self.attempt = attempt = Attempt(workers, self.until)
-            ray.get(self.mailbox.resume.remote())
             self._execute(attempt, spoilt)
             self.done |= set(range(attempt.until + 1)) if attempt.complete else set()
             first = attempt.complete
@@ -191,51 +166,22 @@ class Groups:
 
     def _execute(self, attempt: Attempt, spoilt: Callable[[], bool]) -> None:
         """Runs one group to its end, whatever that is."""
-        compute, storage = self.task.experiment.compute, Folder(self.task.out)
-        name = f"ray-{uuid.uuid4().hex[:8]}"
-        task = ray.put(self.task)  # the controller need not import what it is made of
         micro = {stage.index: self.micro.of(stage.index) for stage in self.task.stages}
-        trainer = TorchTrainer(
-            train_chain,  # type: ignore[arg-type]  # what it returns is `return_value` below
-            train_loop_config={"task": task, "mailbox": self.mailbox, "micro_batch": micro, "until": attempt.until},
-            scaling_config=ScalingConfig(
-                num_workers=attempt.workers, use_gpu=compute.gpus_per_worker > 0, resources_per_worker=self.worker
-            ),
-            torch_config=placement.Placed("nccl" if compute.gpus_per_worker else "gloo", mailbox=self.mailbox),
-            run_config=RunConfig(
-                name=name,
-                storage_path=storage.path,
-                storage_filesystem=None if storage.local else storage.fs,
-                failure_config=FailureConfig(  # type: ignore[call-arg]
-                    max_failures=0, controller_failure_limit=0, max_preemption_failures=0
-                ),
-            ),
-        )
-
-        def fit() -> None:
-            try:
-                attempt.complete = bool(trainer.fit().return_value)  # type: ignore[attr-defined]
-            except BaseException as error:  # handled by the thread that waits
-                attempt.error = error
-
-        thread = threading.Thread(target=fit, name="fit", daemon=True)
-        thread.start()
+        group = self.backend.start(attempt.workers, attempt.until, micro)
         looked = time.monotonic()
         try:
-            while thread.is_alive() and not (self.stopping and attempt.saved):
-                thread.join(POLL_S)
+            while group.is_alive() and not (self.stopping and attempt.saved):
+                group.join(POLL_S)
                 self._drain()
                 if self.stopping or spoilt():
-                    self.mailbox.request_stop.remote()  # again: the wish may have crossed `resume`
+                    self.backend.request_stop()  # again: the wish may have crossed the start
                 elif time.monotonic() - looked >= WATCH_S:
                     looked = time.monotonic()
                     self._watch(attempt)
             self._drain()
+            attempt.complete, attempt.error = group.complete, group.error
         finally:
-            with contextlib.suppress(Exception):
-                placement.remove(ray.get(self.mailbox.placements.remote(), timeout=10))
-            with contextlib.suppress(OSError):  # Ray's own few files; the storage may be away
-                storage.delete(name)
+            group.tidy()
 
     def _watch(self, attempt: Attempt) -> None:
         """Asks the group to save and return where its nodes leave, or where more workers would fit."""
@@ -253,7 +199,7 @@ class Groups:
 
     def _ask(self, attempt: Attempt, reason: str, message: str) -> None:
         attempt.leave = reason
-        self.mailbox.request_stop.remote()
+        self.backend.request_stop()
         self._tell_restart(reason, f"{message}: the workers save, a new group goes on")
 
     def _after_failure(self, error: BaseException) -> None:
@@ -306,6 +252,5 @@ class Groups:
             handle(found)
 
     def _drain(self) -> None:
-        with contextlib.suppress(ray.exceptions.RayError):
-            for found in ray.get(self.mailbox.drain.remote(), timeout=30):
-                self._tell(found)
+        for found in self.backend.events():
+            self._tell(found)
