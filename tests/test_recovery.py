@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 from test_checkpoint import follow_on, state, step
 
 import raychain
-from raychain.chain import group
+from raychain.backend_ray import group
+from raychain.backend_ray.worker import train_chain
 from raychain.chain.policy import slower
 from raychain.chain.resolve import make_task
 from raychain.config.loading import validate
@@ -31,7 +32,6 @@ from raychain.training.checkpoint import MARKER, OPTIMIZER, WEIGHTS, Checkpoints
 from raychain.training.loop import StageLoop
 from raychain.training.state import TrainState, all_finite
 from raychain.training.task import StageTask
-from raychain.training.worker import train_chain
 
 NAME = "checkpoints/0-model"
 KEYS = tuple(digit * 32 for digit in "abc")
