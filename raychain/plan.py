@@ -41,12 +41,13 @@ def plan(
     (samples a second over all workers, a number a stage), or `like` a finished run's folder.
     Raises InputError for wrong input and where no chain is within the limits.
     """
-    from raychain.chain.checks import check_chain
+    from raychain.chain.checks import check_chain, check_precision
     from raychain.chain.costing import cost_of
 
     config = experiment if isinstance(experiment, Experiment) else load_experiment(experiment, overrides)
     config, chosen = _chosen(config) if config.family else (config, {})
     check_chain(config)
+    check_precision(config)
     costed = cost_of(config)
     return {
         "name": config.name,
@@ -124,7 +125,7 @@ def _chain(config: Experiment, cost: ChainCost, samples: int) -> dict[str, Any]:
     from raychain.planning.resources import memory_bytes
 
     workers = config.most_workers
-    precision = config.train.precision or ("bf16" if config.compute.gpus_per_worker else "fp32")
+    precision = config.train.precision or "fp32"
     total, stages = cost.macs, []
     for stage, ratio in zip(cost.stages, (None, *cost.ratios), strict=True):
         memory = memory_bytes(

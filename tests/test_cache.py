@@ -25,7 +25,7 @@ from raychain.feed.members import Wanted
 from raychain.feed.order import Order
 from raychain.feed.room import claim
 from raychain.feed.shards import Shard, survey
-from raychain.feed.spec import Spec, fitting, representation
+from raychain.feed.spec import RAW_BYTES, Spec, fitting, representation
 
 SIZE, SAMPLES, SHARDS = 32, 20, 12
 WANTED = Wanted(("txt",))
@@ -287,8 +287,10 @@ def test_pixels_are_kept_raw_where_all_of_them_fit(samples: int, budget: int, ex
     assert representation(samples, 100, budget) == expected
 
 
-def test_the_representation_follows_the_budget_and_is_part_of_the_address() -> None:
-    raw, jpeg = (fitting(SPEC, 1000, budget) for budget in (3 * SIZE**2 * 1000, 3 * SIZE**2 * 1000 - 1))
+def test_the_representation_follows_the_data_or_the_user_and_is_part_of_the_address() -> None:
+    fit = RAW_BYTES // (3 * SIZE**2)
+    raw, jpeg = (fitting(SPEC, samples, None) for samples in (fit, fit + 1))
+    assert (fitting(SPEC, fit + 1, "raw"), fitting(SPEC, 1, "jpeg")) == (raw, jpeg)
     assert raw == SPEC
     assert jpeg.pixels == "jpeg"
     assert jpeg.digest != raw.digest

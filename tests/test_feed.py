@@ -138,7 +138,8 @@ def test_other_filesystems_are_read_through_fsspec(tmp_path: Path) -> None:
     [shard] = survey(found, WANTED, tmp_path / "cache", "data.train")
     assert shard.samples == 4
     assert len(ShardCache(tmp_path / "cache", BUDGET).table(shard, SPEC, numbers).label) == 4
-    assert shard.identity == survey([path], WANTED, tmp_path / "cache", "data.train")[0].identity
+    memory.pipe("/bucket/x-0.tar", Path(path).read_bytes())
+    assert survey(found, WANTED, tmp_path / "cache", "data.train")[0].identity != shard.identity, "by its time stamp"
 
 
 @pytest.mark.parametrize("pattern", ["none.tar", "a-{00..03}.tar", "x*.tar", "empty", "a-{00..01.tar", "no/x*.tar"])
@@ -202,10 +203,10 @@ def test_counts_are_kept_for_every_kind_of_sample(tmp_path: Path) -> None:
     [first] = survey([path], WANTED, *args)
     [labels] = survey([path], Wanted(label=True), *args)
     assert (first.samples, labels.samples) == (4, 1)
-    kept = list((tmp_path / "cache" / "counts").iterdir())
+    kept = [path for path in (tmp_path / "cache" / "counts").iterdir() if ".hash." not in path.name]
     assert len(kept) == 2
     kept_of_first = next(p for p in kept if WANTED.digest in p.name)
-    kept_of_first.write_text('{"samples": 99, "bad": {"counts": {}, "examples": []}}')
+    kept_of_first.write_text('{"samples": 99, "bad": {"counts": {}, "examples": []}, "former": ""}')
     assert survey([path], WANTED, *args)[0].samples == 99, "the kept count is used"
     kept_of_first.write_text('{"samp')
     assert survey([path], WANTED, *args) == [first], "a torn file is counted again"

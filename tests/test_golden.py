@@ -110,7 +110,10 @@ def _identity(stage: Any) -> dict[str, Any]:
     feed = stage.feed
     cached = [f"{shard.identity}-{feed.spec.digest}" for shard in feed.shards]
     shown = ("model", "key", "trunk", "rungs", "steps")
-    return {name: getattr(stage, name) for name in shown} | {"rungs": list(stage.rungs), "cached": cached[:1]}
+    # what schema 2 called the same: stages that it finished are found by that key
+    former = {"key": stage.former.key, "cached": [f"{shard.former}-{feed.spec.digest}" for shard in feed.shards][:1]}
+    own = {"rungs": list(stage.rungs), "cached": cached[:1], "former": former}
+    return {name: getattr(stage, name) for name in shown} | own
 
 
 def _search(root: Path, schedule: str) -> list[dict[str, Any]]:

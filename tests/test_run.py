@@ -21,7 +21,7 @@ from raychain.chain import driver
 from raychain.config.loading import validate
 from raychain.errors import RunFailed
 from raychain.feed import members
-from raychain.feed.shards import Shard, expand, read
+from raychain.feed.shards import expand, read, survey
 
 pytestmark = pytest.mark.slow
 
@@ -71,8 +71,9 @@ def test_open_clip_alone_gives_the_metrics_of_the_run(finished, demo):
             prompts = [[t.replace("{c}", c) for t in templates] for c in classes]
             weights = torch.stack([model.encode_text(tokenizer(p), normalize=True).mean(0) for p in prompts])
             images, labels = [], []
-            for path in expand([str(folder / "test")], "test"):
-                for sample in read(Shard(path, 0, "", 0), members.Wanted(label=True)):
+            wanted = members.Wanted(label=True)
+            for shard in survey(expand([str(folder / "test")], "test"), wanted, tmp_path, "test"):
+                for sample in read(shard, wanted):
                     images.append(preprocess(_open(members.picture(sample))))
                     labels.append(int(sample["cls"]))
             features = model.encode_image(torch.stack(images), normalize=True)

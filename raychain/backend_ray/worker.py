@@ -112,6 +112,7 @@ def train_chain(config: dict[str, Any]) -> bool:
 
     from raychain.backend_ray.preloading import preloading
     from raychain.core.dist import rank
+    from raychain.feed.content import ChangedError
     from raychain.training.stage import ChainWorker
 
     task: ChainTask = ray.get(config["task"])
@@ -135,7 +136,7 @@ def train_chain(config: dict[str, Any]) -> bool:
     try:
         with preloading(task, worker, link.emit):
             return worker.run()
-    except (FloatingPointError, InputError) as error:
+    except (FloatingPointError, InputError, ChangedError) as error:
         known = {"stage": error.stage, "step": error.step} if isinstance(error, Diverged) else {}
         link.emit({"event": "failure", "kind": "fatal", "message": str(error), **known})
         raise

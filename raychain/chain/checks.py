@@ -76,7 +76,10 @@ def _check_growth(experiment: Experiment, i: int) -> None:
 
 
 def check_compute(experiment: Experiment, address: str | None) -> None:
-    """Whether the workers get a pair each, and GPUs where this machine is to have them. Raises InputError."""
+    """Whether the workers get a pair each, GPUs where this machine is to have them, and a precision with GPUs.
+
+    Raises InputError.
+    """
     compute, batch = experiment.compute, experiment.train.global_batch
     fewest = experiment.fewest_workers
     if batch < experiment.most_workers:
@@ -94,6 +97,14 @@ def check_compute(experiment: Experiment, address: str | None) -> None:
             f"at most the {here} GPUs of this machine, or a Ray cluster",
             "give --address ADDR of a running cluster, or --set compute.workers / compute.gpus_per_worker",
         )
+    check_precision(experiment)
+
+
+def check_precision(experiment: Experiment) -> None:
+    """InputError where GPUs are asked for and no precision: it would be a machine that decides what is trained."""
+    if experiment.compute.gpus_per_worker and experiment.train.precision is None:
+        raise InputError("train.precision", "nothing, with compute.gpus_per_worker", "bf16 or fp32",
+                         "--set train.precision=bf16, which is what earlier versions took on GPUs")  # fmt: skip
 
 
 def writable(address: str, where: str = "--out") -> Folder:

@@ -22,6 +22,7 @@ from raychain.chain.group import Groups
 from raychain.chain.lease import Holder, Lease, patience
 from raychain.chain.resolve import worker_cpus
 from raychain.chain.store import StageStore, UnusableStageError, usable
+from raychain.chain.takeover import take_over
 from raychain.chain.totals import totals
 from raychain.errors import InputError, Interrupted, RunFailed
 from raychain.reporting.environment import environment
@@ -60,6 +61,7 @@ def run_chain(
     with contextlib.ExitStack() as stack:
         lease = stack.enter_context(Lease(out, LEASE))
         lease.acquire(patience(f"{task.out} is in use", _say))
+        take_over(task, out, store, _say)
         records = [_claim(stage, out, store, stack) for stage in task.stages]
         try:
             return _run(task, out, store, records, lease, address, verbose, watch)

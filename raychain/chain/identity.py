@@ -16,8 +16,10 @@ from typing import Any, Literal
 from raychain.config.experiment import Captions, Transfer
 from raychain.feed.spec import Representation
 
-SCHEMA = 2
-"""Version of the code's training semantics; part of every stage key."""
+SCHEMA = 3
+"""Version of the code's training semantics and of what its keys are made of; part of every stage key."""
+FORMER_SCHEMA = 2
+"""Its stages are taken over where their data is untouched (chain.takeover)."""
 
 
 @dataclass(frozen=True)
@@ -57,15 +59,15 @@ class Determinants:
     """Other peak learning rates, each after the step from which it holds."""
 
 
-def stage_key(stage: Determinants, previous: str) -> str:
+def stage_key(stage: Determinants, previous: str, schema: int = SCHEMA) -> str:
     """Content address of a stage that follows the stage with the key `previous` (empty: none)."""
     own = {"steps": stage.steps, "average": stage.average} | ({"cooldown": stage.cooldown} if stage.cooldown else {})
-    return _digest(_content(stage, previous) | own)
+    return _digest(_content(stage, previous, schema) | own)
 
 
-def trunk_key(stage: Determinants, previous: str) -> str:
+def trunk_key(stage: Determinants, previous: str, schema: int = SCHEMA) -> str:
     """Content address of what precedes the stage's cool-down, whatever its length; empty without a cool-down."""
-    return _digest(_content(stage, previous) | {"trunk": True}) if stage.cooldown else ""
+    return _digest(_content(stage, previous, schema) | {"trunk": True}) if stage.cooldown else ""
 
 
 def evaluation_key(zero_shot: str | None, retrieval: str | None) -> str:
@@ -73,10 +75,10 @@ def evaluation_key(zero_shot: str | None, retrieval: str | None) -> str:
     return _digest([zero_shot, retrieval])
 
 
-def _content(stage: Determinants, previous: str) -> dict[str, Any]:
+def _content(stage: Determinants, previous: str, schema: int) -> dict[str, Any]:
     """What stages of every length have in common."""
     content = {
-        "schema": SCHEMA,
+        "schema": schema,
         "model": stage.model,
         "image_size": stage.image_size,
         "data": {

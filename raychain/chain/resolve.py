@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from raychain.chain.checks import check_health, image_size
-from raychain.chain.identity import Determinants, evaluation_key, stage_key, trunk_key
+from raychain.chain.identity import FORMER_SCHEMA, Determinants, evaluation_key, stage_key, trunk_key
+from raychain.chain.takeover import finished
 from raychain.config.durations import Duration
 from raychain.config.experiment import Change, Data, Experiment, Train
 from raychain.demo import DemoError, is_current, make_demo
@@ -23,13 +24,13 @@ from raychain.feed.loader import Feed
 from raychain.feed.members import Wanted
 from raychain.feed.order import Mixture, Order, Stream
 from raychain.feed.shards import Shard, expand, survey
-from raychain.feed.spec import Spec, fitting
+from raychain.feed.spec import Spec, fitting, representation
 from raychain.planning.macs import forward_macs, stage_macs
 from raychain.reporting.health import DataHealth
 from raychain.storage import Folder, below, is_local
 from raychain.training.optimizer import adam_constants
 from raychain.training.stage import STAGE_RECORD
-from raychain.training.task import ChainTask, RateChange, StageTask
+from raychain.training.task import ChainTask, Former, RateChange, StageTask
 
 
 class Others(NamedTuple):
@@ -76,6 +77,9 @@ def make_task(
         zero_shot=zero_shot,
         retrieval=retrieval,
         evaluation=evaluation_key(zero_shot.digest if zero_shot else None, retrieval.digest if retrieval else None),
+        former_evaluation=evaluation_key(
+            zero_shot.former if zero_shot else None, retrieval.former if retrieval else None
+        ),
         threads=max(1, int(worker_cpus(experiment))),
     )
     check_health(DataHealth(task.shards, experiment.data.max_bad_fraction))
@@ -94,15 +98,23 @@ def replan(task: ChainTask, experiment: Experiment, out: str, others: Others = A
 
 
 def dry_plan(experiment: Experiment) -> dict[str, Any]:
-    """What `--dry-run` shows: every stage's steps and MACs. Demo shards that are not there yet are not rendered."""
+    """What `--dry-run` shows: every stage's steps, MACs and key.
+
+    Demo shards that are not there yet are not rendered, and keys are None then.
+    """
     demo, out = experiment.data.demo, below(experiment.storage, experiment.name)
     if demo and not is_current(Path(demo.out), names=demo.names, pictures=demo.pictures, seed=demo.seed):
         reading = Reading((), Order((demo.pictures,), experiment.train.seed))
         stages = resolve_stages(experiment, [reading] * len(experiment.chain), Folder(out))
+        keys: list[str | None] = [None] * len(stages)
+        published = [False] * len(stages)
     else:
-        stages = make_task(experiment, out).stages
-    shown = ("model", "params", "epoch_samples", "epochs", "steps", "warmup", "lr", "macs", "published")
-    return {"stages": [{name: getattr(stage, name) for name in shown} for stage in stages]}
+        task = make_task(experiment, out)
+        stages, published = task.stages, finished(task, Folder(out))
+        keys = [stage.key for stage in stages]
+    shown = ("model", "params", "epoch_samples", "epochs", "steps", "warmup", "lr", "macs")
+    plan = [{name: getattr(stage, name) for name in shown} for stage in stages]
+    return {"stages": [entry | {"published": p, "key": k} for entry, p, k in zip(plan, published, keys, strict=True)]}
 
 
 def epoch_samples(experiment: Experiment, data: Data, where: str = "data.train") -> int:
@@ -169,14 +181,14 @@ def resolve_stages(
     """The chain's stages in numbers, each on its reading. Raises InputError for stages too short for their warm-up."""
     stages: list[StageTask] = []
     for index, reading in enumerate(readings):
-        stages.append(_stage(experiment, index, reading, out, others, stages[-1].key if stages else ""))
+        stages.append(_stage(experiment, index, reading, out, others, stages[-1] if stages else None))
     return tuple(stages)
 
 
 def _stage(
-    experiment: Experiment, index: int, reading: Reading, out: Folder, others: Others, previous: str
+    experiment: Experiment, index: int, reading: Reading, out: Folder, others: Others, before: StageTask | None
 ) -> StageTask:
-    """The task of one stage; `previous` is the key of the stage before, empty for the first."""
+    """The task of one stage, which follows `before`."""
     recipe, stage, data = experiment.train, experiment.chain[index], experiment.stage_data(index)
     grown, every = experiment.transfer if index else None, experiment.evaluate.every
     epoch_samples = data.samples or reading.order.samples
@@ -201,7 +213,7 @@ def _stage(
     config = model_config(stage.model)
     size = image_size(experiment, index)
     spec = Spec(Wanted(data.captions.keys), size, make_tokenizer(config)[1], data.crop is not None)
-    spec = fitting(spec, sum(reading.order.counts), experiment.preload.budget)
+    spec = fitting(spec, sum(reading.order.counts), data.store)
     betas, eps = adam_constants(recipe, config)
     determinants = Determinants(
         model=config,
@@ -223,11 +235,12 @@ def _stage(
         eps=eps,
         weight_decay=recipe.weight_decay,
         clip_norm=recipe.clip_norm,
-        precision=recipe.precision or ("bf16" if experiment.compute.gpus_per_worker else "fp32"),
+        precision=recipe.precision or "fp32",
         transfer=grown,
         seed=recipe.seed + index,
         changes=_changes(stage.changes, lengths, steps, f"chain.{index}.changes"),
     )
+    previous = before.key if before else ""
     key = stage_key(determinants, previous)
     folder = f"{index}-{re.sub(r'[^A-Za-z0-9._-]', '_', stage.model)}"
     record = out.read_json(f"stages/{folder}/{STAGE_RECORD}")
@@ -237,6 +250,7 @@ def _stage(
         index=index,
         model=stage.model,
         key=key,
+        former=_former(experiment, determinants, reading, spec, before),
         folder=folder,
         steps=steps,
         warmup=warmup,
@@ -277,6 +291,23 @@ def _histories(stage: Determinants, previous: str) -> tuple[RateChange, ...]:
         before = replace(stage, changes=stage.changes[:number])
         found.append(RateChange(step, lr, stage_key(before, previous), trunk_key(before, previous)))
     return tuple(found)
+
+
+def _former(
+    experiment: Experiment, stage: Determinants, reading: Reading, spec: Spec, before: StageTask | None
+) -> Former:
+    """What schema 2 made of the same experiment: a machine decided there how pictures are kept, and the precision."""
+    pixels = representation(sum(reading.order.counts), spec.pixel_bytes, experiment.preload.budget)
+    precision = experiment.train.precision or ("bf16" if experiment.compute.gpus_per_worker else "fp32")
+    shards = tuple(shard.former for shard in reading.shards)
+    then = replace(stage, shards=shards, pixels=pixels, precision=precision)
+    previous = before.former.key if before else ""
+    key, begun = (stage_key(s, previous, FORMER_SCHEMA) for s in (then, replace(then, changes=())))
+    last = max(reading.shards, key=lambda shard: shard.changed, default=None)
+    touched = (last.changed, last.address) if last else (0.0, "")
+    if before:
+        touched = max(touched, (before.former.changed, before.former.shard))
+    return Former(key, begun, pixels, touched[1], touched[0])
 
 
 def _cooldown(recipe: Train, lengths: dict[str, int], steps: int) -> int:

@@ -158,6 +158,18 @@ class StageStore:
             self.storage.write_json(f"{entry}/{STAGE_RECORD}", record)
         return True
 
+    def rename(self, former: str, record: dict[str, Any]) -> None:
+        """Makes the stage of `record`, which names its key, of the files of the stage `former`, which stays.
+
+        Raises OSError, and UnusableStageError where a file is not what the record says.
+        """
+        key = record["key"]
+        with self._lease(key) as lease:
+            lease.acquire()
+            if not self._clear(key):
+                _copy(self.storage, f"{STORE}/{former}", self.storage, f"{STORE}/{key}", record)
+                self.storage.write_json(f"{STORE}/{key}/{STAGE_RECORD}", record)
+
     def _whole(self, key: str) -> bool:
         try:
             return verify(self.storage, f"{STORE}/{key}", key) is not None

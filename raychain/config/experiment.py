@@ -113,6 +113,9 @@ class Data(Component):
     """Area range of a random resized crop a step, such as [0.9, 1.0]; centre crop when absent."""
     shuffle_window: int = Field(8, ge=1)
     """Shards whose samples are shuffled together (the shards' order is shuffled too)."""
+    store: Literal["raw", "jpeg"] | None = None
+    """What the cache keeps of a picture: its pixels (raw), or JPEG of quality 95 in a seventh of the bytes, off by a
+    level or two. Absent: raw where the pixels of all samples together are 64 GiB at most, else jpeg."""
     max_bad_fraction: float = Field(0.01, ge=0, le=1)
     """Share of samples that may be unusable (`raychain data check` counts them); above it the run stops."""
 
@@ -242,8 +245,8 @@ class Train(Component):
     clip_norm: float | None = Field(1.0, gt=0)
     """Gradient norm is clipped to this; null: not clipped."""
     precision: Literal["bf16", "fp32"] | None = None
-    """Autocast of the forward pass; weights and optimiser are fp32. Absent: bf16 on GPUs, fp32 on CPUs, many of which
-    have no bf16 arithmetic and emulate it ten times slower."""
+    """Autocast of the forward pass; weights and optimiser are fp32. Absent: fp32, on CPUs alone, many of which have no
+    bf16 arithmetic and emulate it ten times slower. With GPUs it has to be named, so that they do not decide it."""
     seed: Seed = 0
     log_every: int = Field(20, ge=1)
     """Steps between lines of metrics.jsonl."""

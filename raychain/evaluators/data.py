@@ -13,6 +13,7 @@ from pathlib import Path
 
 from raychain.errors import InputError
 from raychain.feed import shards
+from raychain.feed.content import unchanged
 from raychain.feed.fetch import open_input
 from raychain.feed.health import STRUCTURAL
 from raychain.feed.members import Wanted
@@ -42,7 +43,12 @@ class ZeroShotData:
     @property
     def digest(self) -> str:
         """Identity of what is measured: the pictures' content, the names and the templates; not where they lie."""
-        return _digest("zero-shot", self.shards, (self.classes, self.templates))
+        return _digest("zero-shot", [shard.identity for shard in self.shards], (self.classes, self.templates))
+
+    @property
+    def former(self) -> str:
+        """The digest of schema 2."""
+        return _digest("zero-shot", [shard.former for shard in self.shards], (self.classes, self.templates))
 
     def prompts(self, name: str) -> list[str]:
         """The class name in each template."""
@@ -64,7 +70,12 @@ class RetrievalData:
     @property
     def digest(self) -> str:
         """Identity of what is measured: the pictures' content and the caption keys; not where they lie."""
-        return _digest("retrieval", self.shards, self.caption_keys)
+        return _digest("retrieval", [shard.identity for shard in self.shards], self.caption_keys)
+
+    @property
+    def former(self) -> str:
+        """The digest of schema 2."""
+        return _digest("retrieval", [shard.former for shard in self.shards], self.caption_keys)
 
 
 def resolve_zero_shot(address: str, cache_dir: str | Path, where: str = ZERO_SHOT) -> ZeroShotData:
@@ -142,7 +153,7 @@ def _labels(shard: Shard, cache: Path, where: str) -> tuple[int, int]:
         return low, high
     labels = []
     try:
-        with open_input(shard.address) as file, tarfile.open(fileobj=file, mode="r:") as tar:
+        with unchanged(shard), open_input(shard.address) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
                 handle = tar.extractfile(member) if member.name.lower().endswith(".cls") else None
                 with contextlib.suppress(ValueError):  # one broken sample among many: reading skips it with a warning
@@ -156,6 +167,6 @@ def _labels(shard: Shard, cache: Path, where: str) -> tuple[int, int]:
     return min(labels), max(labels)
 
 
-def _digest(task: str, found: Sequence[Shard], details: object) -> str:
-    text = repr((task, sorted(shard.identity for shard in found), details))
+def _digest(task: str, identities: Sequence[str], details: object) -> str:
+    text = repr((task, sorted(identities), details))
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import fnmatch
-import hashlib
+import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -16,25 +17,35 @@ from pyarrow import fs
 
 from raychain.errors import InputError
 from raychain.feed import health, members
+from raychain.feed.content import ChangedError, former_identity, identify, unchanged
 from raychain.feed.fetch import open_input, patiently
 from raychain.feed.health import Bad, Tally
+from raychain.reporting.counting import CountingLine
 from raychain.storage import Folder, resolve, split_options
 
-PROBE = 65_536
 WHOLE_AHEAD = 2**23
 """Bytes asked of object storage at once where the whole shard is read."""
+SILENT_S = 3.0
+"""How long shards are surveyed before a line counts them."""
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar file. `identity` hashes its size and three probes of its content, so a moved copy is the same shard."""
+    """One tar file, as it was when it was surveyed."""
 
     address: str
     size: int
     identity: str
+    """Tells its content, so a copy that was moved is the same shard and a changed byte makes another."""
     samples: int
     bad: Tally = field(default_factory=Tally, compare=False)
     """What is not among `samples`, as far as the members' names tell."""
+    version: str = field(default="", compare=False)
+    """As `Content.version`."""
+    changed: float = field(default=math.inf, compare=False)
+    """When the file was last touched, seconds since 1970."""
+    former: str = field(default="", compare=False)
+    """The identity that schema 2 gave it."""
 
 
 def expand(patterns: Sequence[str], where: str) -> list[str]:
@@ -80,13 +91,17 @@ def _match(address: str, pattern: str, where: str) -> list[str]:
 
 
 def survey(addresses: Sequence[str], wanted: members.Wanted, cache: Path, where: str) -> list[Shard]:
-    """Size, identity and count of usable samples of each shard, read in parallel; counts are kept in `cache`.
+    """Size, identity and count of usable samples of each shard, read in parallel; both are kept in `cache`.
 
     What a shard cannot give (samples without a picture or caption, damage) is counted in `Shard.bad` and named in the
-    log. Raises InputError for files that cannot be read, and if no shard has a usable sample.
+    log. Raises InputError for files that cannot be read or are being written, and if no shard has a usable sample.
     """
-    with ThreadPoolExecutor(16) as pool:
-        shards = list(pool.map(lambda address: _survey(address, wanted, cache, where), addresses))
+    began, shards = time.monotonic(), []
+    with ThreadPoolExecutor(16) as pool, CountingLine("shards identified and counted") as line:
+        for shard in pool.map(lambda address: _survey(address, wanted, cache, where), addresses):
+            shards.append(shard)
+            if time.monotonic() - began > SILENT_S:
+                line.show(len(shards), len(addresses))
     for shard in shards:
         health.name(shard.address, shard.bad)
     if not any(shard.samples for shard in shards):
@@ -99,39 +114,47 @@ def survey(addresses: Sequence[str], wanted: members.Wanted, cache: Path, where:
 
 
 def _survey(address: str, wanted: members.Wanted, cache: Path, where: str) -> Shard:
-    filesystem, path = resolve(address)
     counts = Folder(str(cache / "counts"))
     try:
-        size = patiently(address, lambda: filesystem.get_file_info(path)).size
-        with open_input(address) as file:
-            probe = hashlib.blake2b(str(size).encode(), digest_size=16)
-            for offset in (0, max(0, size // 2), max(0, size - PROBE)):
-                file.seek(offset)
-                probe.update(file.read(PROBE))
-            identity = probe.hexdigest()
-            name = f"{identity}-{wanted.digest}.json"
-            if (noted := counts.read_json(name)) and "bad" in noted:
-                return Shard(address, size, identity, noted["samples"], Tally.from_dict(noted["bad"]))
+        content = identify(address, counts)
+        shard = Shard(address, content.size, content.identity, 0, version=content.version, changed=content.changed)
+        name = f"{shard.identity}-{wanted.digest}.json"
+        noted = counts.read_json(name)
+        if isinstance(noted, dict) and {"samples", "bad", "former"} <= noted.keys():
+            bad = Tally.from_dict(noted["bad"])
+            return replace(shard, samples=noted["samples"], bad=bad, former=noted["former"])
+        found: list[Bad] = []
+        with unchanged(shard), open_input(address) as file:
+            former = former_identity(file, shard.size)
             file.seek(0)
-            found: list[Bad] = []
             samples = sum(1 for _ in members.samples(file, wanted, names_only=True, report=found.append))
+    except ChangedError as error:
+        raise InputError(
+            where, address, "a file that nothing writes to", f"start again when it is whole ({error})"
+        ) from None
     except OSError as error:
         raise InputError(where, address, "a file that can be read", f"replace or remove the shard ({error})") from None
     bad = health.tally(found)
     try:
-        counts.write_json(name, {"samples": samples, "bad": bad.as_dict()})
+        counts.write_json(name, {"samples": samples, "bad": bad.as_dict(), "former": former})
     except OSError as error:
         raise InputError("preload.cache", counts.address, f"a folder that can be written ({error})",
                          "give another folder") from None  # fmt: skip
-    return Shard(address, size, identity, samples, bad)
+    return replace(shard, samples=samples, bad=bad, former=former)
 
 
 def read(
     shard: Shard, wanted: members.Wanted, report: Callable[[Bad], None] = lambda _: None
 ) -> Iterator[dict[str, Any]]:
-    """The usable samples of a shard in file order; `report` as for `members.samples`. Raises OSError, naming it."""
+    """The usable samples of a shard in file order; `report` as for `members.samples`.
+
+    Raises OSError, naming the shard, where it cannot be read, and ChangedError, at the latest at its end, where it is
+    no longer the one that was surveyed.
+    """
     try:
-        with open_input(shard.address, WHOLE_AHEAD) as file:
+        with unchanged(shard), open_input(shard.address, WHOLE_AHEAD) as file:
             yield from members.samples(file, wanted, report=report)
+    except ChangedError:
+        raise
     except OSError as error:
         raise OSError(f"{shard.address}: {error}") from error

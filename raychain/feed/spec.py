@@ -20,6 +20,8 @@ STORED_BEYOND_CROP = 1.15
 """With random crops the whole picture is kept, its shorter side this much larger than the crop's output."""
 ASPECT = 4 / 3
 """Longer by shorter side of a usual photograph: how large whole pictures are is guessed from it."""
+RAW_BYTES = 64 * 2**30
+"""Pixels of a data set up to which they are kept as they are."""
 QUALITY = 95
 """Of pictures kept as JPEG, colour at half resolution: a quarter of the pixels' bytes, off by about a level."""
 
@@ -68,6 +70,7 @@ def representation(samples: int, bytes_per_sample: int, budget: int) -> Represen
     return "raw" if samples * bytes_per_sample <= budget else "jpeg"
 
 
-def fitting(spec: Spec, samples: int, budget: int) -> Spec:
-    """The spec with the representation that `samples` and `budget` (bytes) call for."""
-    return replace(spec, pixels=representation(samples, spec.pixel_bytes, budget))
+def fitting(spec: Spec, samples: int, store: Representation | None) -> Spec:
+    """The spec with the representation `store`; where that is None, raw if the pixels of all samples are RAW_BYTES at
+    most, whatever the cache of a machine can hold: pictures, and so results, are the same on all of them."""
+    return replace(spec, pixels=store or representation(samples, spec.pixel_bytes, RAW_BYTES))

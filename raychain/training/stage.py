@@ -418,6 +418,7 @@ class ChainWorker:
             "checkpoint": f"stages/{stage.folder}",
             "metrics": metrics or {},
             "evaluation": None if metrics is None else self.task.evaluation,
+            "published": round(time.time(), 3),
         }
         with tempfile.TemporaryDirectory(prefix="raychain-") as scratch:
             files = write_artifact(

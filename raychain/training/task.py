@@ -9,6 +9,22 @@ from raychain.config.experiment import Experiment
 from raychain.evaluators.data import RetrievalData, ZeroShotData
 from raychain.feed.loader import Feed
 from raychain.feed.shards import Shard
+from raychain.feed.spec import Representation
+
+
+@dataclass(frozen=True)
+class Former:
+    """What schema 2 called a stage, and what tells whether a stage of that name is still the one that is wanted."""
+
+    key: str
+    begun: str
+    """Key of its unfinished states, which knew no change of the learning rate."""
+    pixels: Representation
+    """How pictures were kept, which followed from `preload.budget`."""
+    shard: str
+    """Of the shards that the chain reads up to the stage's end the one that was touched last; empty without data."""
+    changed: float
+    """When that was, seconds since 1970."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +48,7 @@ class StageTask:
     model: str
     key: str
     """Content address: the hash of all that determines the stage's result."""
+    former: Former
     folder: str
     """Name under `stages/` and `checkpoints/`."""
     steps: int
@@ -95,6 +112,8 @@ class ChainTask:
     retrieval: RetrievalData | None
     evaluation: str
     """Identity of what is measured."""
+    former_evaluation: str
+    """What schema 2 called it."""
     threads: int
     """Torch threads a worker."""
 
@@ -102,6 +121,12 @@ class ChainTask:
         """Whether a stage's record has the metrics this chain asks for."""
         wanted = self.zero_shot is not None or self.retrieval is not None
         return not wanted or record.get("evaluation") == self.evaluation
+
+    @property
+    def evaluation_changed(self) -> float:
+        """When the last of the held-out shards was touched, seconds since 1970."""
+        sets = [found for found in (self.zero_shot, self.retrieval) if found is not None]
+        return max((shard.changed for found in sets for shard in found.shards), default=0.0)
 
     @property
     def shards(self) -> tuple[Shard, ...]:
