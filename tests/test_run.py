@@ -56,7 +56,7 @@ def test_a_chain_trains_and_its_run_folder_is_complete(finished):
     assert [(e["stage"], e["step"]) for e in run["evaluations"]] == [(0, 8), (0, 16), (0, 24), (1, 0), (1, 8), (1, 16)]
 
 
-def test_open_clip_alone_gives_the_metrics_of_the_run(finished, demo):
+def test_open_clip_alone_gives_the_metrics_of_the_run(finished, demo, tmp_path):
     run, out, _ = finished
     for stage in run["stages"]:
         name = f"local-dir:{out / stage['checkpoint']}"
