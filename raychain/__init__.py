@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import sys
 from types import ModuleType
 from typing import Any
 
+from raychain.terminal import LogLines
+
 __version__ = "0.1.0"
 __all__ = ["evaluate", "grow", "plan", "report", "run", "search"]
+
+logging.getLogger(__name__).addHandler(LogLines())
 
 
 class _Command(ModuleType):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,6 +12,7 @@ import typer
 
 from raychain.errors import InputError, Interrupted, RunFailed
 from raychain.run import guarded
+from raychain.terminal import delivered, say
 
 data = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Make, check and pack data."
@@ -34,7 +36,7 @@ def demo_command(
     except DemoError as error:
         raise InputError("raychain data demo", out, "a new folder and drawable numbers", str(error)) from None
     counts = ", ".join(f"{folder} {count:,}" for folder, count in summary.counts.items())
-    print(f"{summary.folder}: {counts} pictures of {names} names ({summary.bytes / 2**20:.0f} MiB)")
+    say(f"{summary.folder}: {counts} pictures of {names} names ({summary.bytes / 2**20:.0f} MiB)", sys.stdout)
 
 
 @data.command("check")
@@ -78,6 +80,7 @@ def check_command(
         print(json.dumps(result, indent=2))
     else:
         check_table(result)
+    delivered()
     if result["bad_fraction"] > max_bad_fraction:
         raise typer.Exit(1)
 
@@ -114,7 +117,7 @@ def build_command(
         raise Interrupted from None
     except OSError as error:
         raise RunFailed(f"{out} cannot be written: {error}") from None
-    print(json.dumps(result, indent=2) if as_json else _built(result, FAILED))
+    say(json.dumps(result, indent=2) if as_json else _built(result, FAILED), sys.stdout)
     if not result["samples"]:
         raise RunFailed(f"none of the {result['rows']:,} rows gave a picture; --retry-failed tries them again")
 

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from difflib import get_close_matches
 
+LONGEST = 1000
+"""Characters that are shown of what was given."""
+
 
 class InputError(Exception):
-    """The input is wrong (exit status 2): where it stands, what was given, what is allowed, how to fix it."""
+    """The input is wrong (exit status 2): where it stands, what was given, what is allowed, how to fix it.
 
-    def __init__(self, where: str, given: object, allowed: str, fix: str) -> None:
-        super().__init__(where, str(given), allowed, fix)  # all four, so that it survives pickling between processes
+    `more` are other errors in the same input.
+    """
+
+    def __init__(self, where: str, given: object, allowed: str, fix: str, *more: InputError) -> None:
+        super().__init__(where, str(given), allowed, fix, *more)  # all, so that it survives pickling between processes
 
     def __str__(self) -> str:
-        where, given, allowed, fix = self.args
-        return f"{where}\n  given    {given}\n  allowed  {allowed}\n  fix      {fix}"
+        where, given, allowed, fix, *more = self.args
+        first = f"{_line(where)}\n  given    {_line(given)}\n  allowed  {_joined(allowed)}\n  fix      {_joined(fix)}"
+        return "\n".join([first, *map(str, more)])
 
 
 class RunFailed(Exception):  # noqa: N818 - the name says what happened
@@ -43,7 +51,40 @@ class Interrupted(Exception):  # noqa: N818 - nothing went wrong
     """The user or the cluster stopped the run (exit status 130); what was trained is kept."""
 
 
+def printable(text: str) -> str:
+    """`text` with escapes such as `\\x1b` for what a terminal would obey and nobody would see.
+
+    These are control, format and direction characters and halves of surrogate pairs. Line ends and tabs stay.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or not _hidden(c) else _escape(c) for c in text)
+
+
+def one_line(text: str) -> str:
+    """`printable`, with escapes for line ends too: no name can begin a line."""
+    return printable(text).replace("\n", "\\n")
+
+
 def nearest(word: str, known: Sequence[str], default: str) -> str:
     """`did you mean X?` for the entry of `known` nearest to `word`, else `default`."""
     close = get_close_matches(word, known, n=1, cutoff=0.6)
     return f"did you mean {close[0]}?" if close else default
+
+
+def _hidden(character: str) -> bool:
+    return character not in "\n\t\u200c\u200d" and unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp")
+
+
+def _escape(character: str) -> str:
+    return character.encode("unicode_escape").decode()
+
+
+def _line(given: object) -> str:
+    text = str(given)
+    return one_line(text if len(text) <= LONGEST else text[:LONGEST] + "…")
+
+
+def _joined(text: str) -> str:
+    """Text of several lines, as libraries' errors have, in one."""
+    return one_line(" ".join(line.strip() for line in str(text).splitlines()))

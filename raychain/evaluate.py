@@ -16,6 +16,7 @@ import typer
 from raychain import command
 from raychain.errors import InputError, RunFailed, nearest
 from raychain.reporting.counting import CountingLine
+from raychain.terminal import delivered
 
 command(__name__)
 
@@ -120,6 +121,7 @@ def evaluate_command(
         from raychain.reporting.measured import measured_table
 
         measured_table(result)
+    delivered()
 
 
 def _read(checkpoint: str, model: str | None) -> Any:

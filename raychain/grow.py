@@ -30,6 +30,7 @@ from raychain.growth import grow as grow_modules
 from raychain.growth.drift import TowerDrift, measure_drift, random_inputs
 from raychain.growth.operators import DEFAULT_DEPTH, DEFAULT_WIDTH
 from raychain.storage import resolve
+from raychain.terminal import say
 from raychain.training.artifact import write_artifact
 
 command(__name__)
@@ -119,21 +120,25 @@ def grow_command(
 
 def _print(grown: Grown, data: str | None) -> None:
     report = grown.report
-    print(f"{grown.folder}: {report.inherited} of {report.total} tensors inherited ({report.width}, {report.depth})")
+    say(
+        f"{grown.folder}: {report.inherited} of {report.total} tensors inherited ({report.width}, {report.depth})",
+        sys.stdout,
+    )
     for name, tower in report.towers.items():
         if not tower.grown:
-            print(f"  {name}: left at its random start, {tower.small} does not grow into {tower.large}")
+            say(f"  {name}: left at its random start, {tower.small} does not grow into {tower.large}", sys.stdout)
             continue
         widths = ", ".join(f"{s.partition('.')[2]} {a} → {b}" for s, (a, b) in tower.widths.items() if a != b)
         for stack, layers in tower.layers.items():
             kept = len({source.layer for source in layers})
             widths += f"{', ' if widths else ''}{stack.partition('.')[2]} {kept} → {len(layers)}"
-        print(f"  {name}: {widths}")
-    print(f"drift on {data or 'random input'}:")
+        say(f"  {name}: {widths}", sys.stdout)
+    say(f"drift on {data or 'random input'}:", sys.stdout)
     for name, drift in grown.drift.items():
-        print(
+        say(
             f"  {name}: cosine {drift.cosine:.6f} (worst {drift.worst_cosine:.6f}), "
-            f"relative error {drift.relative_error:.1e}"
+            f"relative error {drift.relative_error:.1e}",
+            sys.stdout,
         )
 
 

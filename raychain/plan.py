@@ -14,6 +14,7 @@ import typer
 from raychain import command
 from raychain.config import Experiment, load_experiment
 from raychain.errors import InputError
+from raychain.terminal import delivered
 
 if TYPE_CHECKING:  # torch is imported by what plans, not by --help
     from raychain.planning.cost import ChainCost
@@ -83,10 +84,11 @@ def plan_command(
     )
     if as_json:
         print(json.dumps(result, indent=2))
-        return
-    from raychain.reporting.plan_table import plan_table
+    else:
+        from raychain.reporting.plan_table import plan_table
 
-    plan_table(result)
+        plan_table(result)
+    delivered()
 
 
 def _chosen(config: Experiment) -> tuple[Experiment, dict[str, Any]]:

@@ -10,6 +10,7 @@ import typer
 
 from raychain import command
 from raychain.errors import InputError
+from raychain.terminal import say
 
 command(__name__)
 
@@ -34,7 +35,7 @@ def report_command(
     run_dir: Annotated[str, typer.Argument(metavar="RUN_DIR", help="Folder of a run or a search; a path or s3://…")],
 ) -> None:
     """Write RUN_DIR/report.html: one file that shows a run or a search and loads nothing."""
-    print(report(run_dir))
+    say(report(run_dir), sys.stdout)
 
 
 if __name__ == "__main__":

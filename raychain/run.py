@@ -12,7 +12,8 @@ import typer
 
 from raychain import command
 from raychain.config import Experiment, load_experiment
-from raychain.errors import InputError, Interrupted, RunFailed
+from raychain.errors import InputError, Interrupted, RunFailed, one_line
+from raychain.terminal import delivered, guard_streams, report_lost, say
 
 command(__name__)
 
@@ -87,7 +88,7 @@ def _resolved(experiment: Experiment) -> Experiment:
     resolved = with_chain(experiment)
     if resolved is not experiment:
         chain = " → ".join(f"{stage.model} {stage.epochs}" for stage in resolved.chain)
-        print(f"planned: {chain} (raychain plan says why)", file=sys.stderr)
+        say(f"planned: {chain} (raychain plan says why)")
     return resolved
 
 
@@ -108,10 +109,11 @@ def _dry_run(experiment: str, overrides: tuple[str, ...], out: str | None, addre
     plan = dry_plan(config)
     if as_json:
         print(json.dumps({"config": config.model_dump(mode="json"), **plan}, indent=2))
-        return
-    for stage in plan["stages"]:
+    for stage in [] if as_json else plan["stages"]:
         state = "published" if stage["published"] else f"{stage['steps']:,} steps, {stage['epochs']:g} epochs"
-        print(f"{stage['model']:20} {stage['params'] / 1e6:9.2f} M parameters  {stage['macs']:.3g} MACs  {state}")
+        name = one_line(stage["model"])
+        say(f"{name:20} {stage['params'] / 1e6:9.2f} M parameters  {stage['macs']:.3g} MACs  {state}", sys.stdout)
+    delivered()
 
 
 def main(command: Any, name: str) -> None:
@@ -123,18 +125,24 @@ def main(command: Any, name: str) -> None:
 
 def guarded(app: Any) -> None:
     """Calls a Typer app; errors become one message and a status: 1 run failed, 2 wrong input, 130 interrupted."""
-    status = 0
+    guard_streams()
+    status: Any = 0
     try:
         app()
+    except SystemExit as stop:
+        status = stop.code
     except InputError as error:
-        print(f"raychain: {error}", file=sys.stderr)
+        say(f"raychain: {error}")
         status = 2
     except RunFailed as error:
-        print(f"raychain: the run failed: {error}\n{_way_on(error)}", file=sys.stderr)
+        said = str(error).replace("\n", "\n  ")  # no line of an error looks like one of raychain's own
+        say(f"raychain: the run failed: {said}\n{_way_on(error)}")
         status = 1
     except (Interrupted, KeyboardInterrupt):
-        print(f"raychain: interrupted. {KEPT}", file=sys.stderr)
+        say(f"raychain: interrupted. {KEPT}")
         status = 130
+    if not status:
+        report_lost()
     sys.exit(status)
 
 

@@ -90,7 +90,7 @@ def _setting(experiment: Experiment, data: Data, where: str) -> Setting:
     try:
         samples = epoch_samples(experiment, data, where)
     except InputError as error:
-        at, given, allowed, fix = error.args
+        at, given, allowed, fix, *_ = error.args
         hint = "; or say how many samples there are, to plan without them: --set data.samples=N" if at == where else ""
         raise InputError(at, given, allowed, fix + hint) from None
     except OSError as error:

@@ -24,7 +24,7 @@ from raychain.chain.resolve import worker_cpus
 from raychain.chain.store import StageStore, UnusableStageError, usable
 from raychain.chain.takeover import take_over
 from raychain.chain.totals import totals
-from raychain.errors import InputError, Interrupted, RunFailed
+from raychain.errors import InputError, Interrupted, RunFailed, one_line
 from raychain.reporting.environment import environment
 from raychain.reporting.events import Event, event
 from raychain.reporting.health import DataHealth
@@ -33,6 +33,7 @@ from raychain.reporting.report.writing import leave_report
 from raychain.reporting.runlog import RUN, RunLog
 from raychain.reporting.trackers import Trackers
 from raychain.storage import Folder, patiently
+from raychain.terminal import say
 from raychain.training.task import ChainTask, StageTask
 
 LEASE = ".driver"
@@ -237,7 +238,7 @@ def _execute(groups: Groups, spoilt: Callable[[], bool]) -> bool:
 
 
 def _say(message: str) -> None:
-    print(f"raychain: {message}", file=sys.stderr, flush=True)
+    say(one_line(f"raychain: {message}"))
 
 
 @contextlib.contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from raychain.errors import one_line
+from raychain.reporting.console import make_console
 from raychain.reporting.wording import MISSING
 
 SHOWN = 3
@@ -19,7 +20,7 @@ SHOWN = 3
 
 def check_table(result: Mapping[str, Any], console: Console | None = None) -> None:
     """Prints the summary of checked shards on stdout: counts, then the kinds of bad samples, each with examples."""
-    console = console or Console(force_terminal=sys.stdout.isatty())
+    console = console or make_console()
     counts = Table(box=None, show_header=False, pad_edge=False)
     bad = sum(result["bad"].values())
     for label, value in (
@@ -51,4 +52,4 @@ def _spread(values: Mapping[str, int] | None) -> str:
 
 def _example(item: Mapping[str, Any]) -> str:
     name = item["shard"].rpartition("/")[2]
-    return f"{name}: {item['key']}{' – ' if item['detail'] else ''}{item['detail']}"
+    return one_line(f"{name}: {item['key']}{' – ' if item['detail'] else ''}{item['detail']}")

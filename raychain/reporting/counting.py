@@ -7,6 +7,8 @@ import time
 from types import TracebackType
 from typing import Self
 
+from raychain.errors import one_line
+
 LIVE_EVERY_S, PLAIN_EVERY_S = 0.2, 10.0
 
 
@@ -34,4 +36,5 @@ class CountingLine:
             return
         self._shown = now
         line = f"{self.what}: {done:,} of {total:,}{', ' if note else ''}{note}"
+        line = one_line(line)
         print(f"\r\x1b[K{line}" if self._live else line, end="" if self._live else "\n", file=sys.stderr, flush=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,18 +10,20 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from raychain.errors import one_line
+from raychain.reporting.console import make_console
+
 HEADINGS = ("task", "data", "pictures", "result (%)")
 LABELS = {"zero_shot": "zero-shot", "retrieval": "retrieval"}
 
 
 def measured_table(result: Mapping[str, Any], console: Console | None = None) -> None:
     """Prints the result of `raychain.evaluate.evaluate` on stdout: a row for each task, percentages to two decimals."""
-    console = console or Console(force_terminal=sys.stdout.isatty())
+    console = console or make_console()
     console.print(
-        f"{result['checkpoint']}: {result['params'] / 1e6:.2f} M parameters, {result['image_size']} px, "
+        f"{one_line(str(result['checkpoint']))}: {result['params'] / 1e6:.2f} M parameters, {result['image_size']} px, "
         f"{result['device']}, {result['seconds']:.1f} s",
         highlight=False,
-        markup=False,
         soft_wrap=True,
     )
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
@@ -31,7 +32,7 @@ def measured_table(result: Mapping[str, Any], console: Console | None = None) ->
     for row in result["results"]:
         what = f"{row['classes']:,} classes, {row['templates']:,} templates" if "classes" in row else "recall"
         pictures = f"{row['pictures']:,}"
-        table.add_row(LABELS[row["task"]], Text(f"{row['data']}\n{what}"), pictures, _numbers(row["metrics"]))
+        table.add_row(LABELS[row["task"]], Text(f"{one_line(row['data'])}\n{what}"), pictures, _numbers(row["metrics"]))
     console.print(table)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import textwrap
 from collections.abc import Mapping
 from typing import Any
@@ -11,6 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from raychain.reporting.console import make_console
 from raychain.reporting.wording import METRICS, MISSING, about, clock, macs, number
 
 HEADINGS = ("model", "image\nparams", "ratio", "all\nparams", "forward\nMACs", "epochs", "MACs", "share", "memory")
@@ -24,7 +24,7 @@ BREACHES = {
 
 def plan_table(plan: Mapping[str, Any], console: Console | None = None) -> None:
     """Prints a plan as `raychain.plan` returns it on stdout, in 80 columns; styled on a terminal only."""
-    console = console or Console(force_terminal=sys.stdout.isatty())
+    console = console or make_console()
     captions = plan["captions"]
     per_image = f", {captions} captions each" if captions > 1 else ""
     _say(console, f"{plan['name']}: {plan['samples']:,} samples{per_image}", bold=True)
@@ -111,4 +111,4 @@ def _say(console: Console, text: str, *, bold: bool = False, style: str = "") ->
     """A paragraph of at most the terminal's width, wrapped between words."""
     indent = "  " if text.startswith("- ") else ""
     wrapped = textwrap.fill(text, console.width, subsequent_indent=indent, break_on_hyphens=False)
-    console.print(wrapped, style="bold" if bold else style, highlight=False, markup=False, soft_wrap=True)
+    console.print(wrapped, style="bold" if bold else style, highlight=False, soft_wrap=True)

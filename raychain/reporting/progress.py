@@ -14,7 +14,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from raychain.errors import one_line
 from raychain.feed.health import Tally
+from raychain.reporting.console import make_console
 from raychain.reporting.events import Event
 from raychain.reporting.wording import METRICS, clock, number, percent
 
@@ -26,7 +28,7 @@ class Progress:
 
     def __init__(self, total_stages: int, console: Console | None = None) -> None:
         self.total_stages = total_stages
-        self.console = console or _stderr()
+        self.console = console or make_console(stderr=True)
         self._live: Live | None = None
         self._starts: dict[int, Event] = {}
         self._shown_at: dict[int, float] = {}
@@ -109,12 +111,7 @@ class Progress:
         return f"stage {stage + 1}/{self.total_stages}" + (f" {model}" if model else "")
 
     def _print(self, text: str, style: str = "") -> None:
-        self.console.print(Text(text, style), soft_wrap=True)
-
-
-def _stderr() -> Console:
-    terminal = sys.stderr.isatty()  # not Rich's guess, which FORCE_COLOR turns over
-    return Console(stderr=True, force_terminal=terminal)
+        self.console.print(Text(one_line(text), style), soft_wrap=True)
 
 
 def _opening(start: Event) -> str:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Protocol
 
+from raychain.errors import one_line
 from raychain.reporting.events import Event
 from raychain.reporting.wording import METRICS, clock, macs, number, percent
+from raychain.terminal import say
 
 STEP_EVERY_S = 60.0
 
@@ -59,7 +60,7 @@ class SearchProgress:
     def say(self, text: str) -> None:
         """One line."""
         with self._lock:
-            print(text, file=sys.stderr, flush=True)
+            say(one_line(text))
 
     def opening(self, slots: int, size: int) -> None:
         """What will be done."""

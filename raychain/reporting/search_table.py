@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import textwrap
 from collections.abc import Mapping
 from typing import Any
@@ -12,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from raychain.reporting.console import make_console
 from raychain.reporting.search_progress import describe
 from raychain.reporting.wording import METRICS, macs, number, percent
 
@@ -22,7 +22,7 @@ KINDS = {"planned": "planner", "sampled": "", "control": "alone", "equal-macs": 
 
 def search_table(result: Mapping[str, Any], console: Console | None = None) -> None:
     """Prints a search.json on stdout: trials from the best on, the best chain against models alone, what was shared."""
-    console = console or Console(force_terminal=sys.stdout.isatty())
+    console = console or make_console()
     metric, best, front = result["metric"], result["best"], {trial["number"] for trial in result["pareto"]}
     trials = sorted(result["trials"], key=lambda trial: (-trial["metrics"].get(metric, -1.0), trial["macs"]))
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, show_edge=False)
@@ -87,4 +87,4 @@ def _share(requested: float, trained: float) -> str:
 
 
 def _say(console: Console, text: str) -> None:
-    console.print(textwrap.fill(text, console.width, break_on_hyphens=False), highlight=False, markup=False)
+    console.print(textwrap.fill(text, console.width, break_on_hyphens=False), highlight=False)

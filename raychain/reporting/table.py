@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from raychain.feed.health import kinds
+from raychain.reporting.console import make_console
 from raychain.reporting.wording import MISSING, macs, number, percent
 
 STATUS_STYLES = {"trained": "green", "reused": "cyan", "failed": "red"}
@@ -25,7 +25,7 @@ def result_table(run: Mapping[str, Any], console: Console | None = None) -> None
 
     It fits 80 columns with model names of up to 13 characters; longer ones fold where the terminal is too narrow.
     """
-    console = console or Console(force_terminal=sys.stdout.isatty())
+    console = console or make_console()
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1 if console.width >= 100 else 0), pad_edge=False, show_edge=False)
     for heading in HEADINGS + MEASURED:
         left = heading in TEXT
@@ -37,8 +37,8 @@ def result_table(run: Mapping[str, Any], console: Console | None = None) -> None
     health = run.get("data_health") or {}
     if health.get("bad"):
         bad, samples = sum(health["bad"].values()), health["samples"]
-        console.print(f"data: {bad:,} of {samples:,} samples not used: {kinds(health['bad'])}", markup=False)
-    console.print(_totals(run.get("totals") or {}), style="bold", highlight=False, markup=False)
+        console.print(f"data: {bad:,} of {samples:,} samples not used: {kinds(health['bad'])}")
+    console.print(_totals(run.get("totals") or {}), style="bold", highlight=False)
 
 
 def _row(stage: Mapping[str, Any]) -> list[str | Text]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-
+from raychain.errors import one_line
 from raychain.reporting.report.loading import read
 from raychain.reporting.report.page import page
 from raychain.storage import Folder
+from raychain.terminal import say
 
 REPORT = "report.html"
 
@@ -21,4 +21,4 @@ def leave_report(folder: Folder) -> None:
     try:
         write_report(folder)
     except Exception as error:
-        print(f"raychain: warning: {folder.address}/{REPORT} was not written: {error}", file=sys.stderr, flush=True)
+        say(one_line(f"raychain: warning: {folder.address}/{REPORT} was not written: {error}"))
