@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import logging
 import os
 import random
+import stat
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +29,14 @@ PAUSES_S = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0)
 """Between attempts to write what must not be lost: a full disk that is cleared, storage that is back in a minute."""
 FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 """Errors that trying again does not mend."""
+
+KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFSOCK: "a socket",
+}
 
 T = TypeVar("T")
 
@@ -49,6 +59,18 @@ def patiently(action: Callable[[], T], what: str, pauses_s: Sequence[float] = PA
             log.warning("%s: try %d of %d failed: %s", what, tried, tries, error)
             time.sleep(pauses_s[tried - 1] * random.uniform(0.5, 1.5))
     raise AssertionError("unreachable")
+
+
+def regular_file(path: str | Path) -> os.stat_result:
+    """The status of a regular file. Raises OSError for everything else: pipes and devices might never end."""
+    try:
+        found = os.stat(path)  # noqa: PTH116 - paths come as strings
+    except (FileNotFoundError, ValueError):  # ValueError: a NUL, or half of a surrogate pair
+        raise FileNotFoundError(errno.ENOENT, "no such file") from None
+    kind = KINDS.get(stat.S_IFMT(found.st_mode))
+    if kind:
+        raise (IsADirectoryError if kind == "a folder" else OSError)(errno.EISDIR, f"{kind}, not a file")
+    return found
 
 
 def is_local(address: str) -> bool:

@@ -30,7 +30,7 @@ def parse_budget(value: Any) -> Budget:
     """`"30 %"` of the baseline, `"9.5 EMACs"`, or a number of MACs. Raises ValueError for anything else."""
     found = None if isinstance(value, bool) else _BUDGET.fullmatch(str(value))
     amount = float(found[1]) * _PREFIXES[found[2]] if found else 0.0
-    if not found or amount <= 0 or (found[2] and found[3]):
+    if not found or not 0 < amount < float("inf") or (found[2] and found[3]):
         raise ValueError('allowed is a share of the baseline such as "30 %", or MACs such as "9.5 EMACs" or 9.5e18')
     return Budget(amount, found[3] or "MACs")
 

@@ -9,6 +9,8 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, PlainSerializer, WithJsonSchema
 
 UNITS = {"step": "steps", "sample": "samples", "epoch": "epochs", "percent": "%", "%": "%"}
+LONGEST = 1e15
+"""Steps, samples, epochs, percent or seconds: what is longer is a slip."""
 SECONDS = {"s": 1, "second": 1, "minute": 60, "min": 60, "hour": 3600, "h": 3600}
 _LENGTH = re.compile(r"\s*([0-9][0-9_]*(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z%]*)\s*")
 
@@ -51,6 +53,8 @@ def parse_duration(value: Any, *, default_unit: str | None = None, percent: bool
     found = _LENGTH.fullmatch(str(value))
     if not found:
         raise ValueError(f"allowed is {allowed}")
+    if float(found[1]) > LONGEST:
+        raise ValueError(f"allowed is {allowed}, of at most {LONGEST:g}")
     word = found[2].lower()
     unit = default_unit if not word else UNITS.get(word) or UNITS.get(word.removesuffix("s"))
     if unit is None or (unit == "%" and not percent):
@@ -65,7 +69,7 @@ def parse_interval(value: Any) -> Duration:
     found = _LENGTH.fullmatch(str(value))
     word = found[2].lower() if found else ""
     seconds = SECONDS.get(word) or SECONDS.get(word.removesuffix("s"))
-    if not found or float(found[1]) <= 0 or (seconds is None and word.removesuffix("s") != "step"):
+    if not found or not 0 < float(found[1]) <= LONGEST or (seconds is None and word.removesuffix("s") != "step"):
         raise ValueError('allowed is "N steps", "N seconds", "N minutes" or "N hours", above zero')
     amount = float(found[1])
     return Duration(amount, "steps") if seconds is None else Duration(amount * seconds, "s")
@@ -78,10 +82,10 @@ def parse_bytes(value: Any) -> int:
     }
     scale = {k.lower(): v for k, v in powers.items()} | {"b": 1}
     found = _LENGTH.fullmatch(str(value))
-    size = int(float(found[1]) * scale.get(found[2].lower(), 0)) if found else 0
-    if size <= 0:
+    size = min(float(found[1]) * scale.get(found[2].lower(), 0), 2**63) if found else 0
+    if not 1 <= size < 2**63:
         raise ValueError('allowed is a size such as "200GiB" or "500MB"')
-    return size
+    return int(size)
 
 
 def _above_zero(length: Duration) -> Duration:

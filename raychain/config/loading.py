@@ -9,13 +9,16 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from raychain.config.experiment import Experiment
+from raychain.config.yaml_text import LARGEST, YamlError, read_yaml
 from raychain.errors import InputError, nearest
+from raychain.storage import regular_file
 
 _EXPONENT = re.compile(r"[+-]?[0-9]+(\.[0-9]*)?[eE][+-]?[0-9]+")
+SHOWN = 10
+"""Problems of an experiment that are shown."""
 PACKAGE = Path(__file__).resolve().parents[1]
 
 
@@ -31,11 +34,12 @@ def find_experiment(name: str) -> Path:
     """The file for a path or a shipped experiment's name; InputError if there is none."""
     path, shipped = Path(name), shipped_experiments()
     if path.suffix in (".yaml", ".yml") or os.sep in name:
-        if path.is_file():
-            return path
-        raise InputError(
-            "EXPERIMENT", name, "a YAML file, or one of: " + ", ".join(shipped), "check the path; no such file"
-        )
+        try:
+            regular_file(path)
+        except OSError as error:
+            allowed = "a YAML file, or one of: " + ", ".join(shipped)
+            raise InputError("EXPERIMENT", name, allowed, f"check the path; {error.strerror or error}") from None
+        return path
     if name not in shipped:
         fix = nearest(name, list(shipped), "give one of these names, or a path ending in .yaml")
         raise InputError("EXPERIMENT", name, ", ".join(shipped) or "a YAML file", fix)
@@ -46,13 +50,19 @@ def load_experiment(name: str, overrides: Sequence[str] = ()) -> Experiment:
     """The validated experiment of a YAML path or shipped name, with `dotted.key=value` overrides (values are YAML)."""
     path = find_experiment(name)
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise InputError(str(path), str(error).replace("\n", " "), "a YAML mapping", "correct the file there") from None
+        with path.open("rb") as file:
+            content = file.read(LARGEST + 1)
+        if len(content) > LARGEST:
+            raise YamlError(f"more than {LARGEST:,} bytes")
+        tree = read_yaml(content)
+    except YamlError as error:
+        where = f"{path}, line {error.line}" if error.line else str(path)
+        raise InputError(where, str(error), "a YAML mapping of experiment keys", "correct the file there") from None
+    except OSError as error:
+        raise InputError("EXPERIMENT", name, "a file that can be read", str(error)) from None
     if not isinstance(tree, dict):
-        raise InputError(
-            str(path), type(tree).__name__, "a YAML mapping of experiment keys", "see experiments/demo.yaml"
-        )
+        given = "nothing" if tree is None else f"a {type(tree).__name__}"
+        raise InputError(str(path), given, "a YAML mapping of experiment keys", "see experiments/demo.yaml")
     for override in overrides:
         _apply(tree, override)
     return validate(tree, str(path))
@@ -63,17 +73,17 @@ def validate(tree: dict[str, Any], source: str = "experiment") -> Experiment:
     try:
         return Experiment.model_validate(tree)
     except ValidationError as error:
-        raise InputError(*_explain(error, source)) from None
+        raise _explain(error, source) from None
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
-    if not equals or not key:
+    if not equals or not all(key.split(".")):
         raise InputError("--set", override, "dotted.key=value", "for example --set train.lr=5e-4")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise InputError(f"--set {key}", text, "a YAML value", "quote the value") from None
+        value = read_yaml(text)
+    except YamlError as error:
+        raise InputError(f"--set {key}", text, f"a YAML value ({error})", "quote the value") from None
     if isinstance(value, str) and _EXPONENT.fullmatch(value):  # YAML 1.1 reads 1e-3 as text
         value = float(value)
     node: Any = tree
@@ -82,7 +92,8 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         if isinstance(node, list):
             node = node[_index(node, part, override)]
         else:
-            node[part] = node.get(part) or {}
+            if node.get(part) is None:
+                node[part] = {}
             node = node[part]
         if not isinstance(node, dict | list):
             raise InputError("--set", override, f"a key below a mapping; {part} is a value", f"set {part} itself")
@@ -93,12 +104,13 @@ def _apply(tree: dict[str, Any], override: str) -> None:
 
 
 def _index(node: list[Any], part: str, override: str) -> int:
-    if part.isdigit() and int(part) < len(node):
+    if part in map(str, range(len(node))):
         return int(part)
-    raise InputError("--set", override, f"a number from 0 to {len(node) - 1} in place of {part}", "count from 0")
+    allowed = f"a number from 0 to {len(node) - 1} in place of {part}" if node else f"no {part} of an empty list"
+    raise InputError("--set", override, allowed, "count from 0")
 
 
-def _explain(error: ValidationError, source: str) -> tuple[str, str, str, str]:
+def _explain(error: ValidationError, source: str) -> InputError:
     problems = []
     for item in error.errors():
         parts = [p for p in item["loc"] if isinstance(p, str | int)]
@@ -114,9 +126,10 @@ def _explain(error: ValidationError, source: str) -> tuple[str, str, str, str]:
             given = "nothing" if given == "()" else given
             allowed = item["msg"].removeprefix("Value error, ").removeprefix("allowed is ").replace("tuple", "list")
             problems.append((where, given, allowed, f"correct {where or 'the file'}"))
-    first, *more = problems
-    rest = "".join(f"\n{source}: {w}\n  given    {g}\n  allowed  {a}\n  fix      {f}" for w, g, a, f in more)
-    return f"{source}: {first[0]}", first[1], first[2], first[3] + rest
+    first, *more = [InputError(f"{source}: {w}", given, allowed, fix) for w, given, allowed, fix in problems[:SHOWN]]
+    if (left := len(problems) - SHOWN) > 0:
+        more.append(InputError(source, f"{left} more of the kind", "keys and values as above", "correct these first"))
+    return InputError(*first.args, *more)
 
 
 def _fields(parts: Sequence[str | int]) -> list[str]:
