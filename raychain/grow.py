@@ -19,6 +19,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import nn
 
 from raychain import command
+from raychain.config.task import Task
 from raychain.errors import InputError, nearest
 from raychain.families import UnknownModelError, build, model_config, model_names
 from raychain.families.checkpoints import Checkpoint, CheckpointError, read_checkpoint
@@ -29,6 +30,7 @@ from raychain.growth import DEPTH_OPERATORS, WIDTH_OPERATORS, GrowthError, Growt
 from raychain.growth import grow as grow_modules
 from raychain.growth.drift import TowerDrift, measure_drift, random_inputs
 from raychain.growth.operators import DEFAULT_DEPTH, DEFAULT_WIDTH
+from raychain.paradigms import make_paradigm
 from raychain.storage import resolve
 from raychain.terminal import say
 from raychain.training.artifact import write_artifact
@@ -91,7 +93,7 @@ def grow_checkpoint(
     set_model_preprocess_cfg(model, preprocessing)
     del checkpoint
     folder.mkdir(parents=True, exist_ok=True)
-    write_artifact(folder, model, config, _pixels(model))
+    write_artifact(folder, make_paradigm(Task()), model, config, _pixels(model))
     return Grown(folder, report, drift)
 
 

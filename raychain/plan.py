@@ -134,7 +134,7 @@ def _chain(config: Experiment, cost: ChainCost, samples: int) -> dict[str, Any]:
             stage.size,
             stage.teacher,
             batch=-(-config.train.global_batch // workers),
-            captions=stage.captions,
+            items=stage.items,
             precision=precision,
             average=config.train.average is not None,
         )
@@ -142,7 +142,7 @@ def _chain(config: Experiment, cost: ChainCost, samples: int) -> dict[str, Any]:
             {
                 "model": stage.size.name,
                 "params": stage.size.params,
-                "image_params": stage.size.image.params,
+                "image_params": stage.size.principal_params,
                 "forward_macs": stage.forward_macs,
                 "epochs": stage.epochs,
                 "samples_seen": stage.samples,
@@ -154,7 +154,7 @@ def _chain(config: Experiment, cost: ChainCost, samples: int) -> dict[str, Any]:
         )
     return {
         "samples": samples,
-        "captions": cost.stages[0].captions,
+        "captions": config.data.captions.per_image,
         "workers": workers,
         "stages": stages,
         "macs": total,

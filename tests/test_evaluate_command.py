@@ -26,10 +26,12 @@ from pyarrow import fs
 from safetensors.torch import save_file
 
 import raychain
+from raychain.config.task import Task
 from raychain.evaluate import evaluate_command
 from raychain.families import build, model_config
 from raychain.feed.decode import resize_exactly
 from raychain.feed.spec import Resizing
+from raychain.paradigms import make_paradigm
 from raychain.run import main
 from raychain.training.artifact import write_artifact
 
@@ -48,7 +50,7 @@ def folder(clip: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A stage folder, with its optimiser state."""
     path = tmp_path_factory.mktemp("stages") / "0-CoM-micro-S"
     path.mkdir()
-    write_artifact(path, clip, model_config(MODEL), 40)
+    write_artifact(path, make_paradigm(Task()), clip, model_config(MODEL), 40)
     (path / "optimizer.safetensors").write_bytes(b"not wanted")
     (path / "stage.json").write_text("{}")
     return path

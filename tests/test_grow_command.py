@@ -18,9 +18,11 @@ from payload import Payload
 from safetensors.torch import save_file
 
 import raychain
+from raychain.config.task import Task
 from raychain.families import build, model_config
 from raychain.grow import grow_command
 from raychain.growth import GrowthError
+from raychain.paradigms import make_paradigm
 from raychain.run import main
 from raychain.training.artifact import write_artifact
 
@@ -37,7 +39,7 @@ def folder(small: Any, tmp_path: Path) -> Path:
     """A stage folder."""
     path = tmp_path / "small"
     path.mkdir()
-    write_artifact(path, small, model_config(SMALL), 40)
+    write_artifact(path, make_paradigm(Task()), small, model_config(SMALL), 40)
     return path
 
 

@@ -3,10 +3,12 @@
 import pytest
 import torchvision
 
+from raychain.config.task import Task
 from raychain.families import model_config, parameter_count
-from raychain.planning.macs import ForwardMacs, ModelSize, forward_macs, model_size, stage_macs, tower_sizes
+from raychain.paradigms import model_size as size_of
+from raychain.planning.macs import ModelSize, PartSize, stage_macs, tower_sizes
 
-SAMPLES, CAPTIONS = 2_890_000, 7
+SAMPLES, ITEMS = 2_890_000, {"image": 1, "text": 7}
 TABLE_G = {  # model: image tower, text tower on one caption (method.md)
     "T": (1.254, 0.763),
     "C": (2.136, 1.181),
@@ -18,6 +20,10 @@ TABLE_G = {  # model: image tower, text tower on one caption (method.md)
 }
 
 
+def model_size(model: str, image_size: int | None = None) -> ModelSize:
+    return size_of(Task(), model, image_size)
+
+
 def name(size: str) -> str:
     return f"CoM-ViT-{size}-16"
 
@@ -26,17 +32,17 @@ def chain_macs(chain: dict[str, int]) -> int:
     """Training MACs of a chain {size: epochs} in its order."""
     total, teacher = 0, None
     for size, epochs in chain.items():
-        student = forward_macs(name(size))
-        total += stage_macs(student, teacher, epochs * SAMPLES, CAPTIONS)
+        student = model_size(name(size))
+        total += stage_macs(student, teacher, epochs * SAMPLES, ITEMS)
         teacher = student
     return total
 
 
 @pytest.mark.parametrize("size", TABLE_G)
 def test_forward_macs_are_the_papers(size: str) -> None:
-    macs = forward_macs(name(size))
-    assert macs.image / 1e9 == pytest.approx(TABLE_G[size][0], rel=5e-3)
-    assert macs.text / 1e9 == pytest.approx(TABLE_G[size][1], rel=5e-3)
+    macs = model_size(name(size)).parts
+    assert macs["image"].macs / 1e9 == pytest.approx(TABLE_G[size][0], rel=5e-3)
+    assert macs["text"].macs / 1e9 == pytest.approx(TABLE_G[size][1], rel=5e-3)
 
 
 @pytest.mark.parametrize(
@@ -66,30 +72,32 @@ def test_family_ratios_are_the_papers(chain: dict[str, int], ratio: float) -> No
 
 def test_attention_products_are_counted() -> None:
     """A one-layer change of 12 is a twelfth of the blocks' cost by hand: 12·L·W² + 2·L²·W a layer."""
-    macs = forward_macs(name("T"))
+    macs = model_size(name("T")).parts["image"].macs
     length, width, layers = 197, 192, 12
     by_hand = layers * (12 * length * width**2 + 2 * length**2 * width) + 196 * 3 * 16**2 * width + width * 512
-    assert macs.image == by_hand
+    assert macs == by_hand
 
 
 def test_image_size_changes_only_the_image_tower() -> None:
-    small, large = forward_macs("CoM-micro-S"), forward_macs("CoM-micro-S", 48)
-    assert large.text == small.text
-    assert large.image > 1.4 * small.image
+    small, large = model_size("CoM-micro-S").parts, model_size("CoM-micro-S", 48).parts
+    assert large["text"] == small["text"]
+    assert large["image"].macs > 1.4 * small["image"].macs
 
 
 def test_stage_macs_count_three_student_forwards_and_one_teacher_forward() -> None:
-    student, teacher = ForwardMacs(image=100, text=10), ForwardMacs(image=50, text=5)
-    assert stage_macs(student, None, samples=2, captions=7) == 2 * 3 * 170
-    assert stage_macs(student, teacher, samples=2, captions=7) == 2 * (3 * 170 + 85)
+    student, teacher = (
+        ModelSize("toy", {"image": PartSize(1, 10 * macs, 1), "text": PartSize(1, macs, 1)}, "image")
+        for macs in (10, 5)
+    )
+    assert stage_macs(student, None, 2, ITEMS) == 2 * 3 * 170
+    assert stage_macs(student, teacher, 2, ITEMS) == 2 * (3 * 170 + 85)
 
 
 @pytest.mark.parametrize("model", ["CoM-micro-L", "CoM-ViT-M-16", "RN50"])
 def test_one_block_stands_for_all_that_are_alike(model: str) -> None:
     size = model_size(model)
-    assert size == ModelSize(model, *tower_sizes(model_config(model), every_layer=True))
+    assert tuple(size.parts.values()) == tower_sizes(model_config(model), every_layer=True)
     assert size.params == parameter_count(model)
-    assert size.forward == forward_macs(model)
 
 
 def swin_macs_by_hand(width: int, depths: tuple[int, ...], window: int = 7, side: int = 56, out: int = 512) -> int:
@@ -114,11 +122,11 @@ SWIN = {"T": (96, (2, 2, 6, 2)), "S": (96, (2, 2, 18, 2)), "B": (128, (2, 2, 18,
 @pytest.mark.parametrize("size", SWIN)
 def test_swin_macs_are_the_papers_formulas(size: str) -> None:
     """fvcore 0.1.5 counts the same matrix products to the last MAC: 4.490, 8.741, 15.430 and 34.475 G."""
-    assert forward_macs(f"CoM-Swin-{size}").image == swin_macs_by_hand(*SWIN[size])
+    assert model_size(f"CoM-Swin-{size}").parts["image"].macs == swin_macs_by_hand(*SWIN[size])
 
 
 @pytest.mark.parametrize("size", ["T", "S", "B"])
 def test_swin_macs_are_what_torchvision_publishes(size: str) -> None:
     """Its models have a 1,000-class head where ours project to 512."""
     published = torchvision.models.get_model_weights(f"swin_{size.lower()}").DEFAULT.meta["_ops"]
-    assert forward_macs(f"CoM-Swin-{size}").image / 1e9 == pytest.approx(published, rel=1e-2)
+    assert model_size(f"CoM-Swin-{size}").parts["image"].macs / 1e9 == pytest.approx(published, rel=1e-2)

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from raychain.config.experiment import Train
-from raychain.families import model_config
-from raychain.training.optimizer import adam_constants, learning_rate, make_optimizer, parameter_groups
+from raychain.config.task import Task
+from raychain.paradigms import make_paradigm
+from raychain.training.optimizer import learning_rate, make_optimizer, parameter_groups
 
 
 class Small(nn.Module):
@@ -49,19 +49,17 @@ def test_the_optimizer_takes_the_recipe_and_leaves_frozen_parameters() -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "recipe", "expected"),
+    ("model", "expected"),
     [
-        ("CoM-ViT-T-16", Train(), ((0.9, 0.98), 1e-6)),
-        ("vit_small_patch16_224", Train(), ((0.9, 0.98), 1e-6)),
-        ("CoM-Swin-T", Train(), ((0.9, 0.999), 1e-8)),
-        ("RN50", Train(), ((0.9, 0.999), 1e-8)),
-        ("CoM-Swin-T", Train(betas=(0.8, 0.9), eps=1e-4), ((0.8, 0.9), 1e-4)),
+        ("CoM-ViT-T-16", ((0.9, 0.98), 1e-6)),
+        ("vit_small_patch16_224", ((0.9, 0.98), 1e-6)),
+        ("CoM-Swin-T", ((0.9, 0.999), 1e-8)),
+        ("RN50", ((0.9, 0.999), 1e-8)),
     ],
 )
-def test_adam_constants_follow_the_image_tower_unless_given(
-    model: str, recipe: Train, expected: tuple[tuple[float, float], float]
-) -> None:
-    assert adam_constants(recipe, model_config(model)) == expected
+def test_adam_constants_follow_the_image_tower(model: str, expected: tuple[tuple[float, float], float]) -> None:
+    paradigm = make_paradigm(Task())
+    assert paradigm.adam(paradigm.config(model)) == expected
 
 
 def rates(schedule: str, warmup: int = 10, total: int = 100) -> list[float]:

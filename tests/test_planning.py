@@ -11,10 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raychain.config.allocation import Budget, parse_budget
+from raychain.config.task import Task
 from raychain.errors import InputError
+from raychain.paradigms import _measured
+from raychain.paradigms import model_size as size_of
 from raychain.planning.checks import epoch_warnings, first_warnings, ratio_warnings, warnings
 from raychain.planning.cost import Setting, StageCost, predict
-from raychain.planning.macs import ModelSize, TowerSize, model_size
+from raychain.planning.macs import ModelSize, PartSize
 from raychain.planning.measured import Point, points, predict_metric, student_t
 from raychain.planning.principles import (
     alone_epochs,
@@ -28,18 +31,19 @@ from raychain.planning.principles import (
 from raychain.planning.proposals import Limits, Proposal, describe, enumerate_chains, propose, why
 from raychain.planning.resources import Peak, Throughput, hours, measured_rate, memory_bytes
 
-CC3M = Setting(samples=2_890_000, captions=7)
+CC3M = Setting(samples=2_890_000, items={"image": 1, "text": 7})
 SIZES = ("T", "C", "S", "M", "B", "BL", "L")
 
 
 @pytest.fixture(scope="module")
 def vits() -> dict[str, ModelSize]:
-    return {size: model_size(f"CoM-ViT-{size}-16") for size in SIZES}
+    return {size: size_of(Task(), f"CoM-ViT-{size}-16") for size in SIZES}
 
 
 def toy(name: str, millions: float) -> ModelSize:
     params = round(millions * 1e6)
-    return ModelSize(name, TowerSize(params, 200 * params, 3 * params), TowerSize(params // 2, 50 * params, params))
+    parts = {"image": PartSize(params, 200 * params, 3 * params), "text": PartSize(params // 2, 50 * params, params)}
+    return ModelSize(name, parts, "image")
 
 
 @pytest.mark.parametrize(("samples", "millions"), [(2_900_000, 5.7), (15_000_000, 22.0)])
@@ -49,7 +53,7 @@ def test_the_smallest_models_size_is_the_published_one(samples: int, millions: f
 
 @pytest.mark.parametrize(("samples", "size"), [(2_890_000, "T"), (15_000_000, "S"), (400_000_000, "L"), (10_000, "T")])
 def test_the_smallest_model_goes_with_the_data(vits: dict[str, ModelSize], samples: int, size: str) -> None:
-    sizes = [vits[name].image.params for name in SIZES]
+    sizes = [vits[name].principal_params for name in SIZES]
     assert SIZES[smallest_model(sizes, samples)] == size
 
 
@@ -116,10 +120,10 @@ def test_who_wants_every_model_gets_the_papers_family_of_seven(vits: dict[str, M
 
 
 def test_a_family_of_seven_under_five_rules_is_planned_in_a_second() -> None:
-    model_size.cache_clear()
-    model_size("CoM-micro-S")  # imports what counting needs
+    _measured.cache_clear()
+    size_of(Task(), "CoM-micro-S")  # imports what counting needs
     started = time.process_time()
-    proposals = propose([model_size(f"CoM-ViT-{size}-16") for size in SIZES], CC3M)
+    proposals = propose([size_of(Task(), f"CoM-ViT-{size}-16") for size in SIZES], CC3M)
     assert time.process_time() - started < 2  # 0.4 s on an idle core; this machine may be shared
     started = time.process_time()
     assert len(propose([stage.size for stage in _longest(proposals)], CC3M)) == 63 * 5
@@ -147,7 +151,7 @@ def test_costs_add_up(vits: dict[str, ModelSize]) -> None:
     small, large = vits["S"], vits["B"]
     cost = predict([small, large], [10, 5], CC3M._replace(global_batch=1000))
     seen = 10 * CC3M.samples, 5 * CC3M.samples
-    student, teacher = large.forward.sample(7), small.forward.sample(7)
+    student, teacher = large.forward(CC3M.items), small.forward(CC3M.items)
     assert [stage.macs for stage in cost.stages] == [seen[0] * 3 * teacher, seen[1] * (3 * student + teacher)]
     assert cost.baseline.macs == seen[0] * 3 * student
     assert cost.alone == seen[0] * 3 * (student + teacher)

@@ -31,16 +31,17 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 import raychain
-from raychain.config.experiment import Distill, Train
+from raychain.config.experiment import Distill
 from raychain.config.loading import validate
+from raychain.config.task import Task
 from raychain.families import build, model_config
 from raychain.growth import grow
-from raychain.paradigms.clip.objective import ClipObjective
-from raychain.paradigms.objective import Projector
-from raychain.planning.macs import model_size, stage_macs
-from raychain.training.optimizer import adam_constants, make_optimizer
+from raychain.paradigms import make_paradigm, model_size
+from raychain.planning.macs import stage_macs
+from raychain.training.optimizer import make_optimizer
 from raychain.training.step import forward_backward
 
+CLIP = make_paradigm(Task())
 TEACHERS = {"CoM-ViT-S-16": "CoM-ViT-T-16", "CoM-ViT-B-16": "CoM-ViT-S-16", "CoM-ViT-L-16": "CoM-ViT-B-16",
             "CoM-micro-S": "CoM-micro-T", "CoM-micro-M": "CoM-micro-S"}  # fmt: skip
 PEAKS = {
@@ -62,15 +63,13 @@ class Step:
     def __init__(self, model: str, options: argparse.Namespace, *, distilled: bool, compiled: bool) -> None:
         self.device, self.batch = torch.device(options.device), options.batch
         self.distill = Distill() if distilled else None
-        network, self.teacher, projector = build(model, seed=1), None, None
+        network, config, self.teacher, before = build(model, seed=1), model_config(model), None, None
         if distilled:
-            teacher = build(TEACHERS[model], seed=0)
+            teacher, before = build(TEACHERS[model], seed=0), model_config(TEACHERS[model])
             grow(teacher, network, width="centred", depth="identity")
-            sizes = int(model_config(model)["embed_dim"]), int(model_config(TEACHERS[model])["embed_dim"])
-            projector = Projector(dict.fromkeys(ClipObjective.feature_names, sizes))
-            self.teacher = ClipObjective(teacher).to(self.device).eval().requires_grad_(False)
-        self.student = ClipObjective(network, projector).to(self.device)
-        betas, eps = adam_constants(Train(), model_config(model))
+            self.teacher = CLIP.objective(teacher, before).to(self.device).eval().requires_grad_(False)
+        self.student = CLIP.objective(network, config, before).to(self.device)
+        betas, eps = CLIP.adam(config)
         self.optimizer = make_optimizer(self.student, weight_decay=0.1, betas=betas, eps=eps)
         size, length = (
             model_config(model)["vision_cfg"]["image_size"],
@@ -115,8 +114,9 @@ def speed(model: str, options: argparse.Namespace, peak: float | None) -> list[d
         for distilled in (False, True):
             step = Step(model, options, distilled=distilled, compiled=compiled)
             took = seconds(step, options.steps, options.device)
-            teacher = model_size(TEACHERS[model]).forward if distilled else None
-            macs = stage_macs(model_size(model).forward, teacher, options.batch, options.captions)
+            teacher = model_size(Task(), TEACHERS[model]) if distilled else None
+            items = {"image": 1, "text": options.captions}
+            macs = stage_macs(model_size(Task(), model), teacher, options.batch, items)
             median = statistics.median(took)
             rows.append({
                 "model": model, "distilled": distilled, "compiled": compiled,

@@ -28,7 +28,6 @@ class PreloadActor:
 
     def __init__(self, task: list[ray.ObjectRef]) -> None:
         _run_when_idle()
-        from raychain.families import model_config
         from raychain.families.tokenizing import make_tokenizer
         from raychain.feed.cache import ShardCache
         from raychain.feed.preload import Preloader, Source
@@ -37,7 +36,7 @@ class PreloadActor:
         preload = chain.experiment.preload
         cpus = preload.cpus if preload.cpus is not None else max(1.0, (os.cpu_count() or 1) / 4)
         sources = [
-            Source(stage.feed, make_tokenizer(model_config(stage.model))[0], chain.experiment.train.global_batch)
+            Source(stage.feed, make_tokenizer(dict(stage.config))[0], chain.experiment.train.global_batch)
             for stage in chain.stages
         ]
         self.preloader = Preloader(sources, ShardCache(preload.cache, preload.budget), cpus)

@@ -8,9 +8,9 @@ import torch
 
 from raychain.config.experiment import Experiment, Transfer
 from raychain.errors import InputError, nearest
-from raychain.families import UnknownModelError, build, model_config, model_names, parameter_count
+from raychain.families import UnknownModelError, model_names
 from raychain.growth import DEPTH_OPERATORS, WIDTH_OPERATORS, GrowthError, check
-from raychain.planning.macs import forward_macs
+from raychain.paradigms import make_paradigm, model_size
 from raychain.reporting.health import DataHealth
 from raychain.reporting.trackers import check_trackers
 from raychain.storage import Folder
@@ -26,17 +26,16 @@ def check_experiment(experiment: Experiment, address: str | None = None) -> None
 def check_chain(experiment: Experiment) -> None:
     """Whether the models are known, take the pictures' size, and grow into one another. Raises InputError."""
     for i, stage in enumerate(experiment.chain):
-        image_size = experiment.stage_data(i).image_size
+        size = experiment.stage_data(i).image_size
         try:
-            model_config(stage.model)
-            forward_macs(stage.model, image_size)
+            model_size(experiment.task, stage.model, size)
         except UnknownModelError as error:
             fix = nearest(
                 stage.model, model_names(), "python -c 'import raychain.families as f; print(f.model_names())'"
             )
             raise InputError(f"chain.{i}.model", stage.model, str(error), fix) from None
         except ValueError as error:
-            raise InputError("data.image_size", image_size, f"a size {stage.model} takes", str(error)) from None
+            raise InputError("data.image_size", size, f"a size {stage.model} takes", str(error)) from None
     for field, known in (("width", WIDTH_OPERATORS), ("depth", DEPTH_OPERATORS)):
         given = getattr(experiment.transfer, field)
         if given not in known:
@@ -60,19 +59,21 @@ def _check_shrink(transfer: Transfer) -> None:
 
 def _check_growth(experiment: Experiment, i: int) -> None:
     small, large = experiment.chain[i - 1].model, experiment.chain[i].model
-    if parameter_count(large) < parameter_count(small):
-        sizes = f"{small} ({parameter_count(small):,} parameters) → {large} ({parameter_count(large):,})"
-        raise InputError(f"chain.{i}.model", sizes, "models in growing order", "order the chain from small to large")
-    size, transfer = image_size(experiment, i), experiment.transfer
+    paradigm, size, transfer = make_paradigm(experiment.task), input_size(experiment, i), experiment.transfer
     try:
-        models = [build(name, seed=0, image_size=size, device="meta") for name in (small, large)]
-        check(*models, width=transfer.width, depth=transfer.depth)
-    except GrowthError as error:
-        allowed = f"a pair that {transfer.width} + {transfer.depth} can grow"
-        raise InputError(f"chain.{i}.model", f"{small} → {large}", allowed, str(error)) from None
+        models = [paradigm.build(paradigm.config(name), size=size, seed=0, device="meta") for name in (small, large)]
     except ValueError as error:
         fix = f"{error} Or end the chain with another model"
         raise InputError(f"chain.{i}.model", f"{small} → {large}", f"models that take {size} pixels", fix) from None
+    counts = [sum(parameter.numel() for parameter in model.parameters()) for model in models]
+    if counts[1] < counts[0]:
+        sizes = f"{small} ({counts[0]:,} parameters) → {large} ({counts[1]:,})"
+        raise InputError(f"chain.{i}.model", sizes, "models in growing order", "order the chain from small to large")
+    try:
+        check(*models, width=transfer.width, depth=transfer.depth, describe=paradigm.describe)
+    except GrowthError as error:
+        allowed = f"a pair that {transfer.width} + {transfer.depth} can grow"
+        raise InputError(f"chain.{i}.model", f"{small} → {large}", allowed, str(error)) from None
 
 
 def check_compute(experiment: Experiment, address: str | None) -> None:
@@ -124,7 +125,8 @@ def check_health(health: DataHealth) -> None:
         raise InputError("data.train", health.describe(), f"at most {health.limit:.3g} of the samples", fix)
 
 
-def image_size(experiment: Experiment, index: int) -> int:
-    """Pixels a side of the pictures that stage `index` reads."""
+def input_size(experiment: Experiment, index: int) -> int:
+    """Pixels a side of the pictures that stage `index` reads, or tokens of the texts."""
+    paradigm = make_paradigm(experiment.task)
     given = experiment.stage_data(index).image_size
-    return given or int(model_config(experiment.chain[index].model)["vision_cfg"]["image_size"])
+    return given or paradigm.native_size(paradigm.config(experiment.chain[index].model))

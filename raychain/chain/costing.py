@@ -9,9 +9,10 @@ from raychain.config.durations import Duration
 from raychain.config.experiment import Allocation, Data, Experiment, Stage
 from raychain.errors import InputError, nearest
 from raychain.families import UnknownModelError, family_of, matching_models, model_names
+from raychain.paradigms import make_paradigm, model_size
 from raychain.planning.checks import warnings
 from raychain.planning.cost import ChainCost, Setting, StageCost
-from raychain.planning.macs import ModelSize, model_size
+from raychain.planning.macs import ModelSize
 from raychain.planning.proposals import Limits, Proposal, propose
 
 
@@ -35,20 +36,24 @@ def cost_of(experiment: Experiment) -> Costed:
     stages: list[StageCost] = []
     for index, (stage, setting) in enumerate(zip(experiment.chain, settings, strict=True)):
         pixels = experiment.stage_data(index).image_size
-        size = _size(stage.model, pixels, f"chain.{index}.model")
-        teacher = _size(experiment.chain[index - 1].model, pixels, "data.image_size") if index and follows else None
+        size = _size(experiment, stage.model, pixels, f"chain.{index}.model")
+        teacher = (
+            _size(experiment, experiment.chain[index - 1].model, pixels, "data.image_size")
+            if index and follows
+            else None
+        )
         epochs, seen = _length(stage.epochs, setting, f"chain.{index}.epochs")
-        stages.append(StageCost(size, epochs, seen, setting.captions, teacher))
+        stages.append(StageCost(size, epochs, seen, setting.items, teacher))
     given = experiment.baseline
-    pixels, captions = experiment.stage_data(len(stages) - 1).image_size, settings[-1].captions
-    last = _size(given.model, pixels, "baseline.model") if given else stages[-1].size
+    pixels, items = experiment.stage_data(len(stages) - 1).image_size, settings[-1].items
+    last = _size(experiment, given.model, pixels, "baseline.model") if given else stages[-1].size
     epochs, seen = stages[0].epochs, stages[0].samples
     if given:
         epochs, seen = _length(given.epochs, settings[0], "baseline.epochs")
-    baseline = StageCost(last, epochs, seen, captions, None)
-    alone = sum(StageCost(stage.size, epochs, seen, stage.captions, None).macs for stage in stages)
+    baseline = StageCost(last, epochs, seen, items, None)
+    alone = sum(StageCost(stage.size, epochs, seen, stage.items, None).macs for stage in stages)
     cost = ChainCost(tuple(stages), baseline, alone)
-    known = _known([stage.model for stage in experiment.chain], experiment.data.image_size)
+    known = _known(experiment)
     samples = settings[0].samples
     return Costed(cost, samples, warnings(cost, samples, known))
 
@@ -62,11 +67,14 @@ def proposals_for(experiment: Experiment) -> tuple[list[Proposal], int]:
     except ValueError as error:
         raise InputError("family", ", ".join(experiment.family or ()), str(error), "close the brace") from None
     pixels, given = experiment.data.image_size, experiment.baseline
-    family = [_size(name, pixels, "family") for name in names]
+    family = [_size(experiment, name, pixels, "family") for name in names]
     setting = _setting(experiment, experiment.data, "data.train")
     baseline = None
     if given:
-        baseline = (_size(given.model, pixels, "baseline.model"), _length(given.epochs, setting, "baseline.epochs")[0])
+        baseline = (
+            _size(experiment, given.model, pixels, "baseline.model"),
+            _length(given.epochs, setting, "baseline.epochs")[0],
+        )
     wanted = experiment.allocation or Allocation()
     limits = Limits(wanted.first, wanted.rules, wanted.ratios, wanted.budget, wanted.all_models)
     return propose(family, setting, limits, baseline), setting.samples
@@ -98,7 +106,8 @@ def _setting(experiment: Experiment, data: Data, where: str) -> Setting:
             "preload.cache", experiment.preload.cache, "a folder that can be written", str(error)
         ) from None
     distill = experiment.transfer.distill is not None
-    return Setting(samples, data.captions.per_image, experiment.train.global_batch, distill)
+    items = make_paradigm(experiment.task).items(data)
+    return Setting(samples, items, experiment.train.global_batch, distill)
 
 
 def _length(duration: Duration, setting: Setting, where: str) -> tuple[float, int]:
@@ -111,16 +120,17 @@ def _length(duration: Duration, setting: Setting, where: str) -> tuple[float, in
     return exact, seen
 
 
-def _size(name: str, image_size: int | None, where: str) -> ModelSize:
+def _size(experiment: Experiment, name: str, size: int | None, where: str) -> ModelSize:
     try:
-        return model_size(name, image_size)
+        return model_size(experiment.task, name, size)
     except UnknownModelError as error:
         fix = nearest(name, model_names(), "python -c 'import raychain.families as f; print(f.model_names())'")
         raise InputError(where, name, str(error), fix) from None
     except ValueError as error:
-        raise InputError("data.image_size", image_size, f"a size {name} takes", str(error)) from None
+        raise InputError("data.image_size", size, f"a size {name} takes", str(error)) from None
 
 
-def _known(models: list[str], image_size: int | None) -> list[ModelSize]:
+def _known(experiment: Experiment) -> list[ModelSize]:
     """The family of the chain's first model, where it is one of raychain's: what a warning can recommend."""
-    return [_size(name, image_size, "chain") for name in family_of(models[0])]
+    names = family_of(experiment.chain[0].model)
+    return [_size(experiment, name, experiment.data.image_size, "chain") for name in names]

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from raychain.chain.checks import check_health, image_size
+from raychain.chain.checks import check_health, input_size
 from raychain.chain.identity import FORMER_SCHEMA, Determinants, evaluation_key, stage_key, trunk_key
 from raychain.chain.takeover import finished
 from raychain.config.durations import Duration
@@ -18,17 +18,16 @@ from raychain.config.experiment import Change, Data, Experiment, Train
 from raychain.demo import DemoError, is_current, make_demo
 from raychain.errors import InputError
 from raychain.evaluators.data import resolve_retrieval, resolve_zero_shot
-from raychain.families import model_config, parameter_count
 from raychain.families.tokenizing import make_tokenizer
 from raychain.feed.loader import Feed
 from raychain.feed.members import Wanted
 from raychain.feed.order import Mixture, Order, Stream
 from raychain.feed.shards import Shard, expand, survey
 from raychain.feed.spec import Spec, fitting, representation
-from raychain.planning.macs import forward_macs, stage_macs
+from raychain.paradigms import make_paradigm, model_size
+from raychain.planning.macs import stage_macs
 from raychain.reporting.health import DataHealth
 from raychain.storage import Folder, below, is_local
-from raychain.training.optimizer import adam_constants
 from raychain.training.stage import STAGE_RECORD
 from raychain.training.task import ChainTask, Former, RateChange, StageTask
 
@@ -210,11 +209,12 @@ def _stage(
         rung = total - _cooldown(recipe, lengths, total)
         if own_warmup.steps(**lengths, stage_steps=total) == warmup < rung <= steps - cooldown:
             rungs.add(rung)
-    config = model_config(stage.model)
-    size = image_size(experiment, index)
-    spec = Spec(Wanted(data.captions.keys), size, make_tokenizer(config)[1], data.crop is not None)
+    paradigm = make_paradigm(experiment.task)
+    config, size = paradigm.config(stage.model), input_size(experiment, index)
+    spec = Spec(Wanted(data.captions.keys), size, make_tokenizer(dict(config))[1], data.crop is not None)
     spec = fitting(spec, sum(reading.order.counts), data.store)
-    betas, eps = adam_constants(recipe, config)
+    betas, eps = paradigm.adam(config)
+    betas, eps = recipe.betas or betas, recipe.eps or eps
     determinants = Determinants(
         model=config,
         image_size=size,
@@ -244,11 +244,14 @@ def _stage(
     key = stage_key(determinants, previous)
     folder = f"{index}-{re.sub(r'[^A-Za-z0-9._-]', '_', stage.model)}"
     record = out.read_json(f"stages/{folder}/{STAGE_RECORD}")
-    student = forward_macs(stage.model, size)
-    teacher = forward_macs(experiment.chain[index - 1].model, size) if grown and grown.distill else None
+    student = model_size(experiment.task, stage.model, size)
+    follows = grown is not None and grown.distill is not None
+    teacher = model_size(experiment.task, experiment.chain[index - 1].model, size) if follows else None
     return StageTask(
         index=index,
         model=stage.model,
+        config=config,
+        size=size,
         key=key,
         former=_former(experiment, determinants, reading, spec, before),
         folder=folder,
@@ -266,8 +269,8 @@ def _stage(
         epoch_samples=epoch_samples,
         eval_every=max(1, every.steps(**lengths)) if every else 0,
         epochs=round(steps * recipe.global_batch / epoch_samples, 4),
-        params=parameter_count(stage.model),
-        macs=stage_macs(student, teacher, steps * recipe.global_batch, data.captions.per_image),
+        params=student.params,
+        macs=stage_macs(student, teacher, steps * recipe.global_batch, paradigm.items(data)),
         published=isinstance(record, dict) and record.get("key") == key,
         changes=_histories(determinants, previous),
     )

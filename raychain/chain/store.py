@@ -13,16 +13,16 @@ from typing import Any
 
 from raychain.chain.lease import STALE_S, Lease
 from raychain.storage import SCRATCH, Folder
-from raychain.training.artifact import CONFIG, OPTIMIZER, PROJECTOR, WEIGHTS
+from raychain.training.artifact import OPTIMIZER, PROJECTOR
 from raychain.training.stage import STAGE_RECORD
 
 log = logging.getLogger("raychain.chain")
 
+WEIGHTS = ".safetensors"
 STORE = "store"
 """The store's subfolder of the storage."""
-NEEDED = (CONFIG, WEIGHTS)
-READ = (*NEEDED, PROJECTOR, OPTIMIZER)
-"""What is read of a stage folder where it is there: not one of these may be unlisted."""
+BESIDE = (PROJECTOR, OPTIMIZER)
+"""Weights that are not the model's."""
 
 
 class UnusableStageError(Exception):
@@ -221,9 +221,11 @@ def _record(folder: Folder, name: str, key: str) -> dict[str, Any] | None:
         raise UnusableStageError(f"{STAGE_RECORD} lists no files and checksums")
     if strange := [file for file in files if file != _plain(file) or file == STAGE_RECORD]:
         raise UnusableStageError(f"{STAGE_RECORD} lists {strange[0]!r}, which is no plain file name")
-    if missing := [file for file in NEEDED if file not in files]:
-        raise UnusableStageError(f"{STAGE_RECORD} does not list {missing[0]}")
-    if unlisted := [file for file in READ if file not in files and folder.exists(f"{name}/{file}")]:
+    if not any(file.endswith(WEIGHTS) and file not in BESIDE for file in files):
+        raise UnusableStageError(f"{STAGE_RECORD} does not list a model's weights")
+    if not any(file.endswith(".json") for file in files):
+        raise UnusableStageError(f"{STAGE_RECORD} does not list a model's configuration")
+    if unlisted := [file for file in folder.list(name) if file.endswith(WEIGHTS) and file not in files]:
         raise UnusableStageError(f"{unlisted[0]} is not listed in {STAGE_RECORD}")
     return record
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from raychain.config.experiment import Baseline
-from raychain.planning.macs import forward_macs, stage_macs
+from raychain.paradigms import make_paradigm, model_size
+from raychain.planning.macs import stage_macs
 from raychain.training.task import ChainTask
 
 
@@ -16,7 +17,8 @@ def totals(task: ChainTask, wall_s: float) -> dict[str, Any]:
     lengths = {"epoch_samples": first.epoch_samples, "global_batch": experiment.train.global_batch}
     baseline = experiment.baseline or Baseline(model=last.model, epochs=experiment.chain[0].epochs)
     samples = baseline.epochs.steps(**lengths) * experiment.train.global_batch
-    alone = stage_macs(forward_macs(baseline.model, last.image_size), None, samples, last.feed.per_image)
+    items = make_paradigm(experiment.task).items(experiment.stage_data(last.index))
+    alone = stage_macs(model_size(experiment.task, baseline.model, last.size), None, samples, items)
     macs = sum(stage.macs for stage in task.stages)
     return {
         "macs": macs,

@@ -19,6 +19,7 @@ from raychain.config.captions import caption_key
 from raychain.config.component import Component, OneOrMore, Seed
 from raychain.config.durations import Bytes, Duration, Epochs, Every, Horizon, Interval, Warmup
 from raychain.config.search import Search
+from raychain.config.task import AnyTask, Task
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -334,6 +335,9 @@ class Experiment(Component):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Name of the run folder."""
+    task: AnyTask = Task()
+    """What is learned: `{paradigm: clip}` (the default), or a paradigm of an installed package, with the
+    paradigm's options beside its name."""
     data: Data
     family: OneOrMore | None = None
     """Models to choose a chain from, instead of `chain`: names, with braces and globs (`CoM-ViT-{T,S,B,L}-16`). The

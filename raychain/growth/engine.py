@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from raychain.families.architectures import describe
 from raychain.families.axes import Layer, Parameter
-from raychain.growth.plan import GrowthPlan, Match, TowerGrowth, plan_growth
+from raychain.growth.plan import Describe, GrowthPlan, Match, TowerGrowth, plan_growth
 from raychain.growth.width import Cell
 
 
@@ -44,10 +45,18 @@ class GrowthReport:
         return {"width": self.width, "depth": self.depth, **counts, "towers": towers}
 
 
-def grow(small: nn.Module, large: nn.Module, *, width: str, depth: str, shrink: float = 1.0) -> GrowthReport:
+def grow(
+    small: nn.Module,
+    large: nn.Module,
+    *,
+    width: str,
+    depth: str,
+    shrink: float = 1.0,
+    describe: Describe = describe,
+) -> GrowthReport:
     """Writes `large`'s parameters in place, from `small`'s and its own random ones.
 
-    Both are open_clip CLIP or CustomTextCLIP models; the result has `large`'s dtype and device. `width` and `depth`
+    The result has `large`'s dtype and device. `describe` tells the axes of both models' parameters. `width` and `depth`
     name operators of WIDTH_OPERATORS and DEPTH_OPERATORS. Towers of different architectures (a ViT and a Swin) stay
     at their random init, which the report says.
 
@@ -57,7 +66,7 @@ def grow(small: nn.Module, large: nn.Module, *, width: str, depth: str, shrink: 
 
     Raises GrowthError as `check` does, before anything is written.
     """
-    plan = plan_growth(small, large, width=width, depth=depth)
+    plan = plan_growth(small, large, width=width, depth=depth, describe=describe)
     sources, targets = small.state_dict(), large.state_dict()
     with torch.no_grad():
         for match, cell in cells(plan, sources, sources, targets):

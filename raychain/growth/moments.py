@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from raychain.families.architectures import describe
 from raychain.growth.engine import cells
-from raychain.growth.plan import plan_growth
+from raychain.growth.plan import Describe, plan_growth
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,15 @@ def write_moments(model: nn.Module, optimizer: torch.optim.Optimizer, moments: M
             }
 
 
-def grow_moments(small: nn.Module, large: nn.Module, moments: Moments, *, width: str, depth: str) -> Moments:
+def grow_moments(
+    small: nn.Module,
+    large: nn.Module,
+    moments: Moments,
+    *,
+    width: str,
+    depth: str,
+    describe: Describe = describe,
+) -> Moments:
     """The moments the large model's optimiser starts from, given the small model's (before or after `grow`).
 
     Entries that the small model does not determine (new units, new stream coordinates) get a zero first moment and
@@ -61,7 +70,7 @@ def grow_moments(small: nn.Module, large: nn.Module, moments: Moments, *, width:
 
     Result: the large model's shapes and dtypes, on its device. Raises GrowthError as `check` does.
     """
-    plan = plan_growth(small, large, width=width, depth=depth)
+    plan = plan_growth(small, large, width=width, depth=depth, describe=describe)
     tensors, targets = small.state_dict(), large.state_dict()
     first: dict[str, torch.Tensor] = {}
     second: dict[str, torch.Tensor] = {}

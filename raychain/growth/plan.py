@@ -1,13 +1,13 @@
 """Matching two models' parameters, and finding out before anything is written whether one can grow into the other."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import TypeVar
 
 from torch import nn
 
-from raychain.families.architectures import describe
+from raychain.families.architectures import ModelDescription, describe
 from raychain.families.architectures.model import UndescribedTower
 from raychain.families.axes import Layer, Parameter, Tower, UndescribedError
 from raychain.growth.depth import DepthOperator, LayerSource, layer_sources
@@ -62,17 +62,23 @@ class GrowthPlan:
     towers: dict[str, TowerGrowth]
 
 
-def check(small: nn.Module, large: nn.Module, *, width: str, depth: str) -> None:
-    """Whether `small` can grow into `large`; both may be on the meta device.
+Describe = Callable[[nn.Module], ModelDescription]
+"""The axes of a model's parameters. Raises UndescribedError."""
+
+
+def check(small: nn.Module, large: nn.Module, *, width: str, depth: str, describe: Describe = describe) -> None:
+    """Whether `small` can grow into `large`; both may be on the meta device. `describe` tells their parameters' axes.
 
     Raises GrowthError naming the parameter or axis that cannot be grown: one that would shrink (only the shared
     embedding may: the overlap is kept), one without a counterpart, one that no description covers; or the operator
     that does not exist.
     """
-    plan_growth(small, large, width=width, depth=depth)
+    plan_growth(small, large, width=width, depth=depth, describe=describe)
 
 
-def plan_growth(small: nn.Module, large: nn.Module, *, width: str, depth: str) -> GrowthPlan:
+def plan_growth(
+    small: nn.Module, large: nn.Module, *, width: str, depth: str, describe: Describe = describe
+) -> GrowthPlan:
     """`check`, and the plan it arrives at."""
     width_operator = _named(WIDTH_OPERATORS, "width", width)
     depth_operator = _named(DEPTH_OPERATORS, "depth", depth)

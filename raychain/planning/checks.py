@@ -37,13 +37,15 @@ def warnings(cost: ChainCost, samples: int, known: Sequence[ModelSize] = ()) -> 
 
 def first_warnings(first: ModelSize, samples: int, known: Sequence[ModelSize] = ()) -> list[str]:
     """Principle 1: the first model fits the data's size."""
-    wanted, given = smallest_size(samples), first.image.params
+    wanted, given = smallest_size(samples), first.principal_params
     factor = max(given / wanted, wanted / given)
     choice = _nearest(known, samples)
     if factor <= (FIRST_FACTOR if choice else 2 * FIRST_FACTOR) or (choice and choice.name == first.name):
         return []
     verdict = "large" if given > wanted else "small"
-    fix = f"begin with {choice.name} ({_millions(choice.image.params)})" if choice else "begin with a model near that"
+    fix = (
+        f"begin with {choice.name} ({_millions(choice.principal_params)})" if choice else "begin with a model near that"
+    )
     return [
         f"{first.name} ({_millions(given)} parameters in the image tower) is {verdict} to begin with on {samples:,} "
         f"samples, where the published chains suggest {_millions(wanted)}: {fix}"
@@ -56,7 +58,7 @@ def ratio_warnings(
     """Principle 2: every image tower has 2 to 4 times the parameters of the one before."""
     found, near = [], []
     for small, large in itertools.pairwise(sizes):
-        ratio = expansion_ratio(small.image.params, large.image.params)
+        ratio = expansion_ratio(small.principal_params, large.principal_params)
         if not ratio_excess(ratio, bounds):
             continue
         if ratio < bounds[0]:
@@ -92,14 +94,14 @@ def epoch_warnings(epochs: Sequence[float]) -> list[str]:
 
 
 def _nearest(known: Sequence[ModelSize], samples: int) -> ModelSize | None:
-    return known[smallest_model([size.image.params for size in known], samples)] if known else None
+    return known[smallest_model([size.principal_params for size in known], samples)] if known else None
 
 
 def _between(small: ModelSize, large: ModelSize, known: Sequence[ModelSize]) -> ModelSize | None:
     """The model nearest to the geometric mean of the two, if there is one between them."""
-    low, high = small.image.params, large.image.params
-    inside = [size for size in known if low < size.image.params < high]
-    return min(inside, key=lambda size: abs(math.log(size.image.params**2 / (low * high))), default=None)
+    low, high = small.principal_params, large.principal_params
+    inside = [size for size in known if low < size.principal_params < high]
+    return min(inside, key=lambda size: abs(math.log(size.principal_params**2 / (low * high))), default=None)
 
 
 def _millions(params: float) -> str:

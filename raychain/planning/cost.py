@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from raychain.planning.macs import ModelSize, stage_macs
+from raychain.planning.macs import Items, ModelSize, stage_macs
 from raychain.planning.principles import expansion_ratio
 
 
@@ -16,8 +16,8 @@ class Setting(NamedTuple):
 
     samples: int
     """Samples of an epoch."""
-    captions: int = 1
-    """Captions of an image in the loss."""
+    items: Items
+    """How many inputs of each part of a model a sample has."""
     global_batch: int = 1024
     distill: bool = True
     """Whether grown stages follow a teacher, whose forward pass costs too."""
@@ -35,20 +35,19 @@ class StageCost:
     epochs: float
     samples: int
     """Samples seen in all epochs."""
-    captions: int
+    items: Items
     teacher: ModelSize | None
     """The model it follows; counted at this stage's image size."""
 
     @property
     def forward_macs(self) -> int:
-        """Of one sample: the image and its captions."""
-        return self.size.forward.sample(self.captions)
+        """Forward MACs of one sample with all its inputs."""
+        return self.size.forward(self.items)
 
     @property
     def macs(self) -> int:
         """Training MACs: 3 × forward, and the teacher's forward."""
-        teacher = self.teacher.forward if self.teacher else None
-        return stage_macs(self.size.forward, teacher, self.samples, self.captions)
+        return stage_macs(self.size, self.teacher, self.samples, self.items)
 
 
 @dataclass(frozen=True)
@@ -93,8 +92,8 @@ class ChainCost:
 
     @property
     def ratios(self) -> tuple[float, ...]:
-        """Expansion ratio of every stage but the first: parameters of the image tower over the predecessor's."""
-        sizes = [stage.size.image.params for stage in self.stages]
+        """Expansion ratio of every stage but the first: parameters of the principal part over the predecessor's."""
+        sizes = [stage.size.principal_params for stage in self.stages]
         return tuple(expansion_ratio(a, b) for a, b in itertools.pairwise(sizes))
 
 
@@ -110,7 +109,7 @@ def predict(
     """
     teachers = [None, *sizes[:-1]] if setting.distill else [None] * len(sizes)
     stages = tuple(
-        StageCost(size, length, setting.seen(length), setting.captions, teacher)
+        StageCost(size, length, setting.seen(length), setting.items, teacher)
         for size, length, teacher in zip(sizes, epochs, teachers, strict=True)
     )
     model, length = baseline or (sizes[-1], epochs[0])
@@ -119,4 +118,4 @@ def predict(
 
 
 def _alone(size: ModelSize, epochs: float, setting: Setting) -> StageCost:
-    return StageCost(size, epochs, setting.seen(epochs), setting.captions, None)
+    return StageCost(size, epochs, setting.seen(epochs), setting.items, None)

@@ -1,38 +1,29 @@
 """What a model costs: parameters, multiply-accumulates (MACs), and what its forward pass keeps for the backward pass.
 
-MACs follow the convention of method.md, which reproduces the paper's percentages: forward MACs of every matrix product
-including the attention products Q·Kᵀ and A·V (full, not halved for the causal mask), embedding look-ups free; training
-a sample costs three student forwards (forward, and twice that backward) and one teacher forward, each on one image and
-all its captions.
+MACs follow the convention of docs/method.md, which reproduces the paper's percentages: forward MACs of every matrix
+product including the attention products Q·Kᵀ and A·V (full, not halved for the causal mask), embedding look-ups free;
+training a sample costs three student forwards (forward, and twice that backward) and one teacher forward, each on all
+inputs of the sample (CLIP: one image and its captions in the loss).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import lru_cache
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from raychain.families import model_config
 from raychain.families.building import build_config
 
-
-class ForwardMacs(NamedTuple):
-    """MACs of one forward pass: the image tower on one image, the text tower on one caption, projections included."""
-
-    image: int
-    text: int
-
-    def sample(self, captions: int) -> int:
-        """MACs of one sample: one image and `captions` captions."""
-        return self.image + captions * self.text
+Items = Mapping[str, float]
+"""How many inputs of each part a sample has: {"image": 1, "text": captions in the loss}."""
 
 
-class TowerSize(NamedTuple):
-    """One tower on one input: parameters, forward MACs, and values kept for the backward pass.
+class PartSize(NamedTuple):
+    """One part of a model (a tower, a decoder) on one input: parameters, forward MACs, values kept for backward.
 
     `kept` counts each tensor that autograd saves once, parameters and attention matrices (which fused attention never
     writes) excepted.
@@ -43,56 +34,46 @@ class TowerSize(NamedTuple):
     kept: int
 
 
-class ModelSize(NamedTuple):
-    """A model's two towers; the logit scale counts as text."""
+@dataclass(frozen=True)
+class ModelSize:
+    """A model's parts by name. Every parameter belongs to one of them (CLIP's logit scale to the text tower)."""
 
     name: str
-    image: TowerSize
-    text: TowerSize
+    parts: Mapping[str, PartSize]
+    principal: str
+    """The part whose parameters expansion ratios and the smallest model are about: the image tower, the backbone."""
 
     @property
     def params(self) -> int:
-        """Parameters of both towers."""
-        return self.image.params + self.text.params
+        """Parameters of all parts."""
+        return sum(part.params for part in self.parts.values())
 
     @property
-    def forward(self) -> ForwardMacs:
-        """Forward MACs of both towers."""
-        return ForwardMacs(self.image.macs, self.text.macs)
+    def principal_params(self) -> int:
+        """Parameters of the principal part."""
+        return self.parts[self.principal].params
 
-    def kept(self, captions: int) -> int:
-        """Values that one sample of one image and `captions` captions keeps for the backward pass."""
-        return self.image.kept + captions * self.text.kept
+    def forward(self, items: Items) -> int:
+        """Forward MACs of a sample with so many inputs of each part."""
+        return round(sum(items[name] * part.macs for name, part in self.parts.items()))
 
-
-@lru_cache(maxsize=256)
-def model_size(name: str, image_size: int | None = None) -> ModelSize:
-    """A model of `raychain.families`, counted on shapes alone (nothing is allocated or computed).
-
-    Raises UnknownModelError for an unknown name, ValueError for an image size the model cannot take.
-    """
-    return ModelSize(name, *tower_sizes(model_config(name), image_size))
+    def kept(self, items: Items) -> int:
+        """Values that a sample with so many inputs of each part keeps for the backward pass."""
+        return round(sum(items[name] * part.kept for name, part in self.parts.items()))
 
 
-def forward_macs(name: str, image_size: int | None = None) -> ForwardMacs:
-    """The forward MACs of a model, as `model_size` counts them."""
-    return model_size(name, image_size).forward
-
-
-def stage_macs(student: ForwardMacs, teacher: ForwardMacs | None, samples: int, captions: int) -> int:
-    """MACs of training `student` on `samples` samples of one image and `captions` captions, with or without a
-    teacher.
-    """
-    forward = 3 * student.sample(captions) + (teacher.sample(captions) if teacher is not None else 0)
-    return samples * forward
+def stage_macs(student: ModelSize, teacher: ModelSize | None, samples: int, items: Items) -> int:
+    """MACs of training `student` on `samples` samples with so many inputs of each part, with or without a teacher."""
+    return samples * (3 * student.forward(items) + (teacher.forward(items) if teacher is not None else 0))
 
 
 def tower_sizes(
     config: dict[str, Any], image_size: int | None = None, *, every_layer: bool = False
-) -> tuple[TowerSize, TowerSize]:
-    """The image and the text tower of an open_clip config.
+) -> tuple[PartSize, PartSize]:
+    """The image and the text tower of an open_clip config, counted on shapes alone (nothing is allocated or computed).
 
-    The blocks of open_clip's own transformers are alike: one is counted for all of them, unless `every_layer`.
+    The blocks of open_clip's own transformers are alike: one is counted for all of them, unless `every_layer`. Raises
+    ValueError for an image size that the model cannot take.
     """
     depths = {tower: config[tower].get("layers", 12) for tower in ("vision_cfg", "text_cfg")}
     alike = "timm_model_name" not in config["vision_cfg"] and all(isinstance(n, int) for n in depths.values())
@@ -113,18 +94,25 @@ def tower_sizes(
     )
 
 
+def whole_size(model: nn.Module, forward: Callable[[Any], object], sample: Mapping[str, torch.Tensor]) -> PartSize:
+    """A model on the meta device as one part, counted as `forward` runs it on a batch of one sample."""
+    return _count(
+        model, forward, {name: column.to("meta") for name, column in sample.items()}, model, 1, _params(model)
+    )
+
+
 def _params(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _count(
     model: nn.Module,
-    forward: Callable[[torch.Tensor], torch.Tensor],
-    inputs: torch.Tensor,
+    forward: Callable[[Any], object],
+    inputs: object,
     tower: Any,
     depth: int,
     params: int,
-) -> TowerSize:
+) -> PartSize:
     """The tower that `forward` runs; with `depth` above 1 its only block stands for that many."""
     own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     attends = any(isinstance(m, nn.MultiheadAttention) or hasattr(m, "fused_attn") for m in tower.modules())
@@ -152,10 +140,10 @@ def _count(
         forward(inputs)
     macs, values = now()
     if depth == 1:
-        return TowerSize(params, macs, values)
+        return PartSize(params, macs, values)
     (macs_before, values_before), (macs_after, values_after) = inside
     more = depth - 1
-    return TowerSize(
+    return PartSize(
         params + more * _params(block),
         macs + more * (macs_after - macs_before),
         values + more * (values_after - values_before),

@@ -92,7 +92,7 @@ def propose(
         start = max(start for start, _ in rules)
         raise InputError("allocation.rules", f"{start:g} epochs after the first model's {first:g}",
                          "fewer than the first model's", "lower the rule or raise allocation.first")  # fmt: skip
-    smallest = family[smallest_model([size.image.params for size in family], setting.samples)]
+    smallest = family[smallest_model([size.principal_params for size in family], setting.samples)]
     proposals = [
         _judge(candidate, setting, limits, smallest, baseline)
         for candidate in enumerate_chains(family, first, rules, all_models=limits.all_models)
@@ -105,7 +105,7 @@ def why(proposal: Proposal, samples: int) -> list[str]:
     """The reasons for a proposal, principle by principle."""
     cost = proposal.cost
     first, grown = cost.stages[0], len(cost.stages) - 1
-    given, wanted = (f"{params / 1e6:.2g} M" for params in (first.size.image.params, smallest_size(samples)))
+    given, wanted = (f"{params / 1e6:.2g} M" for params in (first.size.principal_params, smallest_size(samples)))
     ratios = ", ".join(f"{ratio:.1f}" for ratio in cost.ratios)
     bounds = f"the published {RATIOS[0]:g} to {RATIOS[1]:g}"
     fall = f"{cost.epochs[1]:g} → {cost.epochs[-1]:g}, falling linearly" if grown > 1 else f"{cost.epochs[1]:g}"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from raychain.planning.cost import ChainCost, StageCost
-from raychain.planning.macs import ModelSize
+from raychain.planning.macs import Items, ModelSize
 
 FLOPS_A_MAC = 2
 
@@ -77,11 +77,11 @@ def memory_bytes(
     teacher: ModelSize | None,
     *,
     batch: int,
-    captions: int,
+    items: Items,
     precision: Literal["bf16", "fp32"],
     average: bool,
 ) -> int:
-    """Bytes that training needs on one worker with `batch` samples of one image and `captions` captions at a time.
+    """Bytes that training needs on one worker with `batch` samples at a time, each with so many inputs of each part.
 
     weights, gradients, AdamW's two moments (fp32)      16 bytes a parameter
     averaged weights (fp32)                              4 bytes a parameter, with `average`
@@ -95,7 +95,7 @@ def memory_bytes(
     half = precision == "bf16"
     weights = student.params * (16 + 4 * average + 2 * half)
     followed = teacher.params * (4 + 2 * half) if teacher else 0
-    return weights + followed + batch * student.kept(captions) * (2 if half else 4)
+    return weights + followed + batch * student.kept(items) * (2 if half else 4)
 
 
 def _number(value: object) -> float:

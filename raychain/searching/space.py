@@ -16,7 +16,8 @@ from raychain.config.experiment import Baseline, Distill, Experiment, Stage
 from raychain.config.search import Proxy, Search
 from raychain.errors import InputError
 from raychain.families import UnknownModelError, matching_models
-from raychain.planning.macs import ModelSize, model_size, stage_macs
+from raychain.paradigms import make_paradigm, model_size
+from raychain.planning.macs import ModelSize, stage_macs
 from raychain.planning.principles import alone_epochs, default_rules, linear_epochs, ratio_excess
 
 Params = dict[str, Any]
@@ -146,7 +147,7 @@ class Space:
     @property
     def baseline_macs(self) -> int:
         """Of the training that chains are compared with."""
-        size = model_size(self.baseline.model, self.experiment.data.image_size)
+        size = model_size(self.experiment.task, self.baseline.model, self.experiment.data.image_size)
         return self._stage_macs(size, None, self.baseline.epochs)
 
     def nearest(self, stages: Sequence[tuple[str, Duration]]) -> Params | None:
@@ -203,8 +204,7 @@ class Space:
 
     def _stage_macs(self, size: ModelSize, teacher: ModelSize | None, length: Duration) -> int:
         samples = self._steps(length) * self.experiment.train.global_batch
-        forward = teacher.forward if teacher else None
-        return stage_macs(size.forward, forward, samples, self.experiment.data.captions.per_image)
+        return stage_macs(size, teacher, samples, make_paradigm(self.experiment.task).items(self.experiment.data))
 
 
 def make_space(experiment: Experiment) -> Space:
@@ -218,7 +218,9 @@ def make_space(experiment: Experiment) -> Space:
     where = "search.space.models" if search.space.models else "family" if experiment.family else "chain"
     try:
         matched = matching_models(names)
-        sizes = sorted((model_size(name, experiment.data.image_size) for name in matched), key=lambda s: s.params)
+        sizes = sorted(
+            (model_size(experiment.task, name, experiment.data.image_size) for name in matched), key=lambda s: s.params
+        )
     except (UnknownModelError, ValueError) as error:
         raise InputError(where, ", ".join(names), str(error), "correct the name or pattern") from None
     samples = epoch_samples(experiment, experiment.data)
@@ -331,7 +333,7 @@ def _chains(sizes: Sequence[ModelSize], search: Search, where: str) -> tuple[tup
         return tuple(tuple(size.name for size in chain) for chain in found)
 
     def ratios(chain: Sequence[ModelSize]) -> list[float]:
-        return [b.image.params / a.image.params for a, b in itertools.pairwise(chain)]
+        return [b.principal_params / a.principal_params for a, b in itertools.pairwise(chain)]
 
     def excess(chain: Sequence[ModelSize]) -> float:
         return sum(ratio_excess(ratio, bounds) for ratio in ratios(chain))

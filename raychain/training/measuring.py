@@ -11,7 +11,6 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch import nn
 
 from raychain.evaluators.measure import evaluate
-from raychain.families import build, model_config
 from raychain.families.building import preprocessing_of
 from raychain.families.tokenizing import make_tokenizer
 from raychain.feed.cache import ShardCache
@@ -28,7 +27,7 @@ def measured(
     task: ChainTask, stage: StageTask, model: nn.Module, cache: ShardCache, device: torch.device
 ) -> dict[str, float]:
     """The metrics of the stage's model on what the chain is measured on; every rank of a process group calls it."""
-    tokenize, tokenizer = make_tokenizer(model_config(stage.model))
+    tokenize, tokenizer = make_tokenizer(dict(stage.config))
     preprocessing = preprocessing_of(model)
     return evaluate(
         model,
@@ -36,7 +35,7 @@ def measured(
         retrieval=task.retrieval,
         cache=cache,
         tokenize=tokenize,
-        image_size=stage.image_size,
+        image_size=stage.size,
         mean=preprocessing["mean"],
         std=preprocessing["std"],
         tokenizer_id=tokenizer,
@@ -79,7 +78,7 @@ def measured_apart(
 def _measure(task: ChainTask, stage: StageTask, weights: Mapping[str, torch.Tensor]) -> dict[str, float]:
     torch.set_num_threads(task.threads)
     device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
-    model = build(stage.model, seed=0, image_size=stage.image_size)
+    model = task.paradigm.build(stage.config, size=stage.size, seed=0)
     model.load_state_dict(weights)
     preload = task.experiment.preload
     return measured(task, stage, model.to(device), ShardCache(preload.cache, preload.budget), device)

@@ -3,34 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
 
 import torch
 from torch import nn
 
-from raychain.config.experiment import Train
-
-_TIMM_VITS = ("vit_", "deit", "eva", "beit")
-
 
 def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, object]]:
-    """Two groups: matrices and tables with weight decay; gains, biases and logit_scale without (as open_clip)."""
+    """Two groups: matrices and tables with weight decay; gains, biases and scalars without (as open_clip)."""
     decayed: list[nn.Parameter] = []
     free: list[nn.Parameter] = []
-    for name, parameter in named:
+    for _, parameter in named:
         if parameter.requires_grad:
-            (free if parameter.ndim < 2 or "logit_scale" in name else decayed).append(parameter)
+            (free if parameter.ndim < 2 else decayed).append(parameter)
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
-
-
-def adam_constants(recipe: Train, model_cfg: Mapping[str, Any]) -> tuple[tuple[float, float], float]:
-    """betas and eps of a stage: the recipe's, else by its image tower (open_clip's defaults and CoM-PT's)."""
-    vision = model_cfg["vision_cfg"]
-    timm_name = vision.get("timm_model_name")
-    vit = timm_name.startswith(_TIMM_VITS) if timm_name else isinstance(vision.get("layers", 12), int)
-    betas, eps = ((0.9, 0.98), 1e-6) if vit else ((0.9, 0.999), 1e-8)
-    return recipe.betas or betas, recipe.eps or eps
 
 
 def make_optimizer(

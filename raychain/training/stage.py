@@ -19,7 +19,6 @@ from torch import nn
 
 from raychain.core.dist import rank, rank_slice, world_size
 from raychain.errors import Diverged
-from raychain.families import at_image_size, build, model_config
 from raychain.families.tokenizing import make_tokenizer
 from raychain.feed.cache import ShardCache
 from raychain.feed.health import Tally
@@ -27,10 +26,9 @@ from raychain.feed.loader import Loader
 from raychain.feed.preload import first_windows
 from raychain.feed.shards import Shard
 from raychain.growth import Moments, grow, grow_moments, read_moments, write_moments
-from raychain.paradigms.clip.objective import ClipObjective
-from raychain.paradigms.objective import Objective, Projector
+from raychain.paradigms.objective import Objective
 from raychain.storage import Folder, patiently
-from raychain.training.artifact import load_model, load_moments, write_artifact
+from raychain.training.artifact import load_moments, write_artifact
 from raychain.training.average import make_average
 from raychain.training.control import Control, Wish
 from raychain.training.loop import StageLoop
@@ -72,7 +70,7 @@ class ChainWorker:
         self.rank = rank()
         self.emit = emit if self.rank == 0 else lambda _: None
         self.emit_from_any = emit
-        self.experiment = task.experiment
+        self.experiment, self.paradigm = task.experiment, task.paradigm
         self.out = Folder(task.out)
         self.cache = ShardCache(self.experiment.preload.cache, self.experiment.preload.budget)
         self.control = Control()
@@ -174,7 +172,7 @@ class ChainWorker:
         """A finished stage. Raises FloatingPointError if it is not finite, as versions before checked none."""
         with tempfile.TemporaryDirectory(prefix="raychain-") as scratch:
             folder = self.out.fetch(f"stages/{stage.folder}", Path(scratch) / "stage")
-            model, moments = load_model(folder), load_moments(folder)
+            model, moments = self.paradigm.load(folder), load_moments(folder)
         found = list(model.state_dict().values())
         if moments:
             found += [*moments.exp_avg.values(), *moments.exp_avg_sq.values()]
@@ -186,10 +184,9 @@ class ChainWorker:
             )
         return Trained(model.to(self.device), moments)
 
-    def _at_image_size(self, previous: Trained, stage: StageTask) -> Trained:
-        """The stage before, for this stage's pictures. Interpolated position embeddings have no moments."""
-        name = self.task.stages[stage.index - 1].model
-        model = at_image_size(previous.model, model_config(name), stage.image_size)
+    def _adapt(self, previous: Trained, stage: StageTask) -> Trained:
+        """The stage before, for inputs of this stage's size. Interpolated position embeddings have no moments."""
+        model = self.paradigm.adapt(previous.model, self.task.stages[stage.index - 1].config, stage.size)
         if model is previous.model or previous.moments is None:
             return Trained(model, previous.moments)
         step, *moments = previous.moments.step, previous.moments.exp_avg, previous.moments.exp_avg_sq
@@ -200,8 +197,9 @@ class ChainWorker:
     def _prepare(self, stage: StageTask, start: int = 0) -> tuple[nn.Module, Loader]:
         """The stage's fresh model and its started loader; runs beside the training of the stage before."""
         started = time.time()
-        model = build(stage.model, seed=self.experiment.train.seed + stage.index, image_size=stage.image_size)
-        tokenize, _ = make_tokenizer(model_config(stage.model))
+        seed = self.experiment.train.seed + stage.index
+        model = self.paradigm.build(stage.config, size=stage.size, seed=seed)
+        tokenize, _ = make_tokenizer(dict(stage.config))
         loader = Loader(
             stage.feed,
             self.cache,
@@ -231,18 +229,18 @@ class ChainWorker:
     ) -> tuple[TrainState, Objective | None]:
         """The stage's state, grown from the stage before or restored, and its teacher."""
         transfer, recipe = self.experiment.transfer, self.experiment.train
-        teacher, projector = None, None
+        teacher, followed, describe = None, None, self.paradigm.describe
         model = model.to(self.device)
         if previous:
-            previous = self._at_image_size(previous, stage)
-            grow(previous.model, model, width=transfer.width, depth=transfer.depth, shrink=transfer.shrink)
+            previous, before = self._adapt(previous, stage), self.task.stages[stage.index - 1].config
+            operators = {"width": transfer.width, "depth": transfer.depth}
+            grow(previous.model, model, **operators, shrink=transfer.shrink, describe=describe)
             if transfer.distill:
-                teacher = ClipObjective(previous.model).to(self.device).eval().requires_grad_(False)
-                with torch.random.fork_rng(devices=[]):
-                    torch.manual_seed(recipe.seed + stage.index)
-                    sizes = _embed_dim(stage.model), _embed_dim(self.task.stages[stage.index - 1].model)
-                    projector = Projector(dict.fromkeys(ClipObjective.feature_names, sizes))
-        student = ClipObjective(model, projector).to(self.device)
+                teacher = self.paradigm.objective(previous.model, before).to(self.device).eval().requires_grad_(False)
+                followed = before
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(recipe.seed + stage.index)
+            student = self.paradigm.objective(model, stage.config, followed).to(self.device)
         for tower in (student, teacher):
             if tower is not None:
                 tower.micro_batch = self.micro_batches.get(stage.index)
@@ -253,8 +251,8 @@ class ChainWorker:
         if resumed.step:
             resumed.states.load(resumed.step, state)
         elif previous and previous.moments and transfer.optimizer == "grow":
-            operators = {"width": transfer.width, "depth": transfer.depth}
-            write_moments(model, optimizer, grow_moments(previous.model, model, previous.moments, **operators))
+            grown = grow_moments(previous.model, model, previous.moments, **operators, describe=describe)
+            write_moments(model, optimizer, grown)
         return state, teacher
 
     def _train(
@@ -423,9 +421,10 @@ class ChainWorker:
         with tempfile.TemporaryDirectory(prefix="raychain-") as scratch:
             files = write_artifact(
                 Path(scratch),
+                self.paradigm,
                 state.model,
-                model_config(stage.model),
-                stage.image_size,
+                stage.config,
+                stage.size,
                 projector=state.student.projector,
                 moments=moments,
             )
@@ -452,7 +451,3 @@ class ChainWorker:
                 "stage": stage.index,
             }
         )
-
-
-def _embed_dim(name: str) -> int:
-    return int(model_config(name)["embed_dim"])

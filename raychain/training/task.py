@@ -10,6 +10,8 @@ from raychain.evaluators.data import RetrievalData, ZeroShotData
 from raychain.feed.loader import Feed
 from raychain.feed.shards import Shard
 from raychain.feed.spec import Representation
+from raychain.paradigms import make_paradigm
+from raychain.paradigms.base import Config, Paradigm
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,10 @@ class StageTask:
 
     index: int
     model: str
+    config: Config
+    """The model's configuration."""
+    size: int
+    """Pixels a side of the pictures it reads, tokens of the texts."""
     key: str
     """Content address: the hash of all that determines the stage's result."""
     former: Former
@@ -93,11 +99,6 @@ class StageTask:
         """Step at which the average of the weights begins."""
         return self.steps - self.cooldown if self.cooldown else 0
 
-    @property
-    def image_size(self) -> int:
-        """Pixels a side."""
-        return self.feed.spec.image_size
-
 
 @dataclass(frozen=True)
 class ChainTask:
@@ -116,6 +117,11 @@ class ChainTask:
     """What schema 2 called it."""
     threads: int
     """Torch threads a worker."""
+
+    @property
+    def paradigm(self) -> Paradigm:
+        """What the chain learns."""
+        return make_paradigm(self.experiment.task)
 
     def measured(self, record: dict[str, Any]) -> bool:
         """Whether a stage's record has the metrics this chain asks for."""

@@ -159,7 +159,7 @@ def _stages(run: dict[str, Any], lines: dict[int, list[dict[str, Any]]]) -> list
     for index in range(min(last + 1, MOST_STAGES)):
         entry, record = (planned[index] if index < len(planned) else {}), records.get(index, {})
         names.append(str(record.get("model") or entry.get("model") or "?"))
-        sizes.append(_size(names[-1], _setting(config, entry, "image_size")))
+        sizes.append(_size(config, names[-1], _setting(config, entry, "image_size")))
     stages: list[Stage] = []
     known: float | None = 0.0
     for index, (name, size) in enumerate(zip(names, sizes, strict=True)):
@@ -179,7 +179,7 @@ def _stages(run: dict[str, Any], lines: dict[int, list[dict[str, Any]]]) -> list
             Stage(
                 index, name, status or ("unfinished" if mine else "not started"),
                 amount(record.get("params")) or (float(size.params) if size else None),
-                float(size.image.params) if size else None,
+                float(size.principal_params) if size else None,
                 _length(record, entry), macs, per_sample, known, numbers(record.get("metrics")), record, mine,
             )
         )  # fmt: skip
@@ -187,20 +187,22 @@ def _stages(run: dict[str, Any], lines: dict[int, list[dict[str, Any]]]) -> list
     return stages
 
 
-def _size(model: str, image_size: Any) -> Any:
+def _size(config: Mapping[str, Any], model: str, size: Any) -> Any:
     """What the model's shapes tell, or None; `model` is only ever looked up among the names raychain knows."""
     try:
-        from raychain.planning.macs import model_size
+        from raychain.paradigms import make_task, model_size
 
-        return model_size(model, image_size if isinstance(image_size, int) and 0 < image_size < 4096 else None)
-    except Exception:  # a model of another version, or no model at all
+        task = make_task(config.get("task") or {"paradigm": "clip"})
+        return model_size(task, model, size if isinstance(size, int) and 0 < size < 4096 else None)
+    except Exception:  # a model or a paradigm of another version, or none at all
         return None
 
 
-def _per_sample(size: Any, teacher: Any, captions: int) -> float:
+def _per_sample(size: Any, teacher: Any, captions: int) -> float | None:
     from raychain.planning.macs import stage_macs
 
-    return float(stage_macs(size.forward, teacher.forward if teacher else None, 1, captions))
+    items = {"image": 1, "text": captions, "model": 1}
+    return float(stage_macs(size, teacher, 1, items)) if size.parts.keys() <= items.keys() else None
 
 
 def _setting(config: Mapping[str, Any], entry: Mapping[str, Any], key: str) -> Any:

@@ -1,0 +1,77 @@
+"""Pre-training paradigms by name: raychain's own, and installed packages' (entry points `raychain.paradigms`)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import lru_cache
+from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
+from typing import TYPE_CHECKING
+
+from raychain.config.task import Task
+from raychain.errors import nearest
+
+if TYPE_CHECKING:
+    from raychain.paradigms.base import Paradigm
+    from raychain.planning.macs import ModelSize
+
+GROUP = "raychain.paradigms"
+OWN = {"clip": "raychain.paradigms.clip.paradigm:Clip"}
+"""raychain's own, which no package can replace."""
+
+
+@lru_cache(maxsize=1)
+def _others() -> dict[str, EntryPoint]:
+    return {entry.name: entry for entry in entry_points(group=GROUP) if entry.name not in OWN}
+
+
+def names() -> list[str]:
+    """The names that `task.paradigm` may be."""
+    return [*OWN, *sorted(_others())]
+
+
+def paradigm_class(name: str) -> type[Paradigm]:
+    """The paradigm of that name. Raises KeyError for an unknown name, and whatever importing its package raises."""
+    if name not in OWN:
+        found: type[Paradigm] = _others()[name].load()
+        return found
+    module, _, attribute = OWN[name].partition(":")
+    own: type[Paradigm] = getattr(import_module(module), attribute)
+    return own
+
+
+def make_task(value: object) -> Task:
+    """The `task:` of an experiment from plain data: {`paradigm`: name, and that paradigm's options}.
+
+    Raises ValueError for what is no such mapping and for unknown names, pydantic's ValidationError for wrong options.
+    """
+    if isinstance(value, Task):
+        return value
+    if not isinstance(value, Mapping) or not isinstance(value.get("paradigm"), str):
+        raise ValueError(f"allowed is {{paradigm: NAME}}, NAME one of {', '.join(names())}")
+    name = value["paradigm"]
+    if name not in names():
+        hint = nearest(name, names(), "is the package that has it installed?")
+        raise ValueError(f"allowed is a paradigm of {', '.join(names())}; {name!r} is none: {hint}")
+    return paradigm_class(name).options.model_validate(value)
+
+
+def make_paradigm(task: Task) -> Paradigm:
+    """The paradigm that an experiment's `task` names, with its options."""
+    return paradigm_class(task.paradigm)(task)
+
+
+def model_size(task: Task, model: str, size: int | None = None) -> ModelSize:
+    """Parameters, MACs and activations of a model by name, at its own input size or at `size`.
+
+    Raises UnknownModelError for an unknown name, ValueError for an input size that the model does not take.
+    """
+    paradigm = make_paradigm(task)
+    config = paradigm.config(model)
+    return _measured(task, model, json.dumps(config, sort_keys=True), size or paradigm.native_size(config))
+
+
+@lru_cache(maxsize=256)
+def _measured(task: Task, model: str, config: str, size: int) -> ModelSize:
+    return make_paradigm(task).measure(model, json.loads(config), size)

@@ -1,0 +1,119 @@
+"""What a pre-training paradigm is to raychain: a name, options, and everything that depends on what is learned.
+
+A chain's driver, scheduler, store, growth and reports know a paradigm through `Paradigm` alone. A paradigm of one's own
+is a subclass in any package, found by the entry point group `raychain.paradigms` (docs/extending.md).
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from raychain.config.task import Task
+from raychain.paradigms.objective import Columns, Objective
+
+if TYPE_CHECKING:
+    from raychain.config.experiment import Data
+    from raychain.families.architectures import ModelDescription
+    from raychain.planning.macs import ModelSize
+
+Config = Mapping[str, Any]
+"""A model's configuration, as JSON holds it. It is part of a stage's key."""
+
+
+class Paradigm(ABC):
+    """One way of pre-training. An instance holds the options of one experiment; it is cheap and made wherever needed.
+
+    `size` is the size of a sample's input throughout: pixels a side of a picture, tokens of a text.
+    """
+
+    name: ClassVar[str]
+    """What `task.paradigm` names it by."""
+    options: ClassVar[type[Task]] = Task
+    """The model of `task:` with its own options."""
+    samples: ClassVar[str] = "samples"
+    """What its samples are called in messages, in the plural."""
+    files: ClassVar[tuple[str, ...]] = ("config.json", "model.safetensors")
+    """Files that a complete stage folder has; `save` writes them."""
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+
+    @abstractmethod
+    def config(self, model: str) -> Config:
+        """The configuration of a model by its name. Raises UnknownModelError for names that are none of its models."""
+
+    @abstractmethod
+    def native_size(self, config: Config) -> int:
+        """The input size that the model has where the experiment names none."""
+
+    @abstractmethod
+    def build(self, config: Config, *, size: int, seed: int, device: str | torch.device = "cpu") -> nn.Module:
+        """A model in fp32 with random weights that follow from the seed alone, the same on every device.
+
+        On `device="meta"` there are shapes only. Raises ValueError where the model does not take inputs of that size.
+        """
+
+    @abstractmethod
+    def objective(self, model: nn.Module, config: Config, teacher: Config | None = None) -> Objective:
+        """What is trained: the model with its loss, and with a projector to the features of a model of the
+        configuration `teacher` where it has one.
+        """
+
+    @abstractmethod
+    def example(self, config: Config, size: int, count: int, seed: int = 0) -> dict[str, torch.Tensor]:
+        """A batch of `count` random samples."""
+
+    def adapt(self, model: nn.Module, config: Config, size: int) -> nn.Module:  # noqa: ARG002 - for subclasses
+        """The model for inputs of another size: itself, or a copy. A teacher reads what its student reads."""
+        return model
+
+    def describe(self, model: nn.Module) -> ModelDescription:
+        """The axes of every parameter, which growth follows. Raises UndescribedError for unknown architectures."""
+        from raychain.families.architectures import describe
+
+        return describe(model)
+
+    def measure(self, name: str, config: Config, size: int) -> ModelSize:
+        """Parameters, forward MACs and activations of the model's parts, counted on shapes alone."""
+        from raychain.planning.macs import ModelSize, whole_size
+
+        objective = self.objective(self.build(config, size=size, seed=0, device="meta"), config).to("meta")
+        part = whole_size(objective.model, objective.encode, self.example(config, size, 1))
+        return ModelSize(name, {"model": part}, principal="model")
+
+    def items(self, data: Data) -> dict[str, float]:  # noqa: ARG002 - for subclasses
+        """How many inputs of each part (`ModelSize.parts`) a sample has."""
+        return {"model": 1}
+
+    def adam(self, config: Config) -> tuple[tuple[float, float], float]:  # noqa: ARG002 - for subclasses
+        """AdamW's betas and eps where the recipe has none."""
+        return (0.9, 0.999), 1e-8
+
+    def save(self, folder: Path, model: nn.Module, config: Config, size: int) -> None:
+        """Writes the model to a folder, as the libraries that people use with it load it."""
+        document = {"paradigm": self.name, "config": dict(config), "size": size}
+        (folder / "config.json").write_text(json.dumps(document, indent=2) + "\n")
+        save_file(plain(model.state_dict()), folder / "model.safetensors")
+
+    def load(self, folder: Path) -> nn.Module:
+        """The model of a folder that `save` wrote, in fp32 on the CPU."""
+        document = json.loads((folder / "config.json").read_text())
+        model = self.build(document["config"], size=document["size"], seed=0)
+        model.load_state_dict(load_file(folder / "model.safetensors"))
+        return model
+
+
+def plain(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors as safetensors takes them: on the CPU and contiguous."""
+    return {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+
+
+__all__ = ["Columns", "Config", "Objective", "Paradigm", "Task", "plain"]

@@ -1,0 +1,99 @@
+"""CLIP as a paradigm: open_clip's two-tower models on pictures with captions, in open_clip's folders."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, cast
+
+import torch
+from open_clip.model import set_model_preprocess_cfg
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from raychain.families import at_image_size, model_config
+from raychain.families.building import build_config, preprocessing_of
+from raychain.paradigms.base import Config, Paradigm, plain
+from raychain.paradigms.clip.objective import ClipObjective, ImageTextObjective
+from raychain.paradigms.objective import Objective, Projector
+from raychain.planning.macs import ModelSize, tower_sizes
+
+if TYPE_CHECKING:
+    from raychain.config.experiment import Data
+
+_TIMM_VITS = ("vit_", "deit", "eva", "beit")
+CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
+
+
+class ImageTextParadigm(Paradigm):
+    """Pictures and their captions in one embedding space; subclasses choose the loss."""
+
+    samples = "pairs"
+    files = (CONFIG, WEIGHTS)
+    objective_class: ClassVar[type[ImageTextObjective]]
+
+    def config(self, model: str) -> Config:
+        return model_config(model)
+
+    def native_size(self, config: Config) -> int:
+        return int(config["vision_cfg"]["image_size"])
+
+    def build(self, config: Config, *, size: int, seed: int, device: str | torch.device = "cpu") -> nn.Module:
+        return build_config(dict(config), seed=seed, image_size=size, device=device)
+
+    def adapt(self, model: nn.Module, config: Config, size: int) -> nn.Module:
+        """The model with position embeddings interpolated to pictures of `size` pixels a side."""
+        return at_image_size(model, dict(config), size)
+
+    def objective(self, model: nn.Module, config: Config, teacher: Config | None = None) -> Objective:
+        projector = None
+        if teacher is not None:
+            sizes = int(config["embed_dim"]), int(teacher["embed_dim"])
+            projector = Projector(dict.fromkeys(self.objective_class.feature_names, sizes))
+        return self.objective_class(model, projector)
+
+    def measure(self, name: str, config: Config, size: int) -> ModelSize:
+        image, text = tower_sizes(dict(config), size)
+        return ModelSize(name, {"image": image, "text": text}, principal="image")
+
+    def items(self, data: Data) -> dict[str, float]:
+        """One picture, and all of its captions that are in the loss."""
+        return {"image": 1, "text": data.captions.per_image}
+
+    def adam(self, config: Config) -> tuple[tuple[float, float], float]:
+        """open_clip's defaults and CoM-PT's, by the image tower."""
+        vision = config["vision_cfg"]
+        timm_name = vision.get("timm_model_name")
+        vit = timm_name.startswith(_TIMM_VITS) if timm_name else isinstance(vision.get("layers", 12), int)
+        return ((0.9, 0.98), 1e-6) if vit else ((0.9, 0.999), 1e-8)
+
+    def example(self, config: Config, size: int, count: int, seed: int = 0) -> dict[str, torch.Tensor]:
+        rng = torch.Generator().manual_seed(seed)
+        text = config["text_cfg"]
+        shape = (count, 1, int(text.get("context_length", 77)))
+        return {
+            "images": torch.randint(0, 256, (count, size, size, 3), generator=rng, dtype=torch.uint8),
+            "tokens": torch.randint(1, int(text.get("vocab_size", 49408)), shape, generator=rng),
+            "seed": torch.randint(0, 2**62, (count,), generator=rng),
+        }
+
+    def save(self, folder: Path, model: nn.Module, config: Config, size: int) -> None:
+        """A folder that unmodified open_clip loads as `local-dir:FOLDER`."""
+        own = {**config, "vision_cfg": {**config["vision_cfg"], "image_size": size}}
+        document = {"model_cfg": own, "preprocess_cfg": {**preprocessing_of(model), "size": size}}
+        (folder / CONFIG).write_text(json.dumps(document, indent=2) + "\n")
+        save_file(plain(model.state_dict()), folder / WEIGHTS)
+
+    def load(self, folder: Path) -> nn.Module:
+        document: dict[str, Any] = json.loads((folder / CONFIG).read_text())
+        model = build_config(document["model_cfg"], seed=0)
+        model.load_state_dict(load_file(folder / WEIGHTS))
+        set_model_preprocess_cfg(cast(Any, model), document["preprocess_cfg"])
+        return model
+
+
+class Clip(ImageTextParadigm):
+    """The contrastive loss of CLIP and, with several captions, LaCLIP."""
+
+    name = "clip"
+    objective_class = ClipObjective
