@@ -9,7 +9,7 @@ from raychain.paradigms import model_size as size_of
 from raychain.planning.macs import ModelSize, PartSize, stage_macs, tower_sizes
 
 SAMPLES, ITEMS = 2_890_000, {"image": 1, "text": 7}
-TABLE_G = {  # model: image tower, text tower on one caption (method.md)
+TABLE_G = {  # model: image tower, text tower on one caption (docs/method.md)
     "T": (1.254, 0.763),
     "C": (2.136, 1.181),
     "S": (4.599, 1.690),

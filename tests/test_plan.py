@@ -22,7 +22,7 @@ from raychain.run import main, run_command
 
 KEYS = {"stages", "macs", "baseline", "percent_of_baseline", "speedup", "family_speedup", "warnings"}
 STAGE_KEYS = {"model", "params", "forward_macs", "epochs", "macs", "share", "expansion_ratio"}
-SHIPPED = {  # percentage of the baseline, family ratio (method.md); None: not published
+SHIPPED = {  # percentage of the baseline, family ratio (docs/method.md); None: not published
     "cc3m-vit-bl": (47.8, None),
     "cc3m-vit-sbl": (35.9, None),
     "cc3m-vit-tsbl": (27.6, 5.68),
