@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from raychain.config.experiment import Captions, Transfer
@@ -27,8 +27,9 @@ class Determinants:
     """All that determines a stage's result but the stages before it."""
 
     model: Mapping[str, Any]
-    """The model's configuration as open_clip takes it."""
-    image_size: int
+    """The model's configuration."""
+    size: int
+    """Pixels a side of the pictures it reads, tokens of the texts."""
     shards: tuple[str, ...]
     """Identities of the shards in their order."""
     weights: tuple[float, ...]
@@ -57,6 +58,8 @@ class Determinants:
     seed: int
     changes: tuple[tuple[int, float], ...] = ()
     """Other peak learning rates, each after the step from which it holds."""
+    task: Mapping[str, Any] = field(default_factory=dict)
+    """The paradigm with its options; empty for CLIP, which was the only one when keys were made first."""
 
 
 def stage_key(stage: Determinants, previous: str, schema: int = SCHEMA) -> str:
@@ -80,7 +83,7 @@ def _content(stage: Determinants, previous: str, schema: int) -> dict[str, Any]:
     content = {
         "schema": schema,
         "model": stage.model,
-        "image_size": stage.image_size,
+        "image_size": stage.size,
         "data": {
             "shards": stage.shards,
             "weights": stage.weights,
@@ -103,7 +106,8 @@ def _content(stage: Determinants, previous: str, schema: int) -> dict[str, Any]:
         "seed": stage.seed,
         "previous": previous,
     }
-    return content | ({"changes": stage.changes} if stage.changes else {})
+    content |= {"changes": stage.changes} if stage.changes else {}
+    return content | ({"task": stage.task} if stage.task else {})
 
 
 def _inherited(transfer: Transfer) -> dict[str, Any]:

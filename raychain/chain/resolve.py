@@ -15,6 +15,7 @@ from raychain.chain.identity import FORMER_SCHEMA, Determinants, evaluation_key,
 from raychain.chain.takeover import finished
 from raychain.config.durations import Duration
 from raychain.config.experiment import Change, Data, Experiment, Train
+from raychain.config.task import Task
 from raychain.demo import DemoError, is_current, make_demo
 from raychain.errors import InputError
 from raychain.evaluators.data import resolve_retrieval, resolve_zero_shot
@@ -217,7 +218,7 @@ def _stage(
     betas, eps = recipe.betas or betas, recipe.eps or eps
     determinants = Determinants(
         model=config,
-        image_size=size,
+        size=size,
         shards=tuple(shard.identity for shard in reading.shards),
         weights=tuple(source.weight for source in data.train),
         captions=data.captions,
@@ -238,6 +239,7 @@ def _stage(
         precision=recipe.precision or "fp32",
         transfer=grown,
         seed=recipe.seed + index,
+        task={} if experiment.task == Task() else experiment.task.model_dump(mode="json"),
         changes=_changes(stage.changes, lengths, steps, f"chain.{index}.changes"),
     )
     previous = before.key if before else ""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from raychain.chain.resolve import make_task
 from raychain.config.experiment import Experiment
 from raychain.config.search import Search
+from raychain.config.task import Task
 from raychain.errors import InputError
 from raychain.feed.shards import expand
 from raychain.searching.space import Space, make_space, proxied, with_stages
@@ -50,7 +51,9 @@ def plan_search(experiment: Experiment, out: str, store: str) -> Plan:
 def identity(experiment: Experiment) -> str:
     """Of all that determines what is tried; more trials or worker groups make no other search."""
     tree = experiment.model_dump(mode="json", exclude={"compute", "preload", "track", "checkpoint"})
-    for stage in tree["chain"]:  # came later; searches without them are what they were
+    if experiment.task == Task():  # came later, as what follows; searches without them are what they were
+        del tree["task"]
+    for stage in tree["chain"]:
         if not stage["changes"]:
             del stage["changes"]
     if tree.get("search"):
