@@ -8,11 +8,14 @@ import sys
 from types import ModuleType
 from typing import Any
 
+from raychain import signals
 from raychain.terminal import LogLines
 
 __version__ = "0.1.0"
 __all__ = ["evaluate", "grow", "plan", "report", "run", "search"]
 
+if sys.argv and sys.argv[0].rpartition("/")[2] in ("-m", "raychain"):  # this process is a command of raychain's
+    signals.early()
 logging.getLogger(__name__).addHandler(LogLines())
 
 

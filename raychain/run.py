@@ -10,10 +10,11 @@ from typing import Annotated, Any
 
 import typer
 
-from raychain import command
+from raychain import command, signals
 from raychain.config import Experiment, load_experiment
 from raychain.errors import InputError, Interrupted, RunFailed, one_line
 from raychain.terminal import delivered, guard_streams, report_lost, say
+from raychain.unexpected import describe
 
 command(__name__)
 
@@ -125,25 +126,39 @@ def main(command: Any, name: str) -> None:
 
 def guarded(app: Any) -> None:
     """Calls a Typer app; errors become one message and a status: 1 run failed, 2 wrong input, 130 interrupted."""
+    signals.take_over()
     guard_streams()
-    status: Any = 0
+    try:
+        status = _status(app)
+    except KeyboardInterrupt:  # while an outcome was being told
+        status = signals.ASKED
+    signals.leave(status)
+
+
+def _status(app: Any) -> int:
     try:
         app()
-    except SystemExit as stop:
-        status = stop.code
     except InputError as error:
-        say(f"raychain: {error}")
-        status = 2
+        return _told(f"raychain: {error}", 2)
     except RunFailed as error:
         said = str(error).replace("\n", "\n  ")  # no line of an error looks like one of raychain's own
-        say(f"raychain: the run failed: {said}\n{_way_on(error)}")
-        status = 1
+        return _told(f"raychain: the run failed: {said}\n{_way_on(error)}", 1)
     except (Interrupted, KeyboardInterrupt):
-        say(f"raychain: interrupted. {KEPT}")
-        status = 130
-    if not status:
-        report_lost()
-    sys.exit(status)
+        return _told(f"raychain: interrupted. {KEPT}", signals.ASKED)
+    except SystemExit as stop:  # Typer's own, also for KeyboardInterrupt
+        if signals.interrupted():
+            return _told(f"raychain: interrupted. {KEPT}", signals.ASKED)
+        if stop.code:
+            return stop.code if isinstance(stop.code, int) else 1
+    except Exception as error:
+        return _told(describe(error), 1)
+    report_lost()
+    return 0
+
+
+def _told(message: str, status: int) -> int:
+    say(message)
+    return status
 
 
 def _way_on(error: RunFailed) -> str:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 
+from raychain.backend_ray.address import cluster
 from raychain.config.experiment import Experiment, Transfer
 from raychain.errors import InputError, nearest
 from raychain.families import UnknownModelError, model_names
@@ -90,8 +89,8 @@ def check_compute(experiment: Experiment, address: str | None) -> None:
             "at least one pair a worker",
             f"--set compute.workers={batch}, or raise train.global_batch",
         )
-    here = torch.cuda.device_count()
-    if not (address or os.environ.get("RAY_ADDRESS")) and compute.gpus_per_worker and here < fewest:
+    joined, here = cluster(address), torch.cuda.device_count()
+    if joined is None and compute.gpus_per_worker and here < fewest:
         raise InputError(
             "compute",
             f"{fewest} workers with {compute.gpus_per_worker:g} GPU each",

@@ -3,28 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import logging
-import math
-import os
-import signal
-import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
-import ray
-
+from raychain import signals
+from raychain.backend_ray.connection import session
 from raychain.backend_ray.gauges import Gauges
 from raychain.chain.group import Groups
 from raychain.chain.lease import Holder, Lease, patience
-from raychain.chain.resolve import worker_cpus
 from raychain.chain.store import StageStore, UnusableStageError, usable
 from raychain.chain.takeover import take_over
 from raychain.chain.totals import totals
-from raychain.errors import InputError, Interrupted, RunFailed, one_line
+from raychain.errors import Interrupted, RunFailed, one_line
 from raychain.reporting.environment import environment
 from raychain.reporting.events import Event, event
 from raychain.reporting.health import DataHealth
@@ -38,8 +31,6 @@ from raychain.training.task import ChainTask, StageTask
 
 LEASE = ".driver"
 """The run folder's lease."""
-ANSWERS_S = 10.0
-"""How long a cluster may take to accept a connection."""
 
 
 class Watch(NamedTuple):
@@ -67,7 +58,8 @@ def run_chain(
         try:
             return _run(task, out, store, records, lease, address, verbose, watch)
         finally:
-            leave_report(out)
+            with signals.settled():
+                leave_report(out)
 
 
 def _run(
@@ -88,51 +80,59 @@ def _run(
         "environment": environment(),
     }
     health = DataHealth(task.shards, task.experiment.data.max_bad_fraction, out.read_json(RUN))
-    log = RunLog(out, header | {"data_health": health.record()}, records)
-    if health.exceeded:
-        log.finish("failed", totals(task, time.time() - started))
-        raise RunFailed(health.describe())
-    if all(record and task.measured(record) for record in records):
-        log.finish("succeeded", totals(task, time.time() - started))
-        return log.run
     progress = Progress(len(task.stages))
     show = watch.handle if watch else progress.handle
     steps = [stage.steps for stage in task.stages]
-    trackers = Trackers(out, task.experiment, task.stages[-1].key, steps, show)
-
-    def finish(status: str) -> None:
-        log.note("data_health", health.record())
-        final = totals(task, time.time() - started)
-        try:
-            log.finish(status, final)
-        except OSError as error:
-            raise RunFailed(f"{task.out} cannot be written: {error}") from error
-        finally:
-            trackers.finish(status, final)
-
-    def spoilt() -> bool:
-        return health.exceeded or lease.lost or (watch is not None and watch.stop.is_set())
-
-    try:
-        shown = contextlib.nullcontext() if watch else progress
-        with _sharing(task, out, store, show) as share, shown, session(task, address, verbose):
-            gauges = Gauges(out.path.rpartition("/")[2])
-            handlers = [health.handle, log.handle, share, trackers.handle, gauges.handle, show]
-            done = {stage.index for stage, record in zip(task.stages, records, strict=True) if record}
-            complete = _execute(Groups(task, handlers, done, verbose=verbose), spoilt)
+    with signals.settled():  # run.json says `running` until `finish`
+        log = RunLog(out, header | {"data_health": health.record()}, records)
         if health.exceeded:
+            log.finish("failed", totals(task, time.time() - started))
             raise RunFailed(health.describe())
-        if lease.lost:
-            raise RunFailed(f"{task.out} could not be written for too long: another driver may be at work on it now")
-    except BaseException as error:
-        finish("interrupted" if isinstance(error, KeyboardInterrupt | Interrupted) else "failed")
-        if isinstance(error, KeyboardInterrupt):
-            raise Interrupted from None
-        raise
-    finish("succeeded" if complete else "interrupted")
-    if not complete:
-        raise Interrupted
-    return log.run
+        if all(record and task.measured(record) for record in records):
+            log.finish("succeeded", totals(task, time.time() - started))
+            return log.run
+        trackers = Trackers(out, task.experiment, task.stages[-1].key, steps, show)
+
+        def finish(status: str) -> None:
+            log.note("data_health", health.record())
+            final = totals(task, time.time() - started)
+            try:
+                log.finish(status, final)
+            except OSError as error:
+                raise RunFailed(f"{task.out} cannot be written: {error}") from error
+            finally:
+                trackers.finish(status, final)
+
+        def spoilt() -> bool:
+            return health.exceeded or lease.lost or (watch is not None and watch.stop.is_set())
+
+        try:
+            shown = contextlib.nullcontext() if watch else progress
+            with (
+                signals.released(),
+                _sharing(task, out, store, show) as share,
+                shown,
+                session(task, address, verbose),
+            ):
+                gauges = Gauges(out.path.rpartition("/")[2])
+                handlers = [health.handle, log.handle, share, trackers.handle, gauges.handle, show]
+                done = {stage.index for stage, record in zip(task.stages, records, strict=True) if record}
+                complete = _execute(Groups(task, handlers, done, verbose=verbose), spoilt)
+            if health.exceeded:
+                raise RunFailed(health.describe())
+            if lease.lost:
+                raise RunFailed(
+                    f"{task.out} could not be written for too long: another driver may be at work on it now"
+                )
+        except BaseException as error:
+            finish("interrupted" if isinstance(error, KeyboardInterrupt | Interrupted) else "failed")
+            if isinstance(error, KeyboardInterrupt):
+                raise Interrupted from None
+            raise
+        finish("succeeded" if complete else "interrupted")
+        if not complete:
+            raise Interrupted
+        return log.run
 
 
 def _claim(
@@ -192,42 +192,6 @@ def _sharing(
         yield handle
 
 
-@contextlib.contextmanager
-def session(task: ChainTask, address: str | None, verbose: bool) -> Iterator[None]:
-    """A Ray connection: an existing one of this process, the cluster at `address` or RAY_ADDRESS, or a local one."""
-    if ray.is_initialized():
-        yield
-        return
-    options: dict[str, Any] = {"log_to_driver": verbose, "logging_level": logging.INFO if verbose else logging.ERROR}
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    if address or os.environ.get("RAY_ADDRESS"):
-        _connect(address or os.environ["RAY_ADDRESS"], options)
-    else:
-        cpus = max(os.cpu_count() or 1, math.ceil(task.experiment.most_workers * worker_cpus(task.experiment)))
-        # "local": without it Ray joins whatever cluster happens to run on this machine
-        memory = 256 * 2**20
-        ray.init(address="local", num_cpus=cpus, include_dashboard=False, object_store_memory=memory, **options)
-    try:
-        with contextlib.redirect_stdout(sys.stderr):  # Ray prints warnings of its nodes to stdout, which is for results
-            yield
-    finally:
-        ray.shutdown()
-
-
-def _connect(address: str, options: dict[str, Any]) -> None:
-    """Joins the cluster at `address`. Raises InputError where none answers, or not to this token."""
-    host, _, port = address.rpartition(":")
-    try:
-        if host and "/" not in host and port.isdigit():  # Ray would try for minutes
-            socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWERS_S).close()
-        ray.init(address=address, **options)
-    except (OSError, RuntimeError) as error:
-        said = str(error).strip().splitlines()
-        reason = next((line for line in said if "AuthToken" in line), " ".join(said)[:300])
-        fix = f"start one, correct the address, or give its token (RAY_AUTH_TOKEN_PATH). Ray says: {reason}"
-        raise InputError("--address", address, "a Ray cluster that answers", fix) from None
-
-
 def _execute(groups: Groups, spoilt: Callable[[], bool]) -> bool:
     """Trains on Ray until the chain is complete (True), or a signal or `spoilt` had the workers save and return."""
     try:
@@ -243,22 +207,12 @@ def _say(message: str) -> None:
 
 @contextlib.contextmanager
 def stop_signals(request_stop: Callable[[], Any]) -> Iterator[None]:
-    """The first SIGINT or SIGTERM lets the workers save and return, the second ends the driver at once."""
-    asked: list[int] = []
+    """The first signal lets the workers save and return, the second ends the driver at once."""
 
-    def stop(number: int, _: Any) -> None:
-        if asked:
-            raise KeyboardInterrupt
-        asked.append(number)
-        _say("stopping: the workers save their state (again: stop at once)")
+    def stop() -> None:
         request_stop()
+        with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: the signal came in the middle of printing
+            _say("stopping: the workers save their state (again: stop at once)")
 
-    if threading.current_thread() is not threading.main_thread():
+    with signals.saving(stop):
         yield
-        return
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -103,9 +103,8 @@ class Groups:
         return self.task.experiment.workers(stage)
 
     def stop(self) -> None:
-        """Has the workers save and return; `run` then returns False."""
+        """Has the workers save and return; `run` then returns False. It may be called by a handler of signals."""
         self.stopping = True
-        self.backend.request_stop()
 
     def close(self) -> None:
         """Ends what belongs to the chain on Ray."""

@@ -10,8 +10,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 PACKAGES = {"raychain": "raychain", "torch": "torch", "ray": "ray", "open_clip": "open_clip_torch", "timm": "timm"}
 CHECKOUT = Path(__file__).resolve().parents[2]
 
@@ -21,15 +19,22 @@ def environment() -> dict[str, Any]:
 
     `commit` ends in `-dirty` when the checkout has changes, and is None where raychain is not run from a checkout.
     """
+    import torch
+
     return {
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        "versions": {name: _version(distribution) for name, distribution in PACKAGES.items()},
+        "versions": versions(),
         "commit": _commit(),
     }
+
+
+def versions() -> dict[str, str | None]:
+    """Installed version of each package that a result or a fault may depend on; None where it is not installed."""
+    return {name: _version(distribution) for name, distribution in PACKAGES.items()}
 
 
 def _version(distribution: str) -> str | None:

@@ -10,7 +10,8 @@ from typing import Any
 import yaml
 
 from raychain.backend_ray import cluster
-from raychain.chain.driver import LEASE, session, stop_signals
+from raychain.backend_ray.connection import session
+from raychain.chain.driver import LEASE, stop_signals
 from raychain.chain.lease import Lease, patience
 from raychain.chain.resolve import replan, worker_cpus
 from raychain.chain.store import STORE, StageStore
