@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray._private import services
 
 from raychain import signals
+from raychain.backend_ray import internals
 from raychain.backend_ray.address import Cluster, check_answers, cluster
 from raychain.chain.resolve import worker_cpus
 from raychain.errors import InputError, RunFailed
@@ -125,21 +125,9 @@ class _Processes:
     def __init__(self) -> None:
         self._sessions: list[int] = []
 
-    @contextlib.contextmanager
-    def started_by_ray(self) -> Iterator[None]:
+    def started_by_ray(self) -> contextlib.AbstractContextManager[None]:
         """Within, Ray's daemons are started so."""
-        before, sessions = services.ConsolePopen, self._sessions
-
-        class Daemon(before):  # type: ignore[valid-type, misc]
-            def __init__(self, *arguments: Any, **options: Any) -> None:
-                super().__init__(*arguments, **{**options, "start_new_session": True})
-                sessions.append(self.pid)
-
-        services.ConsolePopen = Daemon  # type: ignore[misc]
-        try:
-            yield
-        finally:
-            services.ConsolePopen = before  # type: ignore[misc]
+        return internals.daemons_apart(self._sessions.append)
 
     def end(self) -> None:
         """Kills what is still there."""

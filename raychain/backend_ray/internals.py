@@ -6,8 +6,9 @@ nothing else.
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import ray
@@ -85,3 +86,30 @@ class Alone:
         from ray.autoscaler.sdk import request_resources
 
         request_resources(bundles=bundles)
+
+
+@contextlib.contextmanager
+def daemons_apart(started: Callable[[int], None]) -> Iterator[None]:
+    """Within, each daemon that Ray starts leads a session of its own, whose id `started` is told.
+
+    Ray has no public way: they share the process group of the program, and die of the signals that are sent to it.
+    """
+    try:
+        from ray._private import services
+
+        before = services.ConsolePopen
+    except (ImportError, AttributeError) as error:
+        missing("the start of its daemons, so a signal to the process group ends them before the workers save", error)
+        yield
+        return
+
+    class Daemon(before):  # type: ignore[valid-type, misc]
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **{**options, "start_new_session": True})
+            started(self.pid)
+
+    services.ConsolePopen = Daemon  # type: ignore[misc]
+    try:
+        yield
+    finally:
+        services.ConsolePopen = before  # type: ignore[misc]
