@@ -31,6 +31,7 @@ from raychain.storage import Folder
 from raychain.training.checkpoint import MARKER, OPTIMIZER, WEIGHTS, Checkpoints, _digest
 from raychain.training.loop import StageLoop
 from raychain.training.state import TrainState, all_finite
+from raychain.training.states import StageStates
 from raychain.training.task import StageTask
 
 NAME = "checkpoints/0-model"
@@ -59,7 +60,7 @@ def test_a_state_that_is_not_finite_is_not_saved_and_pushes_no_good_one_out(plac
     step(at, 2)
     with torch.no_grad():
         PLACES[place](at).view(-1)[-1] = value
-    assert not at.is_finite()
+    assert not at.finite()
     for wait in (False, True):
         assert not checkpoints.save(at, wait=wait)
     checkpoints.finish()
@@ -188,6 +189,34 @@ def test_the_way_on_is_half_the_rate_that_failed(tree, tmp_path):
     assert slower(two, 0) == ("chain.0.lr=0.0005", "chain.0.changes=[]")
 
 
+def test_a_change_after_a_trunk_goes_on_from_the_trunk_of_the_unchanged_stage(tree, tmp_path):
+    tree["train"] |= {"schedule": "wsd", "cooldown": "25 %", "warmup": "2 steps", "average": "3 steps"}
+    store, told = str(tmp_path / "shared"), []
+    whole = {"plain": [], "late": [{"at": "20 steps", "lr": 5e-4}], "early": [{"at": "10 steps", "lr": 5e-4}]}
+
+    def states(name: str, out: str) -> StageStates:
+        tree["chain"][0]["changes"] = whole[name]
+        task = make_task(validate(tree), str(tmp_path / out), store=store)
+        return StageStates(task, task.stages[0], told.append)
+
+    plain, at = states("plain", "first"), state(0)
+    at.averaged_from = 18
+    step(at, 18)
+    plain.share(at)
+    plain.finish()
+    assert [event["event"] for event in told] == ["trunk"]
+    late = states("late", "second")
+    place = late.furthest()
+    assert place[0] == late.resumed(*place).step == 18
+    late.resumed(*place).states.load(18, state(1))
+    assert late.furthest(17)[0] == 0
+    assert states("early", "second").furthest()[0] == 0, "the unchanged trunk is past its change"
+    at.student.model.logit_scale.data.fill_(math.nan)
+    plain.share(at)
+    assert plain.broken
+    assert states("plain", "third").furthest()[0] == 18
+
+
 def test_errors_of_divergence_survive_pickling():
     error = ray.cloudpickle.loads(ray.cloudpickle.dumps(Diverged("lost", 1, 12)))
     assert (str(error), error.stage, error.step) == ("lost", 1, 12)
@@ -214,7 +243,7 @@ def test_the_command_of_a_diverged_run_goes_on_from_its_last_good_state(ray_sess
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
 
     def run(command: list[str]) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+        return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
 
     failed = run([sys.executable, "-m", "raychain.run", str(file)])
     assert failed.returncode == 1, failed.stderr

@@ -95,8 +95,8 @@ class Checkpoints:
             log.warning("the checkpoint before is still being written to %s: none is saved this time", self.out.address)
             return True
         self.finish()
-        snapshot = state.snapshot(self._buffers)
-        if not snapshot.finite:
+        finite, snapshot = state.finite(), state.snapshot(self._buffers)  # in this order nothing waits twice for a GPU
+        if not finite:
             return False
         self._pending = self._writer.submit(self._write, snapshot)
         if wait:

@@ -321,7 +321,7 @@ class ChainWorker:
         self._ready = self._background.submit(self._prepare_early, following) if following else None
         try:
             complete = loop.run(state, teacher, loader, self.control, self.last_step)
-            if self._agree(states.broken or (complete and self.rank == 0 and not state.is_finite())):
+            if self._agree(states.broken or (complete and self.rank == 0 and not state.finite())):
                 raise loop.not_finite(state)
         except FloatingPointError as error:
             raise self._diverged(stage, states, loop, error) from None

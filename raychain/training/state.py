@@ -41,8 +41,6 @@ class Snapshot(NamedTuple):
     weights: dict[str, torch.Tensor]
     moments: dict[str, torch.Tensor]
     counters: dict[str, Any]
-    finite: bool
-    """Whether all its numbers are."""
 
 
 @dataclass
@@ -74,9 +72,9 @@ class TrainState:
             self.averaged.n_averaged.zero_()  # so that the weights are copied
         self.averaged.update_parameters(self.student.model)
 
-    def is_finite(self) -> bool:
-        """Whether all numbers of its weights, moments and averaged weights are."""
-        return bool(all_finite(value for group in self._tensors() for value in group.values()))
+    def finite(self) -> torch.Tensor:
+        """Whether all numbers of its weights, moments and averaged weights are: one boolean on the device."""
+        return all_finite(value for group in self._tensors() for value in group.values())
 
     def snapshot(self, buffers: dict[str, torch.Tensor]) -> Snapshot:
         """Copies on the CPU: weights by name, AdamW moments and averaged weights by `moment/name`, counters.
@@ -85,7 +83,6 @@ class TrainState:
         which copying is several times faster.
         """
         weights, moments = self._tensors()
-        finite = all_finite([*weights.values(), *moments.values()])
         for name, value in [*weights.items(), *moments.items()]:
             if name not in buffers:
                 buffers[name] = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
@@ -93,7 +90,7 @@ class TrainState:
         if (device := next(self.student.parameters()).device).type == "cuda":
             torch.cuda.synchronize(device)
         copies, moment_copies = ({name: buffers[name] for name in group} for group in (weights, moments))
-        return Snapshot(copies, moment_copies, asdict(self.counters), bool(finite))
+        return Snapshot(copies, moment_copies, asdict(self.counters))
 
     def _tensors(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """Weights by name, and AdamW's moments and averaged weights by `moment/name`; on the device, not copied."""
