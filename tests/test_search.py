@@ -120,6 +120,40 @@ def halved(small: dict[str, Any]) -> dict[str, Any]:
     return small | {"search": more}
 
 
+def test_a_search_of_schema_1_goes_on_if_its_settings_and_data_are_the_same(
+    halved: dict[str, Any], instant: type[Instant], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names, start = {}, Instant.start
+
+    def noting(self: Instant, job: Job) -> None:
+        names.update({stage.key: stage.former.key for stage in job.trial.task.stages})
+        start(self, job)
+
+    monkeypatch.setattr(Instant, "start", noting)
+    instant.most = 7
+    with pytest.raises(Interrupted):
+        raychain.search(validate(halved))
+    instant.most = None
+    file = tmp_path / "runs" / "tiny-search" / "search.json"
+    text = file.read_text()
+    for key, former in names.items():
+        text = text.replace(key, former)
+    former = json.loads(text) | {"schema": 1, "identity": "of schema 1"}
+    assert former["asha"]["behind"].keys() <= set(names.values())
+    for changed in (halved | {"train": halved["train"] | {"lr": 0.5}}, halved):
+        file.write_text(json.dumps(former))
+        if changed is halved:
+            os.utime(file, (1, 1))
+        with pytest.raises(InputError, match="other settings or other data"):
+            raychain.search(validate(changed))
+    file.write_text(json.dumps(former))
+    result = raychain.search(validate(halved))
+    whole = raychain.search(validate(halved | {"storage": str(tmp_path / "whole")}))
+    assert (result["asha"], result["identity"], result["trained"]) == (
+        whole["asha"], whole["identity"], whole["trained"],
+    )  # fmt: skip
+
+
 def test_chains_that_are_behind_at_equal_macs_are_stopped_and_a_search_goes_on_with_that(
     halved: dict[str, Any], instant: type[Instant], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

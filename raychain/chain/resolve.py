@@ -30,7 +30,7 @@ from raychain.planning.macs import stage_macs
 from raychain.reporting.health import DataHealth
 from raychain.storage import Folder, below, is_local
 from raychain.training.stage import STAGE_RECORD
-from raychain.training.task import ChainTask, Former, RateChange, StageTask
+from raychain.training.task import Before, ChainTask, Former, RateChange, StageTask
 
 
 class Others(NamedTuple):
@@ -308,11 +308,11 @@ def _former(
     then = replace(stage, shards=shards, pixels=pixels, precision=precision)
     previous = before.former.key if before else ""
     key, begun = (stage_key(s, previous, FORMER_SCHEMA) for s in (then, replace(then, changes=())))
-    last = max(reading.shards, key=lambda shard: shard.changed, default=None)
-    touched = (last.changed, last.address) if last else (0.0, "")
-    if before:
-        touched = max(touched, (before.former.changed, before.former.shard))
-    return Former(key, begun, pixels, touched[1], touched[0])
+    touched = [(shard.changed, shard.address) for shard in reading.shards]
+    touched += [(before.former.changed, before.former.shard)] if before else []
+    changed, shard = max(touched, default=(0.0, ""))
+    parent = Before(before.key, before.former.key, before.folder) if before else None
+    return Former(key, begun, parent, pixels, shard, changed)
 
 
 def _cooldown(recipe: Train, lengths: dict[str, int], steps: int) -> int:

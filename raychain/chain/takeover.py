@@ -49,8 +49,8 @@ def take_over(task: ChainTask, out: Folder, store: StageStore | None, say: Say) 
         if found is None and store:
             take_over_in_store(task, stage, store, say, out)
         elif found is None:
-            _take_over_checkpoints(task, stage, out, store)
-        elif why := _refused(task, stage, found.began, out, store):
+            _take_over_checkpoints(stage, out, store)
+        elif why := _refused(stage, found.began, out, store):
             say(f"{_named(stage)} is trained again: {why}")
         else:
             out.write_json(f"{name}/{STAGE_RECORD}", _renamed(task, stage, found))
@@ -64,8 +64,8 @@ def take_over_in_store(
     found = _in_store(stage, store)
     if found is None:
         if out is not None:
-            _take_over_checkpoints(task, stage, out, store)
-    elif why := _refused(task, stage, found.began, out, store):
+            _take_over_checkpoints(stage, out, store)
+    elif why := _refused(stage, found.began, out, store):
         say(f"{_named(stage)} is trained again: {why}")
     else:
         try:
@@ -87,16 +87,15 @@ def finished(task: ChainTask, out: Folder) -> list[bool]:
     return have
 
 
-def _refused(task: ChainTask, stage: StageTask, began: float, out: Folder | None, store: StageStore | None) -> str:
+def _refused(stage: StageTask, began: float, out: Folder | None, store: StageStore | None) -> str:
     """Why a stage of schema 2 is not the one that is wanted; empty if it is."""
     if why := _touched(stage, began):
         return why
-    if stage.index:
-        before = task.stages[stage.index - 1]
+    if before := stage.former.before:
         records = [_read(out, f"stages/{before.folder}/{STAGE_RECORD}")] if out else []
         records += [_read(store.storage, f"{STORE}/{before.key}/{STAGE_RECORD}")] if store else []
-        if not any(r.get("key") == before.key and r.get("former") == before.former.key for r in records):
-            return f"it grew from another {before.model}"
+        if not any(r.get("key") == before.key and r.get("former") == before.former for r in records):
+            return "the stage before it is another or not there"
     return ""
 
 
@@ -135,7 +134,7 @@ def _renamed(task: ChainTask, stage: StageTask, found: Found) -> Record:
     return record
 
 
-def _take_over_checkpoints(task: ChainTask, stage: StageTask, out: Folder, store: StageStore | None) -> None:
+def _take_over_checkpoints(stage: StageTask, out: Folder, store: StageStore | None) -> None:
     """Has the stage go on from its unfinished states."""
     folder = f"checkpoints/{stage.folder}"
     for step in out.list(folder):
@@ -146,7 +145,7 @@ def _take_over_checkpoints(task: ChainTask, stage: StageTask, out: Folder, store
         if stage.changes and int(step) > stage.changes[0].step:  # it has gone on with the rate of before
             continue
         began = min(_logged(out, stage.index), _written(out, f"{folder}/{step}") - _wall(state.get("counters")))
-        if not _refused(task, stage, began, out, store):
+        if not _refused(stage, began, out, store):
             out.write_json(name, state | {"key": stage.key_at(int(step)), "former": stage.former.begun})
 
 

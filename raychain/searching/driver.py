@@ -15,6 +15,7 @@ from raychain.chain.driver import LEASE, stop_signals
 from raychain.chain.lease import Lease, patience
 from raychain.chain.resolve import replan, worker_cpus
 from raychain.chain.store import STORE, StageStore
+from raychain.chain.takeover import take_over_in_store
 from raychain.config.durations import Duration
 from raychain.config.experiment import Experiment
 from raychain.errors import InputError, Interrupted, RunFailed
@@ -22,9 +23,10 @@ from raychain.reporting.report.writing import leave_report
 from raychain.reporting.search_progress import SearchProgress
 from raychain.reporting.wording import METRICS, macs, percent
 from raychain.searching.campaign import Campaign, Job, Kind, Measured, Record, Step, Trial, ratio
+from raychain.searching.continuing import RESULT, SCHEMA, earlier, identity
 from raychain.searching.halving import Halving, Point, Verdict
 from raychain.searching.outcome import best_chain, comparisons, pareto, rank_correlation, score, scored
-from raychain.searching.request import Plan, identity
+from raychain.searching.request import Plan
 from raychain.searching.running import RayRunner
 from raychain.searching.sampling import Sampler, make_sampler
 from raychain.searching.space import CHAIN, Params, proxied, with_stages
@@ -33,8 +35,7 @@ from raychain.training.stage import STAGE_RECORD
 from raychain.training.states import trunk_states
 from raychain.training.task import ChainTask
 
-SCHEMA = 1
-RESULT, BEST = "search.json", "best.yaml"
+BEST = "best.yaml"
 PROBE = "1000000000 steps"
 """Long enough for any warm-up, to see what a step costs."""
 TRIES = 50
@@ -65,12 +66,8 @@ class Searcher:
         search, self.space = plan.search, plan.space
         self.sampler: Sampler = make_sampler(plan.space, search.sampler, search.seed, pareto=search.aim == "pareto")
         self.store = StageStore(Folder(plan.store))
-        self.identity = identity(plan.experiment)
-        before = plan.out.read_json(RESULT)
-        self.before: dict[str, Any] = before if isinstance(before, dict) else {}
-        if self.before and self.before.get("identity") != self.identity:
-            raise InputError("--out", plan.out.address, "a folder of this search, or a new one",
-                             "it holds a search of other settings: give another --out")  # fmt: skip
+        self.identity = identity(plan)
+        self.before = earlier(plan, self._task)
         self.trained: set[str] = set(self.before.get("trained") or ())
         self.earlier: dict[str, int] = {
             key: int(number) for number, keys in (self.before.get("begun") or {}).items() for key in keys
@@ -314,11 +311,17 @@ class Searcher:
         if not step.whole:
             return trunk_states(self.plan.store, step.stage.trunk).marker(int(step.key.partition("@")[2]))
         if not self.store.has(step.key):
+            take_over_in_store(self.plan.base, step.stage, self.store, self.progress.say)
+        if not self.store.has(step.key):
             return None
         record = self.store.storage.read_json(f"{STORE}/{step.key}/{STAGE_RECORD}")
         return record if isinstance(record, dict) else None
 
     def _begin(self, job: Job) -> None:
+        last = job.trial.task.stages[-1]
+        folder, former = f"chains/{last.key[:12]}", f"chains/{last.former.key[:12]}"
+        if not self.plan.out.exists(folder) and self.plan.out.exists(former):  # which has what is left of its stages
+            self.plan.out.move(former, folder)
         self.unsaved = True
         self.progress.begin(job)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import dataclass
 
 from raychain.chain.resolve import make_task
@@ -46,19 +44,6 @@ def plan_search(experiment: Experiment, out: str, store: str) -> Plan:
     base = make_task(small, out, store=store)
     full = make_task(whole, out, store=store) if search.proxy and search.proxy.check else None
     return Plan(experiment, search, space, base, full, shards, Folder(out), store)
-
-
-def identity(experiment: Experiment) -> str:
-    """Of all that determines what is tried; more trials or worker groups make no other search."""
-    tree = experiment.model_dump(mode="json", exclude={"compute", "preload", "track", "checkpoint"})
-    if experiment.task == Task():  # came later, as what follows; searches without them are what they were
-        del tree["task"]
-    for stage in tree["chain"]:
-        if not stage["changes"]:
-            del stage["changes"]
-    if tree.get("search"):
-        tree["search"] = {k: v for k, v in tree["search"].items() if k not in ("trials", "concurrent")}
-    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _check(experiment: Experiment, search: Search) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from raychain.config.experiment import Experiment
 from raychain.evaluators.data import RetrievalData, ZeroShotData
@@ -14,6 +14,16 @@ from raychain.paradigms import make_paradigm
 from raychain.paradigms.base import Config, Paradigm
 
 
+class Before(NamedTuple):
+    """The stage before."""
+
+    key: str
+    former: str
+    """Key of schema 2."""
+    folder: str
+    """As `StageTask.folder`."""
+
+
 @dataclass(frozen=True)
 class Former:
     """What schema 2 called a stage, and what tells whether a stage of that name is still the one that is wanted."""
@@ -21,6 +31,7 @@ class Former:
     key: str
     begun: str
     """Key of its unfinished states, which knew no change of the learning rate."""
+    before: Before | None
     pixels: Representation
     """How pictures were kept, which followed from `preload.budget`."""
     shard: str

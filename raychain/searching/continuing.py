@@ -1,0 +1,101 @@
+"""Whether a folder holds the search that is asked for, and what an earlier version left there, in today's keys."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from datetime import datetime
+from typing import Any
+
+from raychain.config.experiment import Experiment
+from raychain.config.loading import validate
+from raychain.errors import InputError
+from raychain.searching.request import Plan
+from raychain.training.task import ChainTask
+
+SCHEMA = 2
+"""Version of search.json. Searches of schema 1 go on where their settings are these and their data is untouched."""
+RESULT = "search.json"
+Tasks = Callable[[Any, Any], ChainTask | None]
+
+
+def identity(plan: Plan) -> str:
+    """Content address of a search: its chains' data, recipe and evaluation as their keys see them, and what chooses.
+
+    Workers, cache, storage, names and addresses have no part in it, as they have none in the keys of stages. The
+    settings of the search, which keys do not hold, are there because they decide which chains are tried; more trials
+    or worker groups make no other search.
+    """
+    experiment, space = plan.experiment, plan.space
+    tasks = [plan.base] + ([plan.full] if plan.full else [])
+    content = {
+        "schema": SCHEMA,
+        "stages": [stage.key for task in tasks for stage in task.stages],
+        "evaluation": [task.evaluation for task in tasks],
+        "every": str(experiment.evaluate.every) if plan.search.asha else None,  # when chains are judged
+        "recipe": experiment.train.model_dump(mode="json", exclude={"micro_batch", "log_every"}, exclude_defaults=True),
+        "transfer": experiment.transfer.model_dump(mode="json", exclude_defaults=True),
+        "chains": space.chains,
+        "lengths": [sorted(space.lengths), space.first, space.grown, sorted(space.rules)],
+        "operators": space.operators,
+        "baseline": [space.baseline.model, str(space.baseline.epochs)],
+        "planner": experiment.allocation and experiment.allocation.model_dump(mode="json", exclude_defaults=True),
+        "search": plan.search.model_dump(mode="json", exclude={"trials", "concurrent"}, exclude_defaults=True),
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def earlier(plan: Plan, tasks: Tasks) -> dict[str, Any]:
+    """The search.json of an earlier call, empty without one; `tasks` gives the task of a trial's kind and choices.
+
+    Raises InputError for a search of other settings or data.
+    """
+    found = plan.out.read_json(RESULT)
+    if not isinstance(found, dict) or not found or found.get("identity") == identity(plan):
+        return found if isinstance(found, dict) else {}
+    if found.get("schema") == 1 and _same_settings(plan, found) and not _touched(plan):
+        return _renamed(found, tasks)
+    raise InputError("--out", plan.out.address, "a folder of this search, or a new one",
+                     "it holds a search of other settings or other data: give another --out")  # fmt: skip
+
+
+def _same_settings(plan: Plan, found: dict[str, Any]) -> bool:
+    try:
+        return _settings(validate(found["config"])) == _settings(plan.experiment)
+    except (InputError, KeyError):
+        return False
+
+
+def _settings(experiment: Experiment) -> dict[str, Any]:
+    """What schema 1 took for a search's settings; what a machine decided then is as it was decided."""
+    precision = experiment.train.precision or ("bf16" if experiment.compute.gpus_per_worker else "fp32")
+    left_out = {"compute", "preload", "track", "checkpoint", "storage", "name"}
+    tree = experiment.model_dump(mode="json", exclude=left_out)
+    tree["train"]["precision"], tree["data"]["store"] = precision, None
+    tree["search"] = {k: v for k, v in (tree.get("search") or {}).items() if k not in ("trials", "concurrent")}
+    return tree
+
+
+def _touched(plan: Plan) -> bool:
+    """Whether data was touched after the earlier search wrote what it knew of it."""
+    written = plan.out.fs.get_file_info(plan.out.join(RESULT)).mtime
+    tasks = [plan.base] + ([plan.full] if plan.full else [])
+    changed = max(max(task.evaluation_changed, *(s.former.changed for s in task.stages)) for task in tasks)
+    return not isinstance(written, datetime) or changed > written.timestamp()
+
+
+def _renamed(found: dict[str, Any], tasks: Tasks) -> dict[str, Any]:
+    """The result with today's keys of all its stages, wherever they stand in it."""
+    text = json.dumps(found)
+    for former, key in _keys(found, tasks):
+        text = text.replace(former, key)
+    result: dict[str, Any] = json.loads(text)
+    return result
+
+
+def _keys(found: dict[str, Any], tasks: Tasks) -> Iterator[tuple[str, str]]:
+    for entry in found.get("trials") or ():
+        task = tasks(entry["kind"], entry["params"])
+        for stage in task.stages if task else ():
+            yield stage.former.key, stage.key
