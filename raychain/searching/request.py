@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from raychain.chain.resolve import make_task
 from raychain.config.experiment import Experiment
 from raychain.config.search import Search
-from raychain.config.task import Task
 from raychain.errors import InputError
 from raychain.feed.shards import expand
 from raychain.searching.space import Space, make_space, proxied, with_stages
