@@ -16,7 +16,8 @@ log = logging.getLogger("raychain.feed")
 Picture = TypeVar("Picture")
 
 TRUNCATED, HEADER = "truncated shard", "damaged header"
-UNSAFE, LINK, DUPLICATE = "unsafe name", "link or device", "duplicate key"
+UNSAFE, LINK, SPARSE, DUPLICATE = "unsafe name", "link or device", "sparse file", "duplicate key"
+DOTTED, HUGE = "dot in name", "huge member"
 NO_PICTURE, EMPTY_PICTURE, UNREADABLE, BOMB = (
     "missing picture", "empty picture", "unreadable picture", "decompression bomb",
 )  # fmt: skip

@@ -10,8 +10,10 @@ from typing import Any, BinaryIO
 
 from raychain.config.captions import caption_key
 from raychain.feed.health import (
+    DOTTED,
     DUPLICATE,
     EMPTY_PICTURE,
+    HUGE,
     NO_CAPTION,
     NO_LABEL,
     NO_PICTURE,
@@ -21,9 +23,12 @@ from raychain.feed.health import (
     Unusable,
 )
 from raychain.feed.sentences import sentences
-from raychain.feed.tar import walk
+from raychain.feed.tar import KeySplit, split_name, walk
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
+LARGEST = 2**28
+"""Bytes of a picture or a text; what is larger is not read."""
+WAY_OUT = "data.key_split: last takes names up to their last dot"
 
 
 @dataclass(frozen=True)
@@ -32,11 +37,14 @@ class Wanted:
 
     captions: tuple[str, ...] = ()
     label: bool = False
+    key_split: KeySplit = "first"
+    """`data.key_split`."""
 
     @property
     def digest(self) -> str:
         """Short hash of what is wanted."""
-        return hashlib.blake2b(str((self.captions, self.label)).encode(), digest_size=6).hexdigest()
+        how = () if self.key_split == "first" else (self.key_split,)
+        return hashlib.blake2b(str((self.captions, self.label, *how)).encode(), digest_size=6).hexdigest()
 
     @property
     def extensions(self) -> set[str]:
@@ -54,14 +62,15 @@ def samples(
 
     A sample is a run of members with one base name; it is usable if it has a picture and one of the wanted members.
     `report` hears, once each, of samples that have only one of the two or an empty picture, of names that come again
-    (the first counts), and of what `walk` reports; a sample with a member cut short by the file's end is not used.
+    (the first counts), of pictures that are lost because their names have a dot (at the end), and of what `walk`
+    reports; a sample with a member cut short by the file's end, or too large to be read, is not used.
     Raises OSError where the file cannot be read.
     """
     current: dict[str, Any] = {}
     skip = False
     seen: set[str] = set()
     last: Bad | None = None
-    extensions = wanted.extensions
+    extensions, dotted = wanted.extensions, _Dotted(wanted)
 
     def bad(kind: str, key: str, detail: str = "") -> None:
         nonlocal last
@@ -69,8 +78,13 @@ def samples(
             last = Bad(kind, key, detail)
             report(last)
 
-    for key, extension, size, content in walk(file, bad):
+    for name, size, content in walk(file, bad, wanted.key_split):
+        key, extension = split_name(name, wanted.key_split)
+        extension = (extension or "").lower()
         if extension not in IMAGES and extension not in extensions and content:
+            dotted.see(name, key)
+            continue
+        if key is None:
             continue
         if key != current.get("key"):
             if not skip and _usable(current, wanted, bad):
@@ -85,14 +99,50 @@ def samples(
             bad(DUPLICATE, key)
         elif content is None:
             skip = True
+        elif size > LARGEST:
+            skip = True
+            bad(HUGE, key, f"{extension} of {size:,} bytes")
         elif extension in IMAGES and not size:
             skip = True
             bad(EMPTY_PICTURE, key)
         else:
             current[extension] = None if names_only else content()
+            if extension in IMAGES:
+                dotted.pictured.add(key)
     cut = last is not None and last.kind == TRUNCATED  # which is why the last sample lacks something
     if not skip and _usable(current, wanted, bad if not cut else lambda *_: None):
         yield current
+    for key in dotted.lost():
+        bad(DOTTED, key, WAY_OUT)
+
+
+class _Dotted:
+    """Pictures that the first-dot rule gives no picture's extension: `photo.v1.jpg` is the `v1.jpg` of `photo`.
+
+    Such a picture is lost unless it is a further member of a sample with a picture, as `000.depth.png` of `000`.
+    """
+
+    def __init__(self, wanted: Wanted) -> None:
+        self.pictured: set[str] = set()
+        """Keys of samples with a picture."""
+        self._extensions = wanted.extensions if wanted.key_split == "first" else None
+        self._pictures: dict[str, str | None] = {}
+        self._described: set[str] = set()
+
+    def see(self, name: str, key: str | None) -> None:
+        """Takes a member that the rule does not use, and its key under the rule."""
+        if self._extensions is None:
+            return
+        stem, extension = split_name(name, "last")
+        extension = (extension or "").lower()
+        if stem and extension in IMAGES:
+            self._pictures.setdefault(stem, key)
+        elif stem and extension in self._extensions:
+            self._described.add(stem)
+
+    def lost(self) -> list[str]:
+        """Names, up to their last dot, of the pictures that are in no sample."""
+        return [s for s, key in self._pictures.items() if key not in self.pictured or s in self._described]
 
 
 def _usable(sample: dict[str, Any], wanted: Wanted, bad: Callable[[str, str], None]) -> bool:
