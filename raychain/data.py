@@ -6,7 +6,7 @@ import json
 import sys
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -45,6 +45,9 @@ def check_command(
     captions: Annotated[
         list[str] | None, typer.Option("--captions", help="As data.captions.keys; may be repeated. Default txt.")
     ] = None,
+    key_split: Annotated[
+        Literal["first", "last"], typer.Option(help="As data.key_split: at which dot extensions begin.")
+    ] = "first",
     max_bad_fraction: Annotated[
         float, typer.Option(min=0, max=1, help="Share of unusable samples up to which the exit status is 0.")
     ] = 0.01,
@@ -54,6 +57,7 @@ def check_command(
     """Read SHARDS whole, decode every picture, and tell what is wrong; exit status 1 if too much is."""
     from raychain.config.captions import caption_key
     from raychain.dataprep.check import check_shards, default_workers, summary
+    from raychain.feed.members import Wanted
     from raychain.feed.shards import expand
     from raychain.reporting.checked import check_table
     from raychain.reporting.counting import CountingLine
@@ -64,10 +68,11 @@ def check_command(
             caption_key(key)
         except ValueError as error:
             raise InputError("--captions", key, str(error), "correct the key") from None
+    wanted = Wanted(keys, key_split=key_split)
     addresses, found = expand(shards, "SHARDS"), []
     try:
         with CountingLine("shards checked") as line:
-            for checked in check_shards(addresses, keys, workers or default_workers()):
+            for checked in check_shards(addresses, wanted, workers or default_workers()):
                 found.append(checked)
                 bad = sum(len(shard.bad) for shard in found)
                 line.show(len(found), len(addresses), f"{bad:,} bad samples" if bad else "")

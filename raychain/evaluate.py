@@ -32,6 +32,7 @@ def evaluate(
     *,
     model: str | None = None,
     captions: Sequence[str] = CAPTIONS,
+    key_split: Literal["first", "last"] = "first",
     device: str | None = None,
     batch_size: int = 256,
     cache: str = CACHE,
@@ -40,7 +41,8 @@ def evaluate(
     """Measures a checkpoint in fp32 on each of the addresses `data`; returns what `--json` prints.
 
     `checkpoint` is what `read_checkpoint` takes, also on object storage; `model` names the architecture of a weights
-    file. Which tasks an address holds, `raychain.evaluators.finding` tells. Decoded pictures are kept in `cache`, at
+    file. Which tasks an address holds, `raychain.evaluators.finding` tells; `captions` and `key_split` are as
+    `data.captions.keys` and `data.key_split` of a run. Decoded pictures are kept in `cache`, at
     most `budget` bytes (default 64 GiB).
 
     Returns {`checkpoint`, `model`, `params`, `image_size`, `device`, `seconds`, `results`: [{`data`, `task`,
@@ -60,7 +62,7 @@ def evaluate(
     read = _read(checkpoint, model)
     size, resizing, preprocessing = _preprocessing(read.model, checkpoint)
     folder = _cache_folder(cache)
-    tasks = [(a, task) for a in addresses for task in find_tasks(a, captions, folder, "--data")]
+    tasks = [(a, task) for a in addresses for task in find_tasks(a, captions, folder, "--data", key_split)]
     tokenize, tokenizer = make_tokenizer(read.config)
     clip, results = read.model.to(where), []
     for address, task in tasks:
@@ -107,6 +109,7 @@ def evaluate_command(
         list[str] | None,
         typer.Option("--captions", help="As data.captions.keys, for retrieval; may be repeated. Default txt|lines."),
     ] = None,
+    key_split: Annotated[Literal["first", "last"], typer.Option(help="As data.key_split.")] = "first",
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …; default cuda where there is one.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures or texts encoded at a time.")] = 256,
     cache: Annotated[str, typer.Option(help="Folder for decoded pictures, as preload.cache.")] = CACHE,
@@ -114,7 +117,16 @@ def evaluate_command(
 ) -> None:
     """Measure zero-shot classification and retrieval of CHECKPOINT, as clip_benchmark does, in fp32."""
     chosen = tuple(captions or CAPTIONS)
-    result = evaluate(checkpoint, data, model=model, captions=chosen, device=device, batch_size=batch_size, cache=cache)
+    result = evaluate(
+        checkpoint,
+        data,
+        model=model,
+        captions=chosen,
+        key_split=key_split,
+        device=device,
+        batch_size=batch_size,
+        cache=cache,
+    )
     if as_json:
         print(json.dumps(result, indent=2))
     else:

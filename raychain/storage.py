@@ -94,10 +94,13 @@ def resolve(address: str) -> tuple[fs.FileSystem, str]:
     """The filesystem of `address` and the path on it. Paths are made absolute; `~` is expanded.
 
     s3://, gs://, hdfs:// and file:// go through pyarrow, every other scheme through fsspec.
-    Raises InputError for a scheme neither knows.
+    Raises InputError for a scheme neither knows, and for the home of a user that is not there.
     """
     if "://" not in address:
-        return fs.LocalFileSystem(), str(Path(address).expanduser().absolute())
+        path = Path(os.path.expanduser(address))  # noqa: PTH111 - pathlib's takes `./~a` for a home
+        if address.startswith("~") and path.parts[0].startswith("~") and not Path(path.parts[0]).exists():
+            raise InputError("address", address, "a path; ~ and ~USER stand for homes", f"there is no {path.parts[0]}")
+        return fs.LocalFileSystem(), str(path.absolute())
     try:
         return fs.FileSystem.from_uri(address)
     except (OSError, ValueError, NotImplementedError):
@@ -130,6 +133,11 @@ class Folder:
 
     def list(self, name: str = "") -> list[str]:
         """Names in the subfolder `name`, sorted; none if it does not exist."""
+        if self.local:  # pyarrow fails at names that are not UTF-8
+            try:
+                return sorted(os.listdir(self.join(name)))
+            except FileNotFoundError:
+                return []
         handler = getattr(self.fs, "handler", None)
         if isinstance(handler, fs.FSSpecHandler):
             handler.fs.invalidate_cache()  # fsspec remembers listings, and other machines write here
@@ -137,7 +145,9 @@ class Folder:
         return sorted(info.base_name for info in infos)
 
     def read(self, name: str) -> bytes | None:
-        """Content of a file, or None if it does not exist."""
+        """Content of a file, or None if it does not exist. Raises OSError; for what is no file, instead of waiting."""
+        if self.local and (path := Path(self.join(name))).exists() and not path.is_file():
+            raise OSError(f"{path} is no regular file")
         try:
             with self.fs.open_input_stream(self.join(name)) as stream:
                 return stream.read()

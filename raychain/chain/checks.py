@@ -8,6 +8,8 @@ from raychain.backend_ray.address import cluster
 from raychain.config.experiment import Experiment, Transfer
 from raychain.errors import InputError, nearest
 from raychain.families import UnknownModelError, model_names
+from raychain.feed.health import DOTTED
+from raychain.feed.members import WAY_OUT
 from raychain.growth import DEPTH_OPERATORS, WIDTH_OPERATORS, GrowthError, check
 from raychain.paradigms import make_paradigm, model_size
 from raychain.reporting.health import DataHealth
@@ -121,6 +123,8 @@ def check_health(health: DataHealth) -> None:
     """InputError if more of the training data is unusable than `data.max_bad_fraction` allows."""
     if health.exceeded:
         fix = "replace or leave out these shards, or raise data.max_bad_fraction (raychain data check lists everything)"
+        if DOTTED in health.bad:
+            fix = f"set {WAY_OUT}; else {fix}"
         raise InputError("data.train", health.describe(), f"at most {health.limit:.3g} of the samples", fix)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from raychain.config.experiment import Captions, Transfer
+from raychain.config.experiment import Captions, KeySplit, Transfer
 from raychain.feed.spec import Representation
 
 SCHEMA = 3
@@ -39,6 +39,7 @@ class Determinants:
     window: int
     """Shards that are shuffled together."""
     pixels: Representation
+    key_split: KeySplit
     global_batch: int
     steps: int
     warmup: int
@@ -91,7 +92,8 @@ def _content(stage: Determinants, previous: str, schema: int) -> dict[str, Any]:
             "crop": stage.crop,
             "window": stage.window,
             "pixels": stage.pixels,
-        },
+        }
+        | ({} if stage.key_split == "first" else {"key_split": stage.key_split}),
         "warmup": stage.warmup,
         "lr": stage.lr,
         "adam": [stage.betas, stage.eps],

@@ -66,9 +66,9 @@ def make_task(
         (cache / "counts").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError("preload.cache", cache, "a folder that can be written", str(error)) from None
-    evaluate, keys = experiment.evaluate, experiment.data.captions.keys
-    zero_shot = resolve_zero_shot(evaluate.zero_shot, cache) if evaluate.zero_shot else None
-    retrieval = resolve_retrieval(evaluate.retrieval, keys, cache) if evaluate.retrieval else None
+    evaluate, keys, split = experiment.evaluate, experiment.data.captions.keys, experiment.data.key_split
+    zero_shot = resolve_zero_shot(evaluate.zero_shot, cache, key_split=split) if evaluate.zero_shot else None
+    retrieval = resolve_retrieval(evaluate.retrieval, keys, cache, key_split=split) if evaluate.retrieval else None
     task = ChainTask(
         experiment=experiment,
         out=Folder(out).path if is_local(out) else out,
@@ -150,7 +150,7 @@ def _readings(experiment: Experiment, cache: Path) -> list[Reading]:
 
 
 def _reading(experiment: Experiment, data: Data, cache: Path, where: str) -> Reading:
-    wanted, seed = Wanted(data.captions.keys), experiment.train.seed
+    wanted, seed = _wanted(data), experiment.train.seed
     found = [tuple(survey(expand(source.shards, where), wanted, cache, where)) for source in data.train]
     weights = tuple(source.weight for source in data.train)
     counts = [tuple(shard.samples for shard in source) for source in found]
@@ -167,6 +167,11 @@ def _reading(experiment: Experiment, data: Data, cache: Path, where: str) -> Rea
             "lower it or add data",
         )
     return Reading(tuple(itertools.chain(*found)), order)
+
+
+def _wanted(data: Data) -> Wanted:
+    """What a training sample must hold."""
+    return Wanted(data.captions.keys, key_split=data.key_split)
 
 
 def worker_cpus(experiment: Experiment) -> float:
@@ -212,7 +217,7 @@ def _stage(
             rungs.add(rung)
     paradigm = make_paradigm(experiment.task)
     config, size = paradigm.config(stage.model), input_size(experiment, index)
-    spec = Spec(Wanted(data.captions.keys), size, make_tokenizer(dict(config))[1], data.crop is not None)
+    spec = Spec(_wanted(data), size, make_tokenizer(dict(config))[1], data.crop is not None)
     spec = fitting(spec, sum(reading.order.counts), data.store)
     betas, eps = paradigm.adam(config)
     betas, eps = recipe.betas or betas, recipe.eps or eps
@@ -225,6 +230,7 @@ def _stage(
         crop=data.crop,
         window=data.shuffle_window,
         pixels=spec.pixels,
+        key_split=data.key_split,
         global_batch=recipe.global_batch,
         steps=steps,
         warmup=warmup,

@@ -22,6 +22,7 @@ from raychain.config.search import Search
 from raychain.config.task import AnyTask, Task
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
+KeySplit = Literal["first", "last"]
 
 
 def _area_range(crop: tuple[float, float]) -> tuple[float, float]:
@@ -117,6 +118,10 @@ class Data(Component):
     store: Literal["raw", "jpeg"] | None = None
     """What the cache keeps of a picture: its pixels (raw), or JPEG of quality 95 in a seventh of the bytes, off by a
     level or two. Absent: raw where the pixels of all samples together are 64 GiB at most, else jpeg."""
+    key_split: KeySplit = "first"
+    """The dot of a member's file name at which its extension begins; what stands before names the sample. first is
+    webdataset's rule: `photo.v1.jpg` is the `v1.jpg` of the sample `photo`, and no picture. last makes it the picture
+    of `photo.v1`. Shards of `evaluate` are read in the same way."""
     max_bad_fraction: float = Field(0.01, ge=0, le=1)
     """Share of samples that may be unusable (`raychain data check` counts them); above it the run stops."""
 
@@ -129,6 +134,7 @@ class StageData(Component):
     captions: Captions | None = None
     image_size: int | None = Field(None, ge=8)
     crop: AreaRange | None = None
+    key_split: KeySplit | None = None
 
 
 class Change(Component):

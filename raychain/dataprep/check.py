@@ -16,9 +16,9 @@ from typing import Any
 from PIL import Image
 
 from raychain.feed import members
+from raychain.feed.fetch import open_input
 from raychain.feed.health import NO_CAPTION, Bad, Unusable, picture, tally
 from raychain.feed.members import Wanted
-from raychain.storage import resolve
 
 SHARD = "unreadable shard"
 
@@ -35,12 +35,11 @@ class Checked:
     captions: Counter[int] = field(default_factory=Counter)
 
 
-def check_shard(address: str, keys: tuple[str, ...]) -> Checked:
+def check_shard(address: str, wanted: Wanted) -> Checked:
     """Reads a shard whole. What is wrong with it is in `bad`; nothing is raised for it."""
-    found, wanted = Checked(address), Wanted(keys)
+    found = Checked(address)
     try:
-        filesystem, path = resolve(address)
-        with filesystem.open_input_file(path) as file:
+        with open_input(address) as file:
             for sample in members.samples(file, wanted, report=found.bad.append):
                 try:
                     captions, _ = members.annotation(sample, wanted)
@@ -57,17 +56,17 @@ def check_shard(address: str, keys: tuple[str, ...]) -> Checked:
     return found
 
 
-def check_shards(addresses: Sequence[str], keys: tuple[str, ...], workers: int) -> Iterator[Checked]:
+def check_shards(addresses: Sequence[str], wanted: Wanted, workers: int) -> Iterator[Checked]:
     """Each shard's findings as they come, from `workers` processes at most; one worker is this process."""
     if min(workers, len(addresses)) == 1:
-        yield from (check_shard(address, keys) for address in addresses)
+        yield from (check_shard(address, wanted) for address in addresses)
         return
     context = multiprocessing.get_context("spawn")  # a fork would copy the threads of pyarrow's filesystems
     interrupt = (signal.SIGINT, signal.SIG_DFL)  # an interrupt at the terminal ends them without a traceback each
     with ProcessPoolExecutor(
         min(workers, len(addresses)), mp_context=context, initializer=signal.signal, initargs=interrupt
     ) as pool:
-        futures: list[Future[Checked]] = [pool.submit(check_shard, address, keys) for address in addresses]
+        futures: list[Future[Checked]] = [pool.submit(check_shard, address, wanted) for address in addresses]
         try:
             for future in as_completed(futures):
                 yield future.result()

@@ -5,23 +5,26 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import tarfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from raychain.config.experiment import KeySplit
 from raychain.errors import InputError
 from raychain.feed import shards
 from raychain.feed.content import unchanged
 from raychain.feed.fetch import open_input
 from raychain.feed.health import STRUCTURAL
-from raychain.feed.members import Wanted
+from raychain.feed.members import LARGEST, Wanted
 from raychain.feed.shards import Shard
+from raychain.feed.tar import split_name, walk
 from raychain.storage import Folder, below
 
 ZERO_SHOT, RETRIEVAL = "evaluate.zero_shot", "evaluate.retrieval"
 CLASSES, TEMPLATES = "classnames.txt", "zeroshot_classification_templates.txt"
+SPLIT = "test"
+"""Folder of the shards."""
 SLOT = "{c}"
 """What a template holds in place of the class name."""
 DEFAULT_TEMPLATES = (f"a photo of a {SLOT}.",)
@@ -34,21 +37,22 @@ class ZeroShotData:
     classes: tuple[str, ...]
     templates: tuple[str, ...]
     shards: tuple[Shard, ...]
+    key_split: KeySplit = "first"
 
     @property
     def wanted(self) -> Wanted:
         """What a sample must hold."""
-        return Wanted(label=True)
+        return Wanted(label=True, key_split=self.key_split)
 
     @property
     def digest(self) -> str:
         """Identity of what is measured: the pictures' content, the names and the templates; not where they lie."""
-        return _digest("zero-shot", [shard.identity for shard in self.shards], (self.classes, self.templates))
+        return _digest("zero-shot", [shard.identity for shard in self.shards], (self.classes, self.templates), self.key_split)
 
     @property
     def former(self) -> str:
         """The digest of schema 2."""
-        return _digest("zero-shot", [shard.former for shard in self.shards], (self.classes, self.templates))
+        return _digest("zero-shot", [shard.former for shard in self.shards], (self.classes, self.templates), self.key_split)
 
     def prompts(self, name: str) -> list[str]:
         """The class name in each template."""
@@ -61,29 +65,33 @@ class RetrievalData:
 
     caption_keys: tuple[str, ...]
     shards: tuple[Shard, ...]
+    key_split: KeySplit = "first"
 
     @property
     def wanted(self) -> Wanted:
         """What a sample must hold."""
-        return Wanted(captions=self.caption_keys)
+        return Wanted(captions=self.caption_keys, key_split=self.key_split)
 
     @property
     def digest(self) -> str:
         """Identity of what is measured: the pictures' content and the caption keys; not where they lie."""
-        return _digest("retrieval", [shard.identity for shard in self.shards], self.caption_keys)
+        return _digest("retrieval", [shard.identity for shard in self.shards], self.caption_keys, self.key_split)
 
     @property
     def former(self) -> str:
         """The digest of schema 2."""
-        return _digest("retrieval", [shard.former for shard in self.shards], self.caption_keys)
+        return _digest("retrieval", [shard.former for shard in self.shards], self.caption_keys, self.key_split)
 
 
-def resolve_zero_shot(address: str, cache_dir: str | Path, where: str = ZERO_SHOT) -> ZeroShotData:
+def resolve_zero_shot(
+    address: str, cache_dir: str | Path, where: str = ZERO_SHOT, key_split: KeySplit = "first"
+) -> ZeroShotData:
     """The zero-shot task in a folder of clip_benchmark's webdataset layout, local or remote.
 
     The folder holds `classnames.txt` (line i names label i), `zeroshot_classification_templates.txt` (a prompt a line
     with `{c}` for the name; without the file "a photo of a {c}.") and `test/*.tar` with pictures and `.cls` members.
-    Counts and label ranges of the shards are kept in `cache_dir`. `where` is the option that errors name.
+    Counts and label ranges of the shards are kept in `cache_dir`. `where` is the option that errors name, `key_split`
+    as in `data`.
 
     Raises InputError where names or shards are missing, cannot be read or hold nothing, for a template without `{c}`,
     and for labels without a class name.
@@ -99,20 +107,25 @@ def resolve_zero_shot(address: str, cache_dir: str | Path, where: str = ZERO_SHO
         if SLOT not in template:
             raise InputError(where, f"the template {template!r} in {address}/{TEMPLATES}",
                              f"templates with {SLOT} where the class name belongs", f"add {SLOT} to it")  # fmt: skip
-    found = _survey([below(address, "test/*.tar")], Wanted(label=True), cache_dir, where)
+    wanted = Wanted(label=True, key_split=key_split)
+    found = _survey([below(address, SPLIT)], wanted, cache_dir, where)
     with ThreadPoolExecutor(16) as pool:
-        labels = list(pool.map(lambda shard: _labels(shard, Path(cache_dir).expanduser(), where), found))
+        labels = list(pool.map(lambda shard: _labels(shard, wanted, Path(cache_dir).expanduser(), where), found))
     for shard, (low, high) in zip(found, labels, strict=True):
         if low < 0 or high >= len(classes):
             raise InputError(where, f"label {low if low < 0 else high} in {shard.address}",
                              f"0 … {len(classes) - 1}, the lines of {CLASSES}", f"complete {CLASSES}")  # fmt: skip
-    return ZeroShotData(tuple(classes), templates, found)
+    return ZeroShotData(tuple(classes), templates, found, key_split)
 
 
 def resolve_retrieval(
-    patterns: Sequence[str], caption_keys: Sequence[str], cache_dir: str | Path, where: str = RETRIEVAL
+    patterns: Sequence[str],
+    caption_keys: Sequence[str],
+    cache_dir: str | Path,
+    where: str = RETRIEVAL,
+    key_split: KeySplit = "first",
 ) -> RetrievalData:
-    """The retrieval task on the shards that the patterns name; `caption_keys` as in `data.captions.keys`.
+    """The retrieval task on the shards that the patterns name; `caption_keys` and `key_split` as in `data`.
 
     All captions of a picture that the keys name are used. Counts of the shards are kept in `cache_dir`.
     `where` is the option that errors name.
@@ -120,7 +133,7 @@ def resolve_retrieval(
     Raises InputError for patterns that match nothing and for shards that are damaged or hold no picture with a caption.
     """
     keys = tuple(caption_keys)
-    return RetrievalData(keys, _survey(patterns, Wanted(captions=keys), cache_dir, where))
+    return RetrievalData(keys, _survey(patterns, Wanted(keys, key_split=key_split), cache_dir, where), key_split)
 
 
 def _survey(patterns: Sequence[str], wanted: Wanted, cache_dir: str | Path, where: str) -> tuple[Shard, ...]:
@@ -145,20 +158,21 @@ def _lines(address: str, name: str, where: str) -> list[str]:
         raise InputError(where, f"{address}/{name}", "a UTF-8 text file", f"make it readable ({error})") from None
 
 
-def _labels(shard: Shard, cache: Path, where: str) -> tuple[int, int]:
+def _labels(shard: Shard, wanted: Wanted, cache: Path, where: str) -> tuple[int, int]:
     """Smallest and largest label of a shard, without those that are no whole number. Pictures are skipped, not read."""
-    noted = cache / "counts" / f"{shard.identity}-labels.json"
+    noted = cache / "counts" / f"{shard.identity}-labels{'' if wanted.key_split == 'first' else '-last'}.json"
     if noted.is_file():
         low, high = json.loads(noted.read_text())
         return low, high
     labels = []
     try:
-        with unchanged(shard), open_input(shard.address) as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            for member in tar:
-                handle = tar.extractfile(member) if member.name.lower().endswith(".cls") else None
-                with contextlib.suppress(ValueError):  # one broken sample among many: reading skips it with a warning
-                    labels += [int(handle.read())] if handle else []
-    except (OSError, tarfile.TarError) as error:
+        with unchanged(shard), open_input(shard.address) as file:
+            for name, size, content in walk(file, lambda *_: None, wanted.key_split):
+                _, extension = split_name(name, wanted.key_split)
+                if content and extension and extension.lower() in wanted.extensions and size <= LARGEST:
+                    with contextlib.suppress(ValueError):  # one broken sample of many: reading skips it with a warning
+                        labels.append(int(content()))
+    except OSError as error:
         raise InputError(where, shard.address, "a complete tar file", f"replace or remove it ({error})") from None
     if not labels:
         raise InputError(where, f"{shard.address} without a usable label", "one whole number in each .cls member",
@@ -167,6 +181,7 @@ def _labels(shard: Shard, cache: Path, where: str) -> tuple[int, int]:
     return min(labels), max(labels)
 
 
-def _digest(task: str, identities: Sequence[str], details: object) -> str:
-    text = repr((task, sorted(identities), details))
+def _digest(task: str, identities: Sequence[str], details: object, key_split: KeySplit) -> str:
+    how = () if key_split == "first" else (key_split,)
+    text = repr((task, sorted(identities), details, *how))
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from raychain.config.captions import caption_key
+from raychain.config.experiment import KeySplit
 from raychain.feed.health import (
     DOTTED,
     DUPLICATE,
@@ -23,7 +24,7 @@ from raychain.feed.health import (
     Unusable,
 )
 from raychain.feed.sentences import sentences
-from raychain.feed.tar import KeySplit, split_name, walk
+from raychain.feed.tar import split_name, walk
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
 LARGEST = 2**28

@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import fnmatch
+<<<<<<< HEAD
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import repeat
+=======
+import glob
+import hashlib
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import pairwise, repeat
+>>>>>>> 5e112b4 (Shards are found whatever stands in their paths or lies beside them; data.key_split; tests of lying tars, names and paths)
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, unquote
 
 import braceexpand
 from pyarrow import fs
@@ -20,13 +32,31 @@ from raychain.feed import health, members
 from raychain.feed.content import ChangedError, former_identity, identify, unchanged
 from raychain.feed.fetch import open_input, patiently
 from raychain.feed.health import Bad, Tally
+<<<<<<< HEAD
 from raychain.reporting.counting import CountingLine
 from raychain.storage import Folder, resolve, split_options
+=======
+from raychain.storage import Folder, is_local, resolve, split_options
+>>>>>>> 5e112b4 (Shards are found whatever stands in their paths or lies beside them; data.key_split; tests of lying tars, names and paths)
 
 WHOLE_AHEAD = 2**23
 """Bytes asked of object storage at once where the whole shard is read."""
+<<<<<<< HEAD
 SILENT_S = 3.0
 """How long shards are surveyed before a line counts them."""
+=======
+GLOB = "*?["
+"""Characters that make a part of a path a pattern."""
+SHOWN = 300
+"""Characters of an address in a message."""
+MOST = 1_000_000
+"""Shards that a pattern may name."""
+_RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)(\.\.-?\d+)?")
+_LETTERS = 52
+"""What `{a..z}` stands for at most."""
+_ESCAPED = re.compile(r"\\.")
+_ESCAPED_GLOB = re.compile("%(2a|3f|5b)", re.IGNORECASE)
+>>>>>>> 5e112b4 (Shards are found whatever stands in their paths or lies beside them; data.key_split; tests of lying tars, names and paths)
 
 
 @dataclass(frozen=True)
@@ -51,43 +81,145 @@ class Shard:
 def expand(patterns: Sequence[str], where: str) -> list[str]:
     """Absolute addresses of the shards that the patterns name (braces; globs, folders, files), in the order given.
 
-    Raises InputError, naming `where`, for a pattern that matches nothing and for files that do not exist.
+    A path that exists as it is written is that, whatever braces and brackets stand in it. As in a shell, globs do not
+    match hidden files, and neither do folders hold them. Raises InputError, naming `where`, for a pattern that matches
+    nothing, and for what is no file, cannot be reached, or has a name that is not UTF-8.
     """
     found: list[str] = []
     for pattern in patterns:
-        try:
-            addresses = list(braceexpand.braceexpand(pattern))
-        except ValueError:
-            raise InputError(where, pattern, "balanced braces such as {00000..00331}", "close the brace") from None
         with ThreadPoolExecutor(16) as pool:
-            for matched in pool.map(_match, addresses, repeat(pattern), repeat(where)):
+            for matched in pool.map(_match, _alternatives(pattern, where), repeat(pattern), repeat(where)):
                 found += matched
     return found
 
 
+def is_pattern(address: str) -> bool:
+    """Whether an address has braces or globs; a path that exists as it is written is no pattern."""
+    if is_local(address):
+        return bool(_known(_local_path(address), GLOB + "{")[1])
+    return any(c in split_options(address)[0] for c in GLOB + "{")
+
+
+def _alternatives(pattern: str, where: str) -> list[str]:
+    """The pattern with its braces expanded, but for those of folders and files that exist as they are written."""
+    known, rest = _known(_local_path(pattern), "{") if is_local(pattern) else ("", pattern)
+    try:
+        if pattern and _alternatives_of(_ESCAPED.sub("", rest)) <= MOST:
+            found = [known + alternative for alternative in braceexpand.braceexpand(rest)] if rest else [known]
+            return [f"file://{quote(path)}" for path in found] if pattern.startswith("file://") else found
+    except (ValueError, RecursionError):
+        shown = pattern[:SHOWN]
+        raise InputError(where, shown, "balanced braces such as {00000..00331}", "close the brace") from None
+    raise InputError(where, pattern[:SHOWN], f"the address of 1 … {MOST:,} shards", "correct it, or give a folder")
+
+
+def _alternatives_of(text: str) -> int:
+    """How many strings braces stand for at most, without making them: each group of alternatives or of numbers."""
+    total, depth, start, commas = 1, 0, 0, [0]
+    for place, character in enumerate(text):
+        if character == "{":
+            depth += 1
+            if depth == 1:
+                start, commas = place + 1, [place]
+        elif character == "," and depth == 1:
+            commas.append(place)
+        elif character == "}" and depth:
+            depth -= 1
+            if depth == 0 and (numbers := _RANGE.fullmatch(body := text[start:place])):
+                total *= abs(int(numbers[1]) - int(numbers[2])) + 1
+            elif depth == 0:
+                parts = [text[a + 1 : b] for a, b in pairwise([*commas, place])]
+                total *= sum(map(_alternatives_of, parts)) * (_LETTERS if ".." in body and len(parts) == 1 else 1)
+    return total
+
+
 def _match(address: str, pattern: str, where: str) -> list[str]:
+    try:
+        names = _match_local(address) if is_local(address) else _match_remote(address)
+    except (OSError, ValueError) as error:
+        fix = f"correct the path, or what is there ({str(error)[:SHOWN]})"
+        raise InputError(where, pattern[:SHOWN], "tar shards that exist and can be read", fix) from None
+    if not names:
+        allowed = "a pattern that matches at least one file, or a folder with .tar files"
+        raise InputError(where, pattern[:SHOWN], allowed, f"nothing matches {address[:SHOWN]}")
+    return names
+
+
+def _local_path(address: str) -> str:
+    return unquote(address.removeprefix("file://")) if "://" in address else address
+
+
+def _known(path: str, special: str) -> tuple[str, str]:
+    """A local path in two: its leading parts without a `special` character or that exist as they are, and the rest."""
+    parts = path.split("/")
+    for i, part in enumerate(parts):
+        head = os.path.expanduser("/".join(parts[: i + 1]))  # noqa: PTH111
+        if any(c in part for c in special) and not os.path.lexists(head):
+            known = "/".join(parts[:i]) + ("/" if i else "")
+            return known, path[len(known) :]
+    return path, ""
+
+
+def _match_local(address: str) -> list[str]:
+    """Addresses of the shards that a path or glob of this machine names, sorted.
+
+    Raises OSError, and ValueError for characters that no path can have.
+    """
+    path = str(Path(os.path.expanduser(_local_path(address))).absolute())  # noqa: PTH111 - `./~a` is no home
+    known, rest = _known(path, GLOB)
+    if rest:
+        names = glob.glob(glob.escape(known) + rest)
+    elif Path(path).is_dir():
+        names = [f"{path}/{name}" for name in os.listdir(path) if name.endswith(".tar") and not name.startswith(".")]  # noqa: PTH208
+    else:
+        names = [path]
+    found = sorted(name for name in names if not Path(name).is_dir())
+    for name in found:
+        shown = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+        if shown.encode() != os.fsencode(name):
+            raise OSError(f"{shown} has a name that is not UTF-8")
+        if not Path(name).is_file():
+            missing = "a link to a file that is not there" if Path(name).is_symlink() else "no regular file"
+            raise OSError(f"{name} is {missing}" if os.path.lexists(name) else f"no such file: {name}")
+    return [f"file://{quote(name)}" for name in found] if "://" in address else found
+
+
+def _match_remote(address: str) -> list[str]:
+    """Addresses of the shards that an address or glob of another filesystem names, sorted. Raises OSError."""
     filesystem, path = resolve(address)
     # s3://bucket/{…}.tar?endpoint_override=… : what stands around the path is put back around every match
     base, options = split_options(address)
-    prefix = base.removesuffix(path) if "://" in base else ""
-    try:
-        info = patiently(address, lambda: filesystem.get_file_info(path))
-        if info.type == fs.FileType.File:
-            return [prefix + path + options]
-        if info.type == fs.FileType.Directory:
-            path = f"{path.rstrip('/')}/*.tar"
-        elif not any(c in path for c in "*?["):
-            raise InputError(where, pattern, "tar shards that exist", f"no such file: {address}")
-        stem = path[: min(path.find(c) for c in "*?[" if c in path)].rpartition("/")[0]
-        selector = fs.FileSelector(stem or "/", recursive="/" in path[len(stem) + 1 :], allow_not_found=True)
-        found = patiently(address, lambda: filesystem.get_file_info(selector))
-        names = [info.path for info in found if info.type == fs.FileType.File]
-    except OSError as error:
-        raise InputError(where, pattern, "shards that can be read", f"{address}: {error}") from None
-    matched = sorted(n for n in names if fnmatch.fnmatchcase(n, path) and n.count("/") == path.count("/"))
-    if not matched:
-        raise InputError(where, pattern, "a pattern that matches at least one file", f"nothing matches {address}")
-    return [prefix + name + options for name in matched]
+    escapes = not isinstance(filesystem, fs.PyFileSystem)  # pyarrow's own take addresses with %20, fsspec's as they are
+    parts = path.rstrip("/").split("/")
+    written = base.rstrip("/").split("/")[-len(parts) :]
+    head = base.rstrip("/").removesuffix("/".join(written)) + written[0].removesuffix(parts[0])
+
+    def back(name: str) -> str:
+        return head + (quote(name) if escapes else name) + options
+
+    info = patiently(address, lambda: filesystem.get_file_info(path))
+    if info.type == fs.FileType.File:
+        return [back(path)]
+    first = next((i for i, part in enumerate(written) if any(c in part for c in GLOB)), len(parts))
+    wanted = [*parts[:first]]
+    for part in written[first:]:
+        wanted.append(unquote(_ESCAPED_GLOB.sub(r"[%\1]", part)) if escapes else part)
+    if info.type == fs.FileType.Directory:
+        first, wanted = len(parts), [*parts, "*.tar"]
+    elif first == len(parts):
+        raise FileNotFoundError(f"no such file: {address}")
+    selector = fs.FileSelector("/".join(parts[:first]) or "/", recursive=len(wanted) > first + 1, allow_not_found=True)
+    found = patiently(address, lambda: filesystem.get_file_info(selector))
+    names = [info.path for info in found if info.type == fs.FileType.File]
+    return [back(name) for name in sorted(names) if _fits(name.split("/"), wanted, first)]
+
+
+def _fits(parts: list[str], wanted: list[str], first: int) -> bool:
+    """Whether a path matches a pattern part by part from the part `first` on; `*` stands for no leading dot."""
+    return len(parts) == len(wanted) and all(
+        fnmatch.fnmatchcase(part, pattern) and (pattern.startswith(".") or not part.startswith("."))
+        for part, pattern in zip(parts[first:], wanted[first:], strict=True)
+    )
 
 
 def survey(addresses: Sequence[str], wanted: members.Wanted, cache: Path, where: str) -> list[Shard]:

@@ -7,8 +7,9 @@ import re
 import tarfile
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import BinaryIO, Literal, NamedTuple
+from typing import BinaryIO, NamedTuple
 
+from raychain.config.experiment import KeySplit
 from raychain.feed.health import HEADER, LINK, SPARSE, TRUNCATED, UNSAFE
 
 BLOCK = tarfile.BLOCKSIZE
@@ -27,8 +28,6 @@ _SPARSE_EXTENDED = (482, 504)
 _RECORD = re.compile(rb"(\d{1,20}) ([^=]+)=")
 _FIRST_DOT = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")
 _LAST_DOT = re.compile(r"((?:.*/)?[^/]+)[.]([^./]*)", re.DOTALL)
-KeySplit = Literal["first", "last"]
-"""At which dot of its file name a member's name is parted into the sample's key and the extension."""
 Report = Callable[[str, str, str], None]
 """Hears of what cannot be used: kind, sample or place, detail."""
 
