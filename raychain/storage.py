@@ -135,7 +135,7 @@ class Folder:
         """Names in the subfolder `name`, sorted; none if it does not exist."""
         if self.local:  # pyarrow fails at names that are not UTF-8
             try:
-                return sorted(os.listdir(self.join(name)))
+                return sorted(path.name for path in Path(self.join(name)).iterdir())
             except FileNotFoundError:
                 return []
         handler = getattr(self.fs, "handler", None)

@@ -100,9 +100,11 @@ def test_what_is_no_file_is_refused(tmp_path: Path, name: str, inside: bool, mon
         assert str(refused.value).count("\n") == 3
 
 
-REFUSED = ["", "~no-such-user/0.tar", "a\0b", "x" * 5000, "/dev/zero", "{0..99999999}.tar", "{a,b}" * 40,
-           "{" * 5000 + "}" * 5000, "{x{0..999999}{0..999999},y}.tar", "{0..%s}" % ("9" * 5000), "\\{{0..99999999}.tar",
-           "{a,b", "folder", "loop", "loop/*.tar", "file:///no/such.tar", "file://{tmp}/{0..3}", "no[1]", "[", "**"]  # fmt: skip
+REFUSED = [
+    "", "~no-such-user/0.tar", "a\0b", "x" * 5000, "/dev/zero", "folder", "loop", "loop/*.tar", "no[1]", "[", "**",
+    "{0..99999999}.tar", "{a,b}" * 40, "{" * 5000 + "}" * 5000, "{x{0..999999}{0..999999},y}.tar", "{a,b",
+    "{0..%s}" % ("9" * 5000), "\\{{0..99999999}.tar", "file:///no/such.tar", "file://{tmp}/{0..3}",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("pattern", REFUSED, ids=range(len(REFUSED)))

@@ -1,4 +1,4 @@
-"""Tars that lie about sizes and names, and names with dots: nothing hangs, nothing large is read, what is lost is said."""
+"""Tars that lie about sizes and names, and names with dots: nothing hangs or takes memory, what is lost is said."""
 
 import io
 import json
@@ -94,7 +94,7 @@ HEADERS = {
     "negative records": (header(b"pax", base256(-512), b"x"), health.HEADER),
     "a record of length 0": (header(b"pax", b"00000000010", b"x") + padded(b"0 path=x"), health.HEADER),
     "a record that is too long": (header(b"pax", b"00000000010", b"x") + padded(b"99 ath=x"), health.HEADER),
-    "names without end": (long_name(b"y.png\0") * 5_000, health.HEADER),
+    "names without end": (long_name(b"y.png\0") * (16 * 300), health.HEADER),
     "records without a member": (pax(path="y.png") + bytes(512), health.HEADER),
     "sparse": (header(kind=b"S", size=b"00000001000", _483=base256(2**50)) + bytes(512), health.SPARSE),
     "sparse in pax": (pax(GNU__sparse__major="1", GNU__sparse__minor="0", GNU__sparse__realsize=str(2**50))
@@ -328,5 +328,3 @@ def test_labels_of_a_lying_tar_are_read_without_hanging(tmp_path: Path) -> None:
 
     with pytest.raises(InputError, match="complete tar"):
         resolve_zero_shot(str(tmp_path), tmp_path / "cache")
-
-

@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 import fnmatch
-<<<<<<< HEAD
+import glob
 import math
+import os
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from itertools import repeat
-=======
-import glob
-import hashlib
-import os
-import re
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from itertools import pairwise, repeat
->>>>>>> 5e112b4 (Shards are found whatever stands in their paths or lies beside them; data.key_split; tests of lying tars, names and paths)
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
@@ -32,19 +24,13 @@ from raychain.feed import health, members
 from raychain.feed.content import ChangedError, former_identity, identify, unchanged
 from raychain.feed.fetch import open_input, patiently
 from raychain.feed.health import Bad, Tally
-<<<<<<< HEAD
 from raychain.reporting.counting import CountingLine
-from raychain.storage import Folder, resolve, split_options
-=======
 from raychain.storage import Folder, is_local, resolve, split_options
->>>>>>> 5e112b4 (Shards are found whatever stands in their paths or lies beside them; data.key_split; tests of lying tars, names and paths)
 
 WHOLE_AHEAD = 2**23
 """Bytes asked of object storage at once where the whole shard is read."""
-<<<<<<< HEAD
 SILENT_S = 3.0
 """How long shards are surveyed before a line counts them."""
-=======
 GLOB = "*?["
 """Characters that make a part of a path a pattern."""
 SHOWN = 300
@@ -56,7 +42,6 @@ _LETTERS = 52
 """What `{a..z}` stands for at most."""
 _ESCAPED = re.compile(r"\\.")
 _ESCAPED_GLOB = re.compile("%(2a|3f|5b)", re.IGNORECASE)
->>>>>>> 5e112b4 (Shards are found whatever stands in their paths or lies beside them; data.key_split; tests of lying tars, names and paths)
 
 
 @dataclass(frozen=True)
@@ -168,9 +153,9 @@ def _match_local(address: str) -> list[str]:
     path = str(Path(os.path.expanduser(_local_path(address))).absolute())  # noqa: PTH111 - `./~a` is no home
     known, rest = _known(path, GLOB)
     if rest:
-        names = glob.glob(glob.escape(known) + rest)
+        names = glob.glob(glob.escape(known) + rest)  # noqa: PTH207 - pathlib's takes hidden files
     elif Path(path).is_dir():
-        names = [f"{path}/{name}" for name in os.listdir(path) if name.endswith(".tar") and not name.startswith(".")]  # noqa: PTH208
+        names = [str(p) for p in Path(path).iterdir() if p.name.endswith(".tar") and not p.name.startswith(".")]
     else:
         names = [path]
     found = sorted(name for name in names if not Path(name).is_dir())

@@ -1,4 +1,4 @@
-"""The files in a tar, however damaged or hostile it is: every step goes forward, and nothing large is read for a name."""
+"""The files in a tar, however damaged or hostile it is: every step goes forward, and what is read for it is bounded."""
 
 from __future__ import annotations
 
@@ -141,7 +141,8 @@ def _entry(file: BinaryIO, position: int, size: int, common: dict[str, str]) -> 
         except (tarfile.TarError, ValueError):
             if place > position:
                 raise _DamagedError(HEADER, "a long name or pax records without a member", data) from None
-            return _ended(file, block, position, size)
+            _check_end(file, block, position, size)
+            return None
         if info.size < 0:
             raise _DamagedError(HEADER, f"a member of {info.size:,} bytes", data)
         if info.type not in _NAMES + _PAX:
@@ -209,7 +210,7 @@ def _pax_records(content: bytes, following: int) -> dict[str, str]:
     return found
 
 
-def _ended(file: BinaryIO, block: bytes, place: int, size: int) -> None:
+def _check_end(file: BinaryIO, block: bytes, place: int, size: int) -> None:
     """Returns where the archive ends properly with the `block` at `place`, which is no header.
 
     Raises _DamagedError elsewhere.
