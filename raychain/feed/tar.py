@@ -205,7 +205,8 @@ def _pax_records(content: bytes, following: int) -> dict[str, str]:
         if not match.end() < stop <= len(content):
             raise _DamagedError(HEADER, "a pax record of another length than it has", following)
         key, value = match[2], content[match.end() : stop - 1]
-        found[key.decode("utf-8", "surrogateescape")] = value.decode("utf-8", "surrogateescape")
+        text = value.decode("utf-8", "surrogateescape")
+        found[key.decode("utf-8", "surrogateescape")] = text.rstrip("/") if key == b"path" else text
         place = stop
     return found
 
