@@ -47,12 +47,16 @@ class ZeroShotData:
     @property
     def digest(self) -> str:
         """Identity of what is measured: the pictures' content, the names and the templates; not where they lie."""
-        return _digest("zero-shot", [shard.identity for shard in self.shards], (self.classes, self.templates), self.key_split)
+        return _digest(
+            "zero-shot", [shard.identity for shard in self.shards], (self.classes, self.templates), self.key_split
+        )
 
     @property
     def former(self) -> str:
         """The digest of schema 2."""
-        return _digest("zero-shot", [shard.former for shard in self.shards], (self.classes, self.templates), self.key_split)
+        return _digest(
+            "zero-shot", [shard.former for shard in self.shards], (self.classes, self.templates), self.key_split
+        )
 
     def prompts(self, name: str) -> list[str]:
         """The class name in each template."""
