@@ -36,19 +36,13 @@ PORTS = ("object-manager-port", "node-manager-port", "dashboard-agent-listen-por
 """That two nodes of one machine cannot share."""
 LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 """On Linux Ray takes the machine's outer address where it is told 127.0.0.1; with this, as on a laptop, it does not."""
-RAY = """
-import sys
-from ray._private import ray_constants, services
-ray_constants.ENABLE_RAY_CLUSTER = True
-services.resolve_ip_for_localhost = lambda host: host
-from ray.scripts.scripts import main
-sys.exit(main())
-"""
+RAY = ("-m", "raychain.backend_ray.loopback")
 """The ray command, which with LOOPBACK would start no worker nodes."""
 COUNT = """
 import sys
-from ray._raylet import GcsClient
-print(sum(node.state == 0 for node in GcsClient(address=sys.argv[1]).get_all_node_info().values()))
+from ray.autoscaler.v2.sdk import get_cluster_status
+status = get_cluster_status(sys.argv[1])
+print(len(status.active_nodes) + len(status.idle_nodes))
 """
 """How many nodes are alive."""
 STOP_WAIT_S = 180
@@ -129,7 +123,7 @@ def start(options: argparse.Namespace, state: Path) -> int:
 
 def launch(name: str, arguments: list[str], ports: list[int], environment: dict[str, str], log: Path) -> dict[str, Any]:
     """A node in a session of its own; what identifies its process."""
-    ray = [sys.executable, "-c", RAY, "start", "--block", "--disable-usage-stats"]
+    ray = [sys.executable, *RAY, "start", "--block", "--disable-usage-stats"]
     ray += [f"--node-ip-address={HERE}", *arguments]
     ray += [f"--{flag}={port}" for flag, port in zip(PORTS, ports, strict=True)]
     with log.open("w") as file:

@@ -1,7 +1,7 @@
-"""The one place where raychain reaches into Ray's private modules. Each use has a public path to fall back on.
+"""The one place where raychain reaches into Ray's private modules.
 
-A private import stands inside the function that needs it, so that another version of Ray costs what it was for and
-nothing else.
+Each import stands inside the function that needs it, which does something safe where a version of Ray has moved what it
+needs: the next best through Ray's public functions, or nothing.
 """
 
 from __future__ import annotations
@@ -113,3 +113,20 @@ def daemons_apart(started: Callable[[int], None]) -> Iterator[None]:
         yield
     finally:
         services.ConsolePopen = before  # type: ignore[misc]
+
+
+def stay_on_loopback() -> None:
+    """Has nodes that this process starts with `--node-ip-address=127.0.0.1` listen there alone, and be several.
+
+    Ray has a setting for that, RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0, which forbids all but the head, and an address of
+    its own choice without it.
+    Raises RuntimeError in a version of Ray that does it in another way: a node would be open to the network.
+    """
+    try:
+        from ray._private import ray_constants, services
+
+        _ = ray_constants.ENABLE_RAY_CLUSTER, services.resolve_ip_for_localhost
+    except (ImportError, AttributeError) as error:
+        raise RuntimeError(f"Ray {ray.__version__} cannot be kept to this machine's own address: {error}") from error
+    ray_constants.ENABLE_RAY_CLUSTER = True
+    services.resolve_ip_for_localhost = lambda host: host

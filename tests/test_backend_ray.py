@@ -1,0 +1,185 @@
+"""Ray stays behind one package, of which one file knows Ray's private modules and does without where they moved."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import yaml
+
+from raychain.backend_ray import cluster, internals
+from raychain.backend_ray.environment import environment
+
+ROOT = Path(__file__).parent.parent
+BACKEND = ROOT / "raychain" / "backend_ray"
+PRIVATE = ("ray._private", "ray._raylet", "ray._common")
+DRIVERS = ("raychain.chain.driver", "raychain.chain.group", "raychain.searching.driver", "raychain.searching.running")
+"""Modules that run chains on Ray, through `backend_ray`."""
+
+
+def imports(file: Path) -> Iterator[str]:
+    """Every module of Ray that a file imports, inside functions too, and every attribute path under `ray`."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.split(".")[0] == "ray")
+        elif isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "ray" and not node.level:
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Attribute) and (path := dotted(node)).startswith("ray."):
+            yield path
+
+
+def dotted(node: ast.expr) -> str:
+    """`a.b.c` of such an expression, else nothing."""
+    if isinstance(node, ast.Attribute):
+        return f"{inner}.{node.attr}" if (inner := dotted(node.value)) else ""
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+def test_only_the_backend_imports_ray():
+    found = {str(file.relative_to(ROOT)) for file in (ROOT / "raychain").rglob("*.py") if any(imports(file))}
+    assert {name for name in found if not name.startswith("raychain/backend_ray/")} == set()
+    assert "raychain/backend_ray/group.py" in found
+
+
+def test_private_modules_of_ray_are_imported_in_one_file():
+    sources = [
+        file for folder in ("raychain", "cluster", "experiments", "tests") for file in (ROOT / folder).rglob("*.py")
+    ]
+    found = {
+        str(file.relative_to(ROOT))
+        for file in sources
+        if any(name.startswith(PRIVATE) or "._internal" in name for name in imports(file))
+    }
+    assert found == {"raychain/backend_ray/internals.py"}
+
+
+NO_RAY = """
+import sys
+
+class NoRay:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "ray":
+            raise ImportError("there is no Ray here")
+
+sys.meta_path.insert(0, NoRay())
+"""
+IMPORT = """
+import importlib, pkgutil, raychain
+names = [module.name for module in pkgutil.walk_packages(raychain.__path__, "raychain.")]
+names = [name for name in names if not name.startswith("raychain.backend_ray") and name not in sys.argv[1:]]
+for name in names:
+    importlib.import_module(name)
+print(len(names))
+"""
+TRAIN = """
+import torch, yaml
+from raychain.chain.resolve import make_task
+from raychain.config.loading import validate
+from raychain.training.stage import ChainWorker
+task = make_task(validate(yaml.safe_load(open(sys.argv[1]))), sys.argv[2])
+events = []
+assert ChainWorker(task, torch.device("cpu"), events.append, lambda: False).run()
+print(*[event["stage"] for event in events if event["event"] == "stage_end"])
+"""
+
+
+def without_ray(code: str, *arguments: str) -> str:
+    command = [sys.executable, "-c", NO_RAY + code, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.mark.slow
+def test_all_but_the_backend_and_its_drivers_can_be_imported_without_ray():
+    assert int(without_ray(IMPORT, *DRIVERS)) > 100
+
+
+@pytest.mark.slow
+def test_a_chain_trains_grows_and_is_measured_without_ray(tree: dict[str, Any], tmp_path: Path):
+    file = tmp_path / "tiny.yaml"
+    file.write_text(yaml.safe_dump(tree))
+    assert without_ray(TRAIN, str(file), str(tmp_path / "out")) == "0 1"
+    assert (tmp_path / "out/stages/1-CoM-micro-M/stage.json").is_file()
+
+
+@pytest.fixture
+def missing(monkeypatch: pytest.MonkeyPatch):
+    """Makes a module of Ray impossible to import, as in a version that has it elsewhere."""
+    monkeypatch.setattr(internals, "_told", set())
+    return lambda module: monkeypatch.setitem(sys.modules, module, None)
+
+
+def test_where_ray_has_no_coordinator_the_public_function_is_asked(ray_session, missing, monkeypatch, caplog):
+    import ray.autoscaler.sdk
+
+    asked: list[list[dict[str, float]]] = []
+    request = ray.autoscaler.sdk.request_resources
+    monkeypatch.setattr(
+        ray.autoscaler.sdk, "request_resources", lambda *, bundles: (asked.append(bundles), request(bundles=bundles))
+    )
+    missing("ray.train.v2._internal.execution.scaling_policy.autoscaling_coordinator_client")
+    for _ in range(2):
+        demand = cluster.Demand({"CPU": 1})
+        demand.want(2, running=1)
+        demand.want(2, running=1)
+        demand.want(1, running=2)
+        demand.want(0)
+        demand.close()
+    worker = {"CPU": 1}
+    assert asked == [[worker] * 3, [worker] * 3, []] * 2
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+
+
+def test_the_coordinator_of_this_ray_is_known(ray_session, missing, caplog):
+    assert isinstance(internals.requests("test", {"CPU": 1}), internals.Coordinated)
+    assert not caplog.records
+
+
+def test_the_state_of_each_node_is_known(ray_session, missing, caplog):
+    (node,) = cluster.nodes()
+    assert node.id == ray.get_runtime_context().get_node_id()
+    assert (node.total["CPU"], node.leaving) == (4, False)
+    assert not cluster.launching()
+    assert not caplog.records
+
+
+def test_where_ray_does_not_tell_the_state_of_each_node_its_totals_are_what_is_known(ray_session, missing, caplog):
+    group = ray.util.placement_group([{"CPU": 3}])
+    try:
+        ray.get(group.ready())
+        missing("ray.autoscaler.v2.sdk")
+        assert (cluster.capacity({"CPU": 1}), cluster.room({"CPU": 1}), cluster.room({"CPU": 2})) == (4, 1, 0)
+        assert cluster.describe({"CPU": 1}) == "1 node (4 CPU)"
+        assert not cluster.leaving()
+        assert not cluster.launching()
+        assert len(caplog.records) == 1
+    finally:
+        ray.util.remove_placement_group(group)
+
+
+def test_a_node_is_not_started_where_it_would_be_open_to_the_network(monkeypatch):
+    monkeypatch.delattr("ray._private.services.resolve_ip_for_localhost")
+    with pytest.raises(RuntimeError, match="cannot be kept to this machine's own address"):
+        internals.stay_on_loopback()
+
+
+def test_variables_are_set_while_somebody_needs_them_and_no_users_is_changed(monkeypatch):
+    monkeypatch.setenv("GIVEN", "user")
+    monkeypatch.delenv("ABSENT", raising=False)
+    before = dict(os.environ)
+    settings = {"GIVEN": "ours", "ABSENT": "ours"}
+    first, second = environment(settings), environment(settings)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert (os.environ["GIVEN"], os.environ["ABSENT"]) == ("user", "ours")
+    second.__exit__(None, None, None)
+    assert dict(os.environ) == before
