@@ -26,6 +26,13 @@ def signal_handlers() -> Iterator[None]:
         signal.signal(number, handler)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks what needs `ray_session` as a test of Ray."""
+    for item in items:
+        if "ray_session" in getattr(item, "fixturenames", ()):
+            item.add_marker("ray")
+
+
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
     """Four logical CPUs, whatever the machine has."""

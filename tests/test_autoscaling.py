@@ -18,7 +18,7 @@ from ray.util import get_node_ip_address
 sys.path.insert(0, str(Path(__file__).parents[1] / "cluster"))
 from local import COUNT, end, free_ports
 
-pytestmark = pytest.mark.long
+pytestmark = [pytest.mark.long, pytest.mark.ray]
 HEAD = "fffffffffffffffffffffffffffffffffffffffffffffffffff00000"
 """The id by which the fake provider knows the head."""
 

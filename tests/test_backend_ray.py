@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import ast
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import ray
-import yaml
 
 from raychain.backend_ray import cluster, internals
 from raychain.backend_ray.environment import environment
 
+pytestmark = pytest.mark.ray
 ROOT = Path(__file__).parent.parent
 BACKEND = ROOT / "raychain" / "backend_ray"
 PRIVATE = ("ray._private", "ray._raylet", "ray._common")
@@ -42,12 +40,6 @@ def dotted(node: ast.expr) -> str:
     return node.id if isinstance(node, ast.Name) else ""
 
 
-def test_only_the_backend_imports_ray():
-    found = {str(file.relative_to(ROOT)) for file in (ROOT / "raychain").rglob("*.py") if any(imports(file))}
-    assert {name for name in found if not name.startswith("raychain/backend_ray/")} == set()
-    assert "raychain/backend_ray/group.py" in found
-
-
 def test_private_modules_of_ray_are_imported_in_one_file():
     sources = [
         file for folder in ("raychain", "cluster", "experiments", "tests") for file in (ROOT / folder).rglob("*.py")
@@ -58,56 +50,6 @@ def test_private_modules_of_ray_are_imported_in_one_file():
         if any(name.startswith(PRIVATE) or "._internal" in name for name in imports(file))
     }
     assert found == {"raychain/backend_ray/internals.py"}
-
-
-NO_RAY = """
-import sys
-
-class NoRay:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "ray":
-            raise ImportError("there is no Ray here")
-
-sys.meta_path.insert(0, NoRay())
-"""
-IMPORT = """
-import importlib, pkgutil, raychain
-names = [module.name for module in pkgutil.walk_packages(raychain.__path__, "raychain.")]
-names = [name for name in names if not name.startswith("raychain.backend_ray") and name not in sys.argv[1:]]
-for name in names:
-    importlib.import_module(name)
-print(len(names))
-"""
-TRAIN = """
-import torch, yaml
-from raychain.chain.resolve import make_task
-from raychain.config.loading import validate
-from raychain.training.stage import ChainWorker
-task = make_task(validate(yaml.safe_load(open(sys.argv[1]))), sys.argv[2])
-events = []
-assert ChainWorker(task, torch.device("cpu"), events.append, lambda: False).run()
-print(*[event["stage"] for event in events if event["event"] == "stage_end"])
-"""
-
-
-def without_ray(code: str, *arguments: str) -> str:
-    command = [sys.executable, "-c", NO_RAY + code, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
-
-
-@pytest.mark.slow
-def test_all_but_the_backend_and_its_drivers_can_be_imported_without_ray():
-    assert int(without_ray(IMPORT, *DRIVERS)) > 100
-
-
-@pytest.mark.slow
-def test_a_chain_trains_grows_and_is_measured_without_ray(tree: dict[str, Any], tmp_path: Path):
-    file = tmp_path / "tiny.yaml"
-    file.write_text(yaml.safe_dump(tree))
-    assert without_ray(TRAIN, str(file), str(tmp_path / "out")) == "0 1"
-    assert (tmp_path / "out/stages/1-CoM-micro-M/stage.json").is_file()
 
 
 @pytest.fixture

@@ -41,6 +41,7 @@ def groups() -> dict[str, dict[str, Any]]:
     return {group["groupName"]: group for group in ray_cluster()["workerGroupSpecs"]}
 
 
+@pytest.mark.ray
 @pytest.mark.parametrize("cloud", RAY_UP)
 def test_ray_up_files_pass_rays_own_check(cloud: str) -> None:
     from ray.autoscaler._private.util import prepare_config, validate_config
@@ -53,6 +54,7 @@ def test_ray_up_files_pass_rays_own_check(cloud: str) -> None:
     assert config["available_node_types"]["head"]["resources"] == {"CPU": 0}
 
 
+@pytest.mark.ray
 @pytest.mark.parametrize("cloud", RAY_UP)
 def test_spot_is_preferred_and_on_demand_takes_its_place_where_launches_fail(cloud, tmp_path, monkeypatch) -> None:
     """Ray's own scheduler decides, on the file's node types."""
@@ -204,6 +206,7 @@ def test_the_pinned_versions_are_allowed_and_complete() -> None:
         assert wanted.specifier.contains(pinned[canonicalize_name(wanted.name)]), text
 
 
+@pytest.mark.ray
 def test_a_submitted_working_directory_has_the_code_and_no_data(tmp_path: Path) -> None:
     """What a task of a job finds of a checkout in which things were tried."""
     work = tmp_path / "work"
@@ -246,6 +249,7 @@ print(*ray.get(files.remote()), sep="\\n")
 """
 
 
+@pytest.mark.ray
 @pytest.mark.long
 def test_a_local_cluster_listens_here_alone_wants_the_token_drains_and_stops_whole(tmp_path_factory) -> None:
     folder = tmp_path_factory.mktemp("c")

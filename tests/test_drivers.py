@@ -9,7 +9,7 @@ import sys
 import pytest
 import yaml
 
-pytestmark = pytest.mark.long
+pytestmark = [pytest.mark.long, pytest.mark.ray]
 
 
 def test_drivers_started_at_once_train_each_stage_once(tree, tmp_path):

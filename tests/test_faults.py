@@ -8,7 +8,7 @@ import random
 import pytest
 from faults import Site, compare, disturbed, drain_node, experiment, kill_driver, kill_node, places, undisturbed
 
-pytestmark = pytest.mark.long
+pytestmark = [pytest.mark.long, pytest.mark.ray]
 
 
 def test_a_chain_survives_a_lost_node_a_drained_one_and_a_killed_driver_unchanged(demo, tmp_path):

@@ -18,7 +18,7 @@ import yaml
 
 from raychain.storage import Folder, resolve
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.ray]
 
 
 @pytest.fixture

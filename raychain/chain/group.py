@@ -2,7 +2,7 @@
 
 One group carries all stages that are left and want the same number of workers. It ends early when a worker or node is
 lost, when a node it runs on is being drained, and when nodes came that allow more workers; the driver then starts the
-next one on what there is, from the last checkpoint. Ray Train 2.60 could choose and change the number of workers itself
+next one on what there is, from the last checkpoint. Ray Train could choose and change the number of workers itself
 (`num_workers=(min, max)`), but counts nodes that are gone or draining for up to 20 s, waits a minute for them, and ends
 a group that is to grow without telling it, so that the steps since its last checkpoint are lost. Here a group that is
 to grow or to leave a node saves first.
