@@ -63,7 +63,7 @@ def evaluate(
     size, resizing, preprocessing = _preprocessing(read.model, checkpoint)
     folder = _cache_folder(cache)
     tasks = [(a, task) for a in addresses for task in find_tasks(a, captions, folder, "--data", key_split)]
-    tokenize, tokenizer = make_tokenizer(read.config)
+    tokenize = make_tokenizer(read.config)
     clip, results = read.model.to(where), []
     for address, task in tasks:
         zero_shot, retrieval = (task, None) if isinstance(task, ZeroShotData) else (None, task)
@@ -79,7 +79,7 @@ def evaluate(
                     image_size=size,
                     mean=preprocessing["mean"],
                     std=preprocessing["std"],
-                    tokenizer_id=tokenizer,
+                    tokenizer_id=tokenize.identity,
                     device=where,
                     batch_size=batch_size,
                     resizing=resizing,

@@ -193,7 +193,7 @@ def _pixels(model: Any) -> int:
 def _read_inputs(checkpoint: Checkpoint, data: str, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The first pictures and captions of the shards, preprocessed for the checkpoint's model."""
     preprocessing = PreprocessCfg(**get_model_preprocess_cfg(checkpoint.model))
-    transform, (tokenize, _) = image_transform_v2(preprocessing, is_train=False), make_tokenizer(checkpoint.config)
+    transform, tokenize = image_transform_v2(preprocessing, is_train=False), make_tokenizer(checkpoint.config)
     images: list[torch.Tensor] = []
     texts: list[str] = []
     for address in expand([data], "--data"):

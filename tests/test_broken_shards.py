@@ -16,7 +16,7 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from test_feed import BUDGET, SIZE, SPEC, WANTED, feed, load, numbers, plain, sample, write
+from test_feed import BUDGET, READER, SIZE, SPEC, WANTED, feed, load, numbers, plain, sample, write
 from webdataset.tariterators import base_plus_ext
 
 from raychain.errors import InputError
@@ -25,6 +25,7 @@ from raychain.feed import health, members
 from raychain.feed.cache import ShardCache
 from raychain.feed.health import Bad, Tally, tally
 from raychain.feed.members import Wanted
+from raychain.feed.pictures import PictureReader
 from raychain.feed.shards import Shard, read, survey
 from raychain.feed.spec import Spec
 from raychain.feed.tar import split_name
@@ -63,7 +64,7 @@ def surveyed(path: Path, wanted: Wanted = WANTED) -> Shard:
 
 
 def greys(found: Shard, root: Path) -> list[int]:
-    table = ShardCache(root, BUDGET).table(found, SPEC, numbers)
+    table = ShardCache(root, BUDGET).table(found, READER)
     return [int(table.image(row)[0, 0, 0]) for row in range(table.size)]
 
 
@@ -126,7 +127,9 @@ def test_what_content_tells_is_counted_when_decoded_and_kept_with_the_table(tmp_
     found = surveyed(shard_of(tmp_path / "x.tar", *BY_CONTENT[kind]))
     assert (found.samples, bool(found.bad)) == (4 + count, False)
     assert greys(found, tmp_path / "cache") == [0, 1, 2, 3]
-    served = ShardCache(tmp_path / "cache", BUDGET).table(found, SPEC, lambda texts: pytest.fail("decoded again"))
+    served = ShardCache(tmp_path / "cache", BUDGET).table(
+        found, PictureReader(SPEC, lambda texts: pytest.fail("decoded again"))
+    )
     assert served.bad.counts == {kind: count}
     assert served.bad.examples[0].key == "x"
     assert " at 0x" not in str(served.bad), "no memory addresses, so that it reads the same everywhere"
@@ -287,7 +290,7 @@ def test_specs_with_and_without_sentences_are_cached_apart(tmp_path: Path) -> No
     for key in ("json.more", "json.more|sentences"):
         wanted = Wanted((key,))
         found = surveyed(path, wanted)
-        sizes.append(len(cache.table(found, Spec(wanted, SIZE, "numbers"), numbers).tokens))
+        sizes.append(len(cache.table(found, PictureReader(Spec(wanted, SIZE, "numbers"), numbers)).tokens))
     assert sizes == [1, 3]
 
 

@@ -23,6 +23,7 @@ from raychain.feed.cache import ShardCache
 from raychain.feed.loader import Feed, Loader
 from raychain.feed.members import Wanted
 from raychain.feed.order import Order
+from raychain.feed.pictures import PictureReader
 from raychain.feed.room import claim
 from raychain.feed.shards import Shard, survey
 from raychain.feed.spec import RAW_BYTES, Spec, fitting, representation
@@ -37,6 +38,9 @@ FILE = 70_000
 def numbers(texts: Sequence[str]) -> np.ndarray:
     """A tokeniser: the caption's number."""
     return np.array([[int(text)] for text in texts])
+
+
+READER = PictureReader(SPEC, numbers)
 
 
 @pytest.fixture(scope="module")
@@ -89,15 +93,15 @@ def files(cache: ShardCache) -> set[str]:
 def test_a_flipped_bit_anywhere_is_found_and_the_file_made_again(
     tmp_path: Path, found: list[Shard], caplog: pytest.LogCaptureFixture
 ) -> None:
-    ShardCache(tmp_path, 10 * FILE).table(found[3], SPEC, numbers)
-    path, draw = ShardCache(tmp_path, 10 * FILE).path(found[3], SPEC), random.Random(0)
+    ShardCache(tmp_path, 10 * FILE).table(found[3], READER)
+    path, draw = ShardCache(tmp_path, 10 * FILE).path(found[3], READER), random.Random(0)
     size = path.stat().st_size
     places = [0, 3, 7, 9, size - 1, size - 7, *(draw.randrange(size) for _ in range(60)), *range(200, 1500, 50)]
     for count, place in enumerate(places, 1):
         content = bytearray(path.read_bytes())
         content[place] ^= 1 << draw.randrange(8)
         path.write_bytes(content)
-        assert right(ShardCache(tmp_path, 10 * FILE).table(found[3], SPEC, numbers), 3), place
+        assert right(ShardCache(tmp_path, 10 * FILE).table(found[3], READER), 3), place
         assert len([r for r in caplog.records if "is damaged" in r.getMessage()]) == count
         assert path.stat().st_size == size
         assert len(list(path.parent.iterdir())) == 1, "the damaged file is gone"
@@ -105,13 +109,13 @@ def test_a_flipped_bit_anywhere_is_found_and_the_file_made_again(
 
 def test_truncated_and_foreign_files_are_made_again(tmp_path: Path, found: list[Shard]) -> None:
     cache = ShardCache(tmp_path, 10 * FILE)
-    cache.table(found[0], SPEC, numbers)
-    cache.table(found[1], SPEC, numbers)
-    path, other = cache.path(found[0], SPEC), cache.path(found[1], SPEC).read_bytes()
+    cache.table(found[0], READER)
+    cache.table(found[1], READER)
+    path, other = cache.path(found[0], READER), cache.path(found[1], READER).read_bytes()
     whole = path.read_bytes()
     for content in (b"", b"x", whole[:100], whole[: len(whole) // 2], whole[:-1], whole + b"\0", other, b"\0" * 70_000):
         path.write_bytes(content)
-        assert right(ShardCache(tmp_path, 10 * FILE).table(found[0], SPEC, numbers), 0)
+        assert right(ShardCache(tmp_path, 10 * FILE).table(found[0], READER), 0)
         assert path.read_bytes() == whole
 
 
@@ -119,7 +123,7 @@ def test_a_file_is_verified_once_a_process(tmp_path: Path, found: list[Shard], m
     cache, verified = ShardCache(tmp_path, 10 * FILE), []
     monkeypatch.setattr(caching, "verify", verified.append)
     for _ in range(3):
-        cache.table(found[0], SPEC, numbers)
+        cache.table(found[0], READER)
     assert len(verified) == 1
 
 
@@ -129,18 +133,18 @@ def test_a_file_is_verified_once_a_process(tmp_path: Path, found: list[Shard], m
 def test_the_least_recently_used_files_that_nobody_holds_make_room(tmp_path: Path, found: list[Shard]) -> None:
     cache = ShardCache(tmp_path, 3 * FILE)
     for shard in (0, 1, 2, 0):
-        cache.table(found[shard], SPEC, numbers)
+        cache.table(found[shard], READER)
         time.sleep(0.02)  # file systems keep times in ticks of milliseconds
-    table = cache.table(found[1], SPEC, numbers)
+    table = cache.table(found[1], READER)
     time.sleep(0.02)
-    cache.table(found[0], SPEC, numbers)
-    cache.table(found[3], SPEC, numbers)
-    assert files(cache) == {cache.path(found[i], SPEC).name for i in (0, 1, 3)}, "2 was used last before 0 and 1"
-    cache.table(found[4], SPEC, numbers)
-    assert files(cache) == {cache.path(found[i], SPEC).name for i in (1, 3, 4)}, "1 is the oldest, but held"
+    cache.table(found[0], READER)
+    cache.table(found[3], READER)
+    assert files(cache) == {cache.path(found[i], READER).name for i in (0, 1, 3)}, "2 was used last before 0 and 1"
+    cache.table(found[4], READER)
+    assert files(cache) == {cache.path(found[i], READER).name for i in (1, 3, 4)}, "1 is the oldest, but held"
     image = table.image(5)
     del table
-    assert claim(cache.path(found[1], SPEC)) is None, "a view holds the file, too"
+    assert claim(cache.path(found[1], READER)) is None, "a view holds the file, too"
     assert image[0, 0, 0] == SAMPLES + 5
 
 
@@ -148,14 +152,14 @@ def test_a_shard_waits_until_others_let_go_and_else_is_decoded_into_memory(
     tmp_path: Path, found: list[Shard], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     cache = ShardCache(tmp_path, FILE)
-    tables = [cache.table(found[0], SPEC, numbers)]
+    tables = [cache.table(found[0], READER)]
     threading.Timer(0.5, tables.clear).start()
     started = time.monotonic()
-    assert cache.table(found[1], SPEC, numbers).mapped
+    assert cache.table(found[1], READER).mapped
     assert time.monotonic() - started > 0.3
-    tables.append(cache.table(found[2], SPEC, numbers))
+    tables.append(cache.table(found[2], READER))
     monkeypatch.setattr(caching, "PATIENCE_S", 0.2)
-    table = cache.table(found[3], SPEC, numbers)
+    table = cache.table(found[3], READER)
     assert right(table, 3)
     assert not table.mapped
     assert "preload.budget" in caplog.text
@@ -164,37 +168,37 @@ def test_a_shard_waits_until_others_let_go_and_else_is_decoded_into_memory(
 
 def test_ensure_makes_files_but_not_at_the_cost_of_recent_ones(tmp_path: Path, found: list[Shard]) -> None:
     cache = ShardCache(tmp_path, 2 * FILE)
-    written = cache.ensure(found[0], SPEC, numbers)
-    assert written == cache.path(found[0], SPEC).stat().st_size
-    assert cache.ensure(found[0], SPEC, numbers) == 0
+    written = cache.ensure(found[0], READER)
+    assert written == cache.path(found[0], READER).stat().st_size
+    assert cache.ensure(found[0], READER) == 0
     start = time.time()
     time.sleep(0.02)
-    assert cache.ensure(found[1], SPEC, numbers, spare=start)
-    assert cache.ensure(found[2], SPEC, numbers, spare=start), "0 was used before the start"
-    assert cache.ensure(found[3], SPEC, numbers, spare=start) == 0
-    assert files(cache) == {cache.path(found[i], SPEC).name for i in (1, 2)}
-    assert cache.ensure(found[3], SPEC, numbers)
-    tables = [cache.table(found[i], SPEC, numbers) for i in (2, 3)]
-    assert cache.ensure(found[4], SPEC, numbers) == 0, "all is held"
+    assert cache.ensure(found[1], READER, spare=start)
+    assert cache.ensure(found[2], READER, spare=start), "0 was used before the start"
+    assert cache.ensure(found[3], READER, spare=start) == 0
+    assert files(cache) == {cache.path(found[i], READER).name for i in (1, 2)}
+    assert cache.ensure(found[3], READER)
+    tables = [cache.table(found[i], READER) for i in (2, 3)]
+    assert cache.ensure(found[4], READER) == 0, "all is held"
     assert [table.size for table in tables] == [SAMPLES, SAMPLES]
 
 
 def test_a_window_beyond_the_budget_is_an_error_that_names_it(tmp_path: Path, found: list[Shard]) -> None:
     cache = ShardCache(tmp_path, 3 * FILE)
-    feed = Feed(tuple(found), Order((SAMPLES,) * SHARDS, 0, window=4), SPEC, 1)
+    feed = Feed(tuple(found), Order((SAMPLES,) * SHARDS, 0, window=4), READER)
     with (
         pytest.raises(OSError, match=r"preload\.budget is 210000 bytes; the 4 shards that are shuffled together"),
-        Loader(feed, cache, numbers, global_batch=16, start=0, stop=9) as loader,
+        Loader(feed, cache, global_batch=16, start=0, stop=9) as loader,
     ):
         list(loader)
 
 
 def _train(root: Path, found: list[Shard], seed: int, rank: int, world: int, budget: int, results: Any) -> None:
     torch.set_num_threads(1)
-    feed = Feed(tuple(found), Order((SAMPLES,) * SHARDS, seed, window=3), SPEC, 1)
+    feed = Feed(tuple(found), Order((SAMPLES,) * SHARDS, seed, window=3), READER)
     cache = ShardCache(root, budget)
     seen = []
-    with Loader(feed, cache, numbers, global_batch=48, start=0, stop=20, rank=rank, world=world, threads=2) as loader:
+    with Loader(feed, cache, global_batch=48, start=0, stop=20, rank=rank, world=world, threads=2) as loader:
         for batch in loader:
             assert torch.equal(batch["images"][:, 3, 3, 0].long(), batch["tokens"][:, 0, 0])
             seen += batch["tokens"][:, 0, 0].tolist()
@@ -232,12 +236,12 @@ def test_three_processes_share_a_quarter_of_the_data_and_never_exceed_it(tmp_pat
 
 def test_an_idle_loader_holds_nothing(tmp_path: Path, found: list[Shard]) -> None:
     cache = ShardCache(tmp_path, 3 * FILE)
-    feed = Feed(tuple(found), Order((SAMPLES,) * SHARDS, 0, window=3), SPEC, 1)
-    with Loader(feed, cache, numbers, global_batch=4, start=0, stop=60) as loader:
+    feed = Feed(tuple(found), Order((SAMPLES,) * SHARDS, 0, window=3), READER)
+    with Loader(feed, cache, global_batch=4, start=0, stop=60) as loader:
         batches = iter(loader)
         first = next(batches)
         started = time.monotonic()
-        tables = [cache.table(shard, SPEC, numbers) for shard in found[:3]]
+        tables = [cache.table(shard, READER) for shard in found[:3]]
         assert all(table.mapped for table in tables)
         assert time.monotonic() - started < caching.PATIENCE_S / 2
         del tables
@@ -254,7 +258,7 @@ def _stuck(root: Path, shard: Shard, reached: Any) -> None:
         time.sleep(600)
         return numbers(texts)
 
-    ShardCache(root, 2 * FILE).table(shard, SPEC, tokenize)
+    ShardCache(root, 2 * FILE).table(shard, PictureReader(SPEC, tokenize))
 
 
 def test_what_a_killed_process_left_blocks_nobody_and_is_cleared(tmp_path: Path, found: list[Shard]) -> None:
@@ -265,17 +269,17 @@ def test_what_a_killed_process_left_blocks_nobody_and_is_cleared(tmp_path: Path,
     assert reached.wait(120)
     assert process.pid
     cache = ShardCache(tmp_path, 2 * FILE)
-    scratch = cache.path(found[0], SPEC).with_suffix(".tmp")
+    scratch = cache.path(found[0], READER).with_suffix(".tmp")
     assert claim(scratch) is None, "a live maker holds its file"
     os.kill(process.pid, signal.SIGKILL)
     process.join(60)
     assert scratch.stat().st_size > 50_000
     for shard in (1, 2, 3):
-        cache.table(found[shard], SPEC, numbers)
+        cache.table(found[shard], READER)
         assert held(tmp_path) <= 2 * FILE
     assert not scratch.exists()
     scratch.write_bytes(b"half of it")
-    assert right(cache.table(found[0], SPEC, numbers), 0)
+    assert right(cache.table(found[0], READER), 0)
     assert not scratch.exists()
 
 
@@ -306,19 +310,21 @@ def test_pictures_kept_as_jpeg_stay_close_and_take_less(tmp_path: Path) -> None:
             tar.write({"__key__": key, "png": picture.getvalue(), "txt": key})
     [shard] = survey([f"{tmp_path}/x.tar"], WANTED, tmp_path / "cache", "data.train")
     cache, size = ShardCache(tmp_path / "cache", 2**24), 128
-    raw, jpeg = (cache.table(shard, Spec(WANTED, size, "numbers", False, p), numbers) for p in ("raw", "jpeg"))
+    raw, jpeg = (
+        cache.table(shard, PictureReader(Spec(WANTED, size, "numbers", False, p), numbers)) for p in ("raw", "jpeg")
+    )
     difference = np.abs(raw.image(2).astype(int) - jpeg.image(2))
     assert difference.mean() < 1
     assert jpeg.image(0).shape == (size, size, 3)
     assert raw._content.size > 4 * jpeg._content.size
     for crop in (None, (0.5, 1.0)):
         spec = Spec(WANTED, size, "numbers", crop is not None, "jpeg")
-        feed = Feed((shard,), Order((3,), 0), spec, 1, crop)
+        feed = Feed((shard,), Order((3,), 0), PictureReader(spec, numbers, 1, crop))
         runs = [list(_batches(feed, cache, threads)) for threads in (1, 3)]
         assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
 def _batches(feed: Feed, cache: ShardCache, threads: int) -> Iterator[torch.Tensor]:
-    with Loader(feed, cache, numbers, global_batch=4, start=0, stop=3, threads=threads) as loader:
+    with Loader(feed, cache, global_batch=4, start=0, stop=3, threads=threads) as loader:
         for batch in loader:
             yield batch["images"]

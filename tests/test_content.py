@@ -20,6 +20,7 @@ from raychain.feed import content
 from raychain.feed.cache import ShardCache
 from raychain.feed.content import ChangedError, identify
 from raychain.feed.members import Wanted
+from raychain.feed.pictures import PictureReader
 from raychain.feed.shards import Shard, survey
 from raychain.feed.spec import Spec
 from raychain.storage import Folder, resolve
@@ -64,7 +65,7 @@ def one(path: Path | str, cache: Path) -> Shard:
 
 
 def tokens(shard: Shard, root: Path) -> list[int]:
-    return [int(t) for t in ShardCache(root, 2**26).table(shard, SPEC, lengths).tokens[:, 0]]
+    return [int(t) for t in ShardCache(root, 2**26).table(shard, PictureReader(SPEC, lengths)).tokens[:, 0]]
 
 
 @pytest.fixture
@@ -165,7 +166,7 @@ def test_a_shard_that_is_replaced_while_it_is_decoded_is_not_cached(tmp_path: Pa
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("raychain.feed.decode.BATCH_BYTES", 3 * 16 * 16)
         with pytest.raises(ChangedError):
-            ShardCache(cache, 2**26).table(shard, SPEC, during)
+            ShardCache(cache, 2**26).table(shard, PictureReader(SPEC, during))
     assert replaced
     assert not list((cache / "shards").iterdir())
 

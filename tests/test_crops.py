@@ -14,6 +14,7 @@ from raychain.feed.crops import crop_boxes
 from raychain.feed.loader import Feed, Loader
 from raychain.feed.members import Wanted
 from raychain.feed.order import Order
+from raychain.feed.pictures import PictureReader
 from raychain.feed.shards import survey
 from raychain.feed.spec import Spec
 
@@ -53,9 +54,13 @@ def test_a_crop_is_resized_to_the_models_size(tmp_path: Path) -> None:
     with webdataset.TarWriter(f"{tmp_path}/x.tar") as tar:
         tar.write({"__key__": "0", "png": picture.getvalue(), "txt": "1"})
     [shard] = survey([f"{tmp_path}/x.tar"], wanted, tmp_path, "data.train")
-    feed = Feed((shard,), Order((1,), seed=3), Spec(wanted, 40, "ones", True), 1, (0.25, 0.5))
+    feed = Feed(
+        (shard,),
+        Order((1,), seed=3),
+        PictureReader(Spec(wanted, 40, "ones", True), lambda texts: np.ones((len(texts), 1)), 1, (0.25, 0.5)),
+    )
     cache = ShardCache(tmp_path, 2**20)
-    with Loader(feed, cache, lambda texts: np.ones((len(texts), 1)), global_batch=1, start=0, stop=20) as loader:
+    with Loader(feed, cache, global_batch=1, start=0, stop=20) as loader:
         crops = [batch["images"][0] for batch in loader]
     assert {tuple(crop.shape) for crop in crops} == {(40, 40, 3)}
     assert len({(int(crop[0, 0, 0]), int(crop[0, 0, 1])) for crop in crops}) > 15

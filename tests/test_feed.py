@@ -23,6 +23,7 @@ from raychain.feed.decode import STORED_BEYOND_CROP, resize
 from raychain.feed.loader import Batch, Feed, Loader
 from raychain.feed.members import Wanted
 from raychain.feed.order import Order
+from raychain.feed.pictures import PictureReader
 from raychain.feed.shards import Shard, expand, survey
 from raychain.feed.spec import Spec
 
@@ -36,6 +37,9 @@ def numbers(texts: Sequence[str]) -> np.ndarray:
     """A tokeniser: the numbers in a caption, padded with -1."""
     rows = [[int(word) for word in text.split() if word.isdigit()][:CONTEXT] for text in texts]
     return np.array([row + [-1] * (CONTEXT - len(row)) for row in rows], dtype=np.int64)
+
+
+READER = PictureReader(SPEC, numbers)
 
 
 def encode(image: Image.Image, kind: str = "png", **options: Any) -> bytes:
@@ -84,13 +88,14 @@ def cache(tmp_path: Path) -> ShardCache:
 
 def feed(of: Sequence[Shard], per_image: int = 1, **options: Any) -> Feed:
     order = Order(tuple(s.samples for s in of), seed=3, window=2)
-    return Feed(tuple(of), order, options.pop("spec", SPEC), per_image, **options)
+    reader = PictureReader(options.pop("spec", SPEC), options.pop("tokenize", numbers), per_image, **options)
+    return Feed(tuple(of), order, reader)
 
 
 def load(
     source: Feed, cache: ShardCache, *, batch: int = 6, start: int = 0, stop: int = 8, **options: Any
 ) -> list[Batch]:
-    with Loader(source, cache, numbers, global_batch=batch, start=start, stop=stop, **options) as loader:
+    with Loader(source, cache, global_batch=batch, start=start, stop=stop, **options) as loader:
         return list(loader)
 
 
@@ -137,7 +142,7 @@ def test_other_filesystems_are_read_through_fsspec(tmp_path: Path) -> None:
     assert found == expand(["memory://bucket/x-0.tar"], "data.train")
     [shard] = survey(found, WANTED, tmp_path / "cache", "data.train")
     assert shard.samples == 4
-    assert len(ShardCache(tmp_path / "cache", BUDGET).table(shard, SPEC, numbers).label) == 4
+    assert len(ShardCache(tmp_path / "cache", BUDGET).table(shard, READER).label) == 4
     memory.pipe("/bucket/x-0.tar", Path(path).read_bytes())
     assert survey(found, WANTED, tmp_path / "cache", "data.train")[0].identity != shard.identity, "by its time stamp"
 
@@ -169,7 +174,7 @@ def test_pictures_of_every_kind_and_captions_of_both_kinds_are_read(tmp_path: Pa
     )
     [shard] = survey([path], WANTED, tmp_path / "cache", "data.train")
     assert shard.samples == 5
-    table = cache.table(shard, SPEC, numbers)
+    table = cache.table(shard, READER)
     assert table.size == 5
     spans = zip(table.caption_offset, table.caption_offset[1:], strict=False)
     assert [table.tokens[a:b, 0].tolist() for a, b in spans] == [[1], [2], [3, 4, 5], [6], [7]]
@@ -191,7 +196,7 @@ def test_class_labels_are_read_without_captions(tmp_path: Path, cache: ShardCach
     wanted = Wanted(label=True)
     path = write(tmp_path / "x.tar", [{"png": plain(n), "cls": str(n).encode()} for n in (4, 2)] + [sample(1)])
     [shard] = survey([path], wanted, tmp_path / "cache", "evaluate.zero_shot")
-    table = cache.table(shard, Spec(wanted, SIZE, ""), numbers)
+    table = cache.table(shard, PictureReader(Spec(wanted, SIZE, ""), numbers))
     assert shard.samples == 2
     assert table.label.tolist() == [4, 2]
     assert table.tokens.shape[0] == 0
@@ -293,19 +298,19 @@ def test_cached_files_are_addressed_by_content_and_recipe(
     copy = tmp_path / "copy.tar"
     copy.write_bytes(Path(three[0].address).read_bytes())
     [moved] = survey([str(copy)], WANTED, tmp_path / "cache", "data.train")
-    assert cache.path(moved, SPEC) == cache.path(three[0], SPEC)
+    assert cache.path(moved, READER) == cache.path(three[0], READER)
     specs = [SPEC, Spec(WANTED, 16, "numbers"), Spec(WANTED, SIZE, "other"), Spec(WANTED, SIZE, "numbers", True)]
     specs.append(Spec(Wanted(("txt",)), SIZE, "numbers"))
-    assert len({cache.path(shard, spec) for shard in three for spec in specs}) == 15
+    assert len({cache.path(shard, PictureReader(spec)) for shard in three for spec in specs}) == 15
 
 
 def test_a_cached_shard_is_not_decoded_again(cache: ShardCache, three: list[Shard]) -> None:
-    first = cache.table(three[0], SPEC, numbers)
+    first = cache.table(three[0], READER)
 
     def refuse(texts: Sequence[str]) -> np.ndarray:
         raise AssertionError("tokenised again")
 
-    second = cache.table(three[0], SPEC, refuse)
+    second = cache.table(three[0], PictureReader(SPEC, refuse))
     assert [first.image(row)[0, 0, 0] for row in range(7)] == list(range(7))
     assert all(np.array_equal(first.image(row), second.image(row)) for row in range(7))
     np.testing.assert_array_equal(first.tokens, second.tokens)
@@ -314,7 +319,7 @@ def test_a_cached_shard_is_not_decoded_again(cache: ShardCache, three: list[Shar
 def test_a_shard_beyond_the_budget_is_an_error_that_says_so(tmp_path: Path, three: list[Shard]) -> None:
     cache = ShardCache(tmp_path / "small", 1000)
     with pytest.raises(OSError, match=r"preload\.budget is 1000 bytes"):
-        cache.table(three[0], SPEC, numbers)
+        cache.table(three[0], READER)
     assert not list((tmp_path / "small" / "shards").glob("*.arrow"))
 
 
@@ -323,11 +328,11 @@ def test_a_cached_file_is_there_whole_or_not_at_all(cache: ShardCache, three: li
         raise RuntimeError("killed")
 
     with pytest.raises(RuntimeError, match="killed"):
-        cache.table(three[0], SPEC, fail)
-    path = cache.path(three[0], SPEC)
+        cache.table(three[0], PictureReader(SPEC, fail))
+    path = cache.path(three[0], READER)
     assert not path.exists()
     path.with_suffix(".tmp").write_bytes(b"half of it")  # left behind by a process that was killed
-    assert cache.table(three[0], SPEC, numbers).size == 7
+    assert cache.table(three[0], READER).size == 7
     assert [p.name for p in path.parent.iterdir() if p.suffix == ".tmp"] == []
 
 
@@ -346,7 +351,7 @@ class Noting:
 
 def _read_together(start: Any, root: Path, shard: Shard, notes: Path) -> None:
     start.wait(60)
-    assert ShardCache(root, BUDGET).table(shard, SPEC, Noting(notes)).size == 7
+    assert ShardCache(root, BUDGET).table(shard, PictureReader(SPEC, Noting(notes))).size == 7
 
 
 def test_two_processes_that_want_a_shard_at_once_decode_it_once(tmp_path: Path, three: list[Shard]) -> None:
@@ -431,7 +436,7 @@ def closes(loader: Loader, seconds: float = 3) -> bool:
 
 @pytest.mark.parametrize("taken", [0, 1, 6, 20])
 def test_closing_never_hangs_wherever_the_consumer_stops(cache: ShardCache, three: list[Shard], taken: int) -> None:
-    loader = Loader(feed(three), cache, numbers, global_batch=3, start=0, stop=20)
+    loader = Loader(feed(three), cache, global_batch=3, start=0, stop=20)
     batches: Iterator[Batch] = iter(loader)
     assert [next(batches).step for _ in range(taken)] == list(range(taken))
     assert closes(loader)
@@ -446,7 +451,7 @@ def test_closing_does_not_wait_for_shards_that_are_being_decoded(cache: ShardCac
         release.wait(20)
         return numbers(texts)
 
-    loader = Loader(feed(three), cache, stuck, global_batch=3, start=0, stop=20)
+    loader = Loader(feed(three, tokenize=stuck), cache, global_batch=3, start=0, stop=20)
     time.sleep(0.3)
     assert closes(loader)
     release.set()
@@ -457,7 +462,7 @@ def test_waiting_is_measured(cache: ShardCache, three: list[Shard]) -> None:
         time.sleep(0.2)
         return numbers(texts)
 
-    with Loader(feed(three[:1]), cache, slow, global_batch=3, start=0, stop=2) as loader:
+    with Loader(feed(three[:1], tokenize=slow), cache, global_batch=3, start=0, stop=2) as loader:
         assert len(list(loader)) == 2
     assert 0.1 < loader.wait_s < 5
 

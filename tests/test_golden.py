@@ -108,10 +108,10 @@ def identities(root: Path) -> dict[str, list[dict[str, Any]]]:
 
 def _identity(stage: Any) -> dict[str, Any]:
     feed = stage.feed
-    cached = [f"{shard.identity}-{feed.spec.digest}" for shard in feed.shards]
+    cached = [f"{shard.identity}-{feed.reader.digest}" for shard in feed.shards]
     shown = ("model", "key", "trunk", "rungs", "steps")
     # what schema 2 called the same: stages that it finished are found by that key
-    former = {"key": stage.former.key, "cached": [f"{shard.former}-{feed.spec.digest}" for shard in feed.shards][:1]}
+    former = {"key": stage.former.key, "cached": [f"{shard.former}-{feed.reader.digest}" for shard in feed.shards][:1]}
     own = {"rungs": list(stage.rungs), "cached": cached[:1], "former": former}
     return {name: getattr(stage, name) for name in shown} | own
 

@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from test_feed import SPEC, WANTED, numbers, sample, write
+from test_feed import READER, WANTED, sample, write
 
 from raychain.feed.cache import ShardCache
 from raychain.feed.loader import Feed, Loader
@@ -22,9 +22,7 @@ SIZES = (7, 5, 9, 12, 3, 8, 11)
 
 def consume(feed: Feed, cache: Path, log: Path, start: int, rank: int, world: int) -> None:
     """Writes a line a step: the step, then the numbers of this rank's samples."""
-    loader = Loader(
-        feed, ShardCache(cache, 2**22), numbers, global_batch=BATCH, start=start, stop=STEPS, rank=rank, world=world
-    )
+    loader = Loader(feed, ShardCache(cache, 2**22), global_batch=BATCH, start=start, stop=STEPS, rank=rank, world=world)
     with loader, log.open("a") as file:
         for batch in loader:
             file.write(f"{batch.step} {' '.join(map(str, batch['tokens'][:, 0, 0].tolist()))}\n")
@@ -50,7 +48,7 @@ def test_killed_at_random_moments_and_world_sizes_each_batch_holds_the_same_samp
     paths = [write(tmp_path / f"{i}.tar", [sample(n) for n in range(ends[i], ends[i + 1])]) for i in range(len(SIZES))]
     shards: list[Shard] = survey(paths, WANTED, tmp_path / "counts", "data.train")
     order = Order(tuple(shard.samples for shard in shards), seed=5, window=3)
-    feed = Feed(tuple(shards), order, SPEC, 1)
+    feed = Feed(tuple(shards), order, READER)
     rng = random.Random(0)
     consumed: dict[int, list[int]] = {}
     worlds = [1, 2, 3, 4] * (KILLS // 4) + [2]

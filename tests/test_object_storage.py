@@ -19,6 +19,7 @@ from raychain.feed import content, fetch
 from raychain.feed import shards as feed_shards
 from raychain.feed.cache import ShardCache
 from raychain.feed.members import Wanted
+from raychain.feed.pictures import PictureReader
 from raychain.feed.shards import Shard, expand, survey
 from raychain.feed.spec import Spec
 from raychain.run import run_command
@@ -47,7 +48,8 @@ def greys(shard: int) -> list[int]:
 
 def decoded(shard: Shard, cache: Path) -> list[int]:
     """The greys of a shard's pictures, which pass through a cache."""
-    table = ShardCache(cache, 2**20).table(shard, Spec(WANTED, 32, "ones"), lambda texts: np.ones((len(texts), 1)))
+    reader = PictureReader(Spec(WANTED, 32, "ones"), lambda texts: np.ones((len(texts), 1)))
+    table = ShardCache(cache, 2**20).table(shard, reader)
     return [int(table.image(row)[3, 3, 0]) for row in range(table.size)]
 
 

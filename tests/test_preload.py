@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from test_feed import SPEC, WANTED, numbers, sample, write
+from test_feed import READER, SPEC, WANTED, numbers, sample, write
 
 from raychain.feed.cache import ShardCache
 from raychain.feed.loader import Feed, Loader
 from raychain.feed.order import Mixture, Order, extend
+from raychain.feed.pictures import PictureReader
 from raychain.feed.preload import Item, Preloader, Source, first_windows, wanted
 from raychain.feed.shards import Shard, survey
 
@@ -34,7 +35,7 @@ def sources(shards: list[Shard]) -> list[Source]:
 
     def source(own: list[Shard], seed: int, spec=SPEC) -> Source:
         order = Order(tuple(s.samples for s in own), seed=seed, window=WINDOW)
-        return Source(Feed(tuple(own), order, spec, 1), numbers, BATCH)
+        return Source(Feed(tuple(own), order, PictureReader(spec, numbers)), BATCH)
 
     return [source(shards[:SHARDS], 1), source(shards[SHARDS:], 2, NEXT)]
 
@@ -47,7 +48,7 @@ def until(condition: Callable[[], bool], seconds: float = 30) -> bool:
 
 
 def resident(cache: ShardCache, source: Source) -> set[int]:
-    return {i for i, s in enumerate(source.feed.shards) if cache.path(s, source.feed.spec).exists()}
+    return {i for i, s in enumerate(source.feed.shards) if cache.path(s, source.feed.reader).exists()}
 
 
 @pytest.fixture
@@ -83,9 +84,9 @@ def test_the_last_stage_and_a_waiting_loop_have_no_following_stage(sources: list
 
 def test_several_sources_are_all_preloaded(shards: list[Shard]) -> None:
     parts = (Order((SAMPLES,) * 3, 1, 1), Order((SAMPLES,) * 5, 2, 1))
-    feed = Feed(tuple(shards[:8]), Mixture(parts, (1.0, 3.0), 3), SPEC, 1)
+    feed = Feed(tuple(shards[:8]), Mixture(parts, (1.0, 3.0), 3), READER)
     assert len({shard < 3 for shard in first_windows(feed)}) == 2
-    assert {item.shard for item in wanted([Source(feed, numbers, BATCH)], 0, 0)} == set(range(8))
+    assert {item.shard for item in wanted([Source(feed, BATCH)], 0, 0)} == set(range(8))
 
 
 def test_everything_that_fits_is_there_before_it_is_read(sources, start) -> None:
@@ -103,8 +104,8 @@ def test_everything_that_fits_is_there_before_it_is_read(sources, start) -> None
 
 def test_a_small_budget_holds_what_is_read_next_and_is_not_exceeded(sources, start) -> None:
     probe = ShardCache(Path(start(sources)[1].root.parent / "probe"), 2**30)
-    probe.table(sources[0].feed.shards[0], SPEC, numbers)
-    one = probe.size(sources[0].feed.shards[0], SPEC)
+    probe.table(sources[0].feed.shards[0], READER)
+    one = probe.size(sources[0].feed.shards[0], READER)
     preloader, cache = start(sources[:1], budget=int(one * 6.5))
     for step in (0, 5, 9):
         preloader.report(0, step, 0.0)
@@ -130,7 +131,7 @@ def test_a_shard_that_cannot_be_read_is_left_to_the_loader_and_the_rest_goes_on(
     preloader.report(0, 0, 0.0)
     assert until(lambda: len(resident(cache, sources[0])) == SHARDS - 1)
     with (
-        Loader(sources[0].feed, cache, numbers, global_batch=BATCH, start=0, stop=30) as loader,
+        Loader(sources[0].feed, cache, global_batch=BATCH, start=0, stop=30) as loader,
         pytest.raises(OSError, match=broken.name),
     ):
         list(loader)
@@ -141,5 +142,5 @@ def test_a_loader_after_the_preloader_decodes_nothing(sources, start, monkeypatc
     preloader.report(0, 0, 0.0)
     assert until(lambda: len(resident(cache, sources[1])) == 4)
     monkeypatch.setattr(ShardCache, "_make", lambda *_: pytest.fail("decoded again"))
-    with Loader(sources[1].feed, cache, numbers, global_batch=BATCH, start=0, stop=5) as loader:
+    with Loader(sources[1].feed, cache, global_batch=BATCH, start=0, stop=5) as loader:
         assert len(list(loader)) == 5

@@ -151,7 +151,7 @@ def test_no_machine_is_part_of_a_key(
     }
     first, second = task_of(tree, tmp_path / "a"), task_of(other, tmp_path / "b")
     assert [stage.key for stage in first.stages] == [stage.key for stage in second.stages]
-    assert [stage.feed.spec for stage in first.stages] == [stage.feed.spec for stage in second.stages]
+    assert [stage.feed.reader for stage in first.stages] == [stage.feed.reader for stage in second.stages]
 
 
 def test_what_is_kept_of_pictures_is_part_of_a_key(tree: dict[str, Any], tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ from raychain.feed.cache import ShardCache
 from raychain.feed.loader import Feed, Loader
 from raychain.feed.members import Wanted
 from raychain.feed.order import Order
+from raychain.feed.pictures import PictureReader
 from raychain.feed.shards import Shard, survey
 from raychain.feed.spec import Representation, Spec
 
@@ -110,8 +111,8 @@ def loaded(
     order = Order(tuple(s.samples for s in shards), seed=0, window=2)
     spec = Spec(WANTED, SIZE, "bytes", crop, pixels)
     cache, steps = ShardCache(folder, 2**40), epochs * order.samples // BATCH
-    feed = Feed(tuple(shards), order, spec, 1, CROP if crop else None)
-    with Loader(feed, cache, tokenize, global_batch=BATCH, start=0, stop=steps) as loader:
+    feed = Feed(tuple(shards), order, PictureReader(spec, tokenize, 1, CROP if crop else None))
+    with Loader(feed, cache, global_batch=BATCH, start=0, stop=steps) as loader:
         for batch in loader:
             yield batch["images"]
 
@@ -151,7 +152,9 @@ def tolerance(shard: Shard, work: Path) -> dict[str, dict[str, float]]:
     theirs = torch.cat(list(baseline([shard], False, BICUBIC))).mul(255).round().permute(0, 2, 3, 1).numpy()
     found = {}
     for pixels in ("raw", "jpeg"):
-        table = ShardCache(work, 2**40).table(shard, Spec(WANTED, SIZE, "bytes", False, pixels), tokenize)
+        table = ShardCache(work, 2**40).table(
+            shard, PictureReader(Spec(WANTED, SIZE, "bytes", False, pixels), tokenize)
+        )
         difference = np.abs(np.stack([table.image(row) for row in range(len(theirs))]) - theirs)
         found[pixels] = {"mean": round(float(difference.mean()), 4), "max": float(difference.max())}
     return found

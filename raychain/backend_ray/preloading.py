@@ -28,17 +28,13 @@ class PreloadActor:
 
     def __init__(self, task: list[ray.ObjectRef]) -> None:
         _run_when_idle()
-        from raychain.families.tokenizing import make_tokenizer
         from raychain.feed.cache import ShardCache
         from raychain.feed.preload import Preloader, Source
 
         chain: ChainTask = ray.get(task[0])
         preload = chain.experiment.preload
         cpus = preload.cpus if preload.cpus is not None else max(1.0, (os.cpu_count() or 1) / 4)
-        sources = [
-            Source(stage.feed, make_tokenizer(dict(stage.config))[0], chain.experiment.train.global_batch)
-            for stage in chain.stages
-        ]
+        sources = [Source(stage.feed, chain.experiment.train.global_batch) for stage in chain.stages]
         self.preloader = Preloader(sources, ShardCache(preload.cache, preload.budget), cpus)
 
     def report(self, stage: int, step: int, waiting: float) -> list[dict[str, Any]]:

@@ -13,8 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from raychain.config.experiment import Captions, KeySplit, Transfer
-from raychain.feed.spec import Representation
+from raychain.config.experiment import Transfer
 
 SCHEMA = 3
 """Version of the code's training semantics and of what its keys are made of; part of every stage key."""
@@ -34,12 +33,10 @@ class Determinants:
     """Identities of the shards in their order."""
     weights: tuple[float, ...]
     """Of the sources that are mixed."""
-    captions: Captions
-    crop: tuple[float, float] | None
     window: int
     """Shards that are shuffled together."""
-    pixels: Representation
-    key_split: KeySplit
+    reading: Mapping[str, Any]
+    """What else determines a batch (`Reader.identity`)."""
     global_batch: int
     steps: int
     warmup: int
@@ -88,12 +85,9 @@ def _content(stage: Determinants, previous: str, schema: int) -> dict[str, Any]:
         "data": {
             "shards": stage.shards,
             "weights": stage.weights,
-            "captions": stage.captions.model_dump(mode="json"),
-            "crop": stage.crop,
             "window": stage.window,
-            "pixels": stage.pixels,
-        }
-        | ({} if stage.key_split == "first" else {"key_split": stage.key_split}),
+            **stage.reading,
+        },
         "warmup": stage.warmup,
         "lr": stage.lr,
         "adam": [stage.betas, stage.eps],

@@ -19,12 +19,12 @@ from raychain.config.task import Task
 from raychain.demo import DemoError, is_current, make_demo
 from raychain.errors import InputError
 from raychain.evaluators.data import resolve_retrieval, resolve_zero_shot
-from raychain.families.tokenizing import make_tokenizer
 from raychain.feed.loader import Feed
-from raychain.feed.members import Wanted
 from raychain.feed.order import Mixture, Order, Stream
-from raychain.feed.shards import Shard, expand, survey
-from raychain.feed.spec import Spec, fitting, representation
+from raychain.feed.pictures import PictureReader
+from raychain.feed.reader import Reader
+from raychain.feed.shards import Shard, expand
+from raychain.feed.spec import representation
 from raychain.paradigms import make_paradigm, model_size
 from raychain.planning.macs import stage_macs
 from raychain.reporting.health import DataHealth
@@ -150,8 +150,8 @@ def _readings(experiment: Experiment, cache: Path) -> list[Reading]:
 
 
 def _reading(experiment: Experiment, data: Data, cache: Path, where: str) -> Reading:
-    wanted, seed = _wanted(data), experiment.train.seed
-    found = [tuple(survey(expand(source.shards, where), wanted, cache, where)) for source in data.train]
+    paradigm, seed = make_paradigm(experiment.task), experiment.train.seed
+    found = [tuple(paradigm.survey(expand(source.shards, where), data, cache, where)) for source in data.train]
     weights = tuple(source.weight for source in data.train)
     counts = [tuple(shard.samples for shard in source) for source in found]
     order: Stream
@@ -167,11 +167,6 @@ def _reading(experiment: Experiment, data: Data, cache: Path, where: str) -> Rea
             "lower it or add data",
         )
     return Reading(tuple(itertools.chain(*found)), order)
-
-
-def _wanted(data: Data) -> Wanted:
-    """What a training sample must hold."""
-    return Wanted(data.captions.keys, key_split=data.key_split)
 
 
 def worker_cpus(experiment: Experiment) -> float:
@@ -217,8 +212,7 @@ def _stage(
             rungs.add(rung)
     paradigm = make_paradigm(experiment.task)
     config, size = paradigm.config(stage.model), input_size(experiment, index)
-    spec = Spec(_wanted(data), size, make_tokenizer(dict(config))[1], data.crop is not None)
-    spec = fitting(spec, sum(reading.order.counts), data.store)
+    reader = paradigm.reader(data, config, size, sum(reading.order.counts))
     betas, eps = paradigm.adam(config)
     betas, eps = recipe.betas or betas, recipe.eps or eps
     determinants = Determinants(
@@ -226,11 +220,8 @@ def _stage(
         size=size,
         shards=tuple(shard.identity for shard in reading.shards),
         weights=tuple(source.weight for source in data.train),
-        captions=data.captions,
-        crop=data.crop,
         window=data.shuffle_window,
-        pixels=spec.pixels,
-        key_split=data.key_split,
+        reading=reader.identity,
         global_batch=recipe.global_batch,
         steps=steps,
         warmup=warmup,
@@ -261,7 +252,7 @@ def _stage(
         config=config,
         size=size,
         key=key,
-        former=_former(experiment, determinants, reading, spec, before),
+        former=_former(experiment, determinants, reading, reader, before),
         folder=folder,
         steps=steps,
         warmup=warmup,
@@ -273,7 +264,7 @@ def _stage(
         cooldown=cooldown,
         trunk=trunk_key(determinants, previous),
         rungs=tuple(sorted(rungs)),
-        feed=Feed(reading.shards, reading.order, spec, data.captions.per_image, data.crop),
+        feed=Feed(reading.shards, reading.order, reader),
         epoch_samples=epoch_samples,
         eval_every=max(1, every.steps(**lengths)) if every else 0,
         epochs=round(steps * recipe.global_batch / epoch_samples, 4),
@@ -305,20 +296,22 @@ def _histories(stage: Determinants, previous: str) -> tuple[RateChange, ...]:
 
 
 def _former(
-    experiment: Experiment, stage: Determinants, reading: Reading, spec: Spec, before: StageTask | None
+    experiment: Experiment, stage: Determinants, reading: Reading, reader: Reader, before: StageTask | None
 ) -> Former:
     """What schema 2 made of the same experiment: a machine decided there how pictures are kept, and the precision."""
-    pixels = representation(sum(reading.order.counts), spec.pixel_bytes, experiment.preload.budget)
+    kept = reader.kept
+    if isinstance(reader, PictureReader):
+        kept = representation(sum(reading.order.counts), reader.spec.pixel_bytes, experiment.preload.budget)
     precision = experiment.train.precision or ("bf16" if experiment.compute.gpus_per_worker else "fp32")
     shards = tuple(shard.former for shard in reading.shards)
-    then = replace(stage, shards=shards, pixels=pixels, precision=precision)
+    then = replace(stage, shards=shards, reading={**stage.reading, "pixels": kept}, precision=precision)
     previous = before.former.key if before else ""
     key, begun = (stage_key(s, previous, FORMER_SCHEMA) for s in (then, replace(then, changes=())))
     touched = [(shard.changed, shard.address) for shard in reading.shards]
     touched += [(before.former.changed, before.former.shard)] if before else []
     changed, shard = max(touched, default=(0.0, ""))
     parent = Before(before.key, before.former.key, before.folder) if before else None
-    return Former(key, begun, parent, pixels, shard, changed)
+    return Former(key, begun, parent, kept, shard, changed)
 
 
 def _cooldown(recipe: Train, lengths: dict[str, int], steps: int) -> int:

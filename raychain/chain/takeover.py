@@ -101,7 +101,7 @@ def _refused(stage: StageTask, began: float, out: Folder | None, store: StageSto
 
 def _touched(stage: StageTask, began: float) -> str:
     """Why the stage was trained on other data, as far as that can be told; empty if it was not."""
-    if stage.feed.spec.pixels != stage.former.pixels:
+    if stage.feed.reader.kept != stage.former.pixels:
         return f"its pictures were kept as {stage.former.pixels} (data.store: {stage.former.pixels} leaves them so)"
     if stage.former.changed > began:
         return f"{stage.former.shard} was touched after the stage was trained"

@@ -14,6 +14,7 @@ from raychain.evaluators import ranks
 from raychain.evaluators.reading import tables
 from raychain.feed.cache import ShardCache
 from raychain.feed.members import Wanted
+from raychain.feed.pictures import PictureReader
 from raychain.feed.shards import Shard
 from raychain.feed.spec import Resizing, Spec, Tokenize
 from raychain.feed.table import Table
@@ -54,9 +55,8 @@ class Encoder:
         tokenizer = self.tokenizer_id if wanted.captions else ""  # pictures alone are one file for all tokenisers
         return tables(
             shards,
-            Spec(wanted, self.image_size, tokenizer, exactly=self.resizing),
+            PictureReader(Spec(wanted, self.image_size, tokenizer, exactly=self.resizing), self.tokenize),
             self.cache,
-            self.tokenize,
             rank=ranks.rank(),
             world=world_size(),
             threads=max(1, torch.get_num_threads()),

@@ -11,8 +11,8 @@ from fractions import Fraction
 from raychain.core.dist import rank_slice
 from raychain.feed import health
 from raychain.feed.cache import ShardCache
+from raychain.feed.pictures import PictureReader
 from raychain.feed.shards import Shard
-from raychain.feed.spec import Spec, Tokenize
 from raychain.feed.table import Table
 
 
@@ -46,7 +46,7 @@ def shares(counts: Sequence[int], rank: int, world: int) -> list[Share]:
 
 
 def tables(
-    shards: Sequence[Shard], spec: Spec, cache: ShardCache, tokenize: Tokenize, *, rank: int, world: int, threads: int
+    shards: Sequence[Shard], reader: PictureReader, cache: ShardCache, *, rank: int, world: int, threads: int
 ) -> Iterator[tuple[Table, range]]:
     """Each table with the rows that are this rank's, in order; `threads` shards are decoded ahead.
 
@@ -56,7 +56,7 @@ def tables(
     pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
     try:
         for share in shares([shard.samples for shard in shards], rank, world):
-            ahead.append((share, pool.submit(_read, shards[share.shard], spec, cache, tokenize)))
+            ahead.append((share, pool.submit(_read, shards[share.shard], reader, cache)))
             if len(ahead) > threads:
                 yield _taken(*ahead.popleft())
         while ahead:
@@ -65,8 +65,8 @@ def tables(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _read(shard: Shard, spec: Spec, cache: ShardCache, tokenize: Tokenize) -> Table:
-    table = cache.table(shard, spec, tokenize)
+def _read(shard: Shard, reader: PictureReader, cache: ShardCache) -> Table:
+    table: Table = cache.table(shard, reader)
     health.name(shard.address, table.bad)
     return table
 

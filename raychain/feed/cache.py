@@ -18,12 +18,11 @@ from typing import Any, BinaryIO
 
 import pyarrow as pa
 
-from raychain.feed.decode import decode
 from raychain.feed.health import Bad, tally
+from raychain.feed.reader import Reader
 from raychain.feed.room import NoRoomError, Room, create, share
 from raychain.feed.shards import Shard
-from raychain.feed.spec import Spec, Tokenize
-from raychain.feed.table import BAD, DamagedError, Table, metadata, seal, verify
+from raychain.feed.table import BAD, DamagedError, metadata, seal, verify
 
 log = logging.getLogger("raychain.feed")
 
@@ -50,35 +49,35 @@ class ShardCache:
         self._verified: set[tuple[int, ...]] = set()
         self._per_sample: dict[str, float] = {}
 
-    def path(self, shard: Shard, spec: Spec) -> Path:
+    def path(self, shard: Shard, reader: Reader) -> Path:
         """Where the shard's file is or will be."""
-        return self.root / "shards" / f"{shard.identity}-{spec.digest}.arrow"
+        return self.root / "shards" / f"{shard.identity}-{reader.digest}.arrow"
 
-    def table(self, shard: Shard, spec: Spec, tokenize: Tokenize) -> Table:
+    def table(self, shard: Shard, reader: Reader) -> Any:
         """The shard's table, made now if it is not there; waits where another process of the node is making it.
 
         Where others hold the whole budget for PATIENCE_S seconds, the table is made in memory. Raises OSError for a
         shard that cannot be read or does not fit `budget`.
         """
         deadline, pause = time.monotonic() + PATIENCE_S, PAUSE_S[0]
-        while (table := self.table_now(shard, spec, tokenize)) is None:
+        while (table := self.table_now(shard, reader)) is None:
             if time.monotonic() >= deadline:
-                return self._in_memory(shard, spec, tokenize)
+                return self._in_memory(shard, reader)
             time.sleep(pause * random.uniform(0.5, 1))
             pause = min(2 * pause, PAUSE_S[1])
         return table
 
-    def table_now(self, shard: Shard, spec: Spec, tokenize: Tokenize) -> Table | None:
+    def table_now(self, shard: Shard, reader: Reader) -> Any | None:
         """As `table`, but None where others hold too much of the budget."""
-        path = self.path(shard, spec)
+        path = self.path(shard, reader)
         while True:
-            if (table := self._open(path)) is not None:
+            if (table := self._open(path, reader)) is not None:
                 return table
             try:
-                with self._make(path, shard, spec, tokenize) as file:
+                with self._make(path, shard, reader) as file:
                     fcntl.flock(file, fcntl.LOCK_SH)
                     if os.fstat(file.fileno()).st_nlink:  # not removed while the lock changed hands
-                        return self._map(file, path.stem)
+                        return self._map(file, path.stem, reader)
             except _MadeElsewhere:
                 continue
             except NoRoomError:
@@ -96,53 +95,53 @@ class ShardCache:
                     raise CancelledError
             yield
 
-    def ensure(self, shard: Shard, spec: Spec, tokenize: Tokenize, *, spare: float | None = None) -> int:
+    def ensure(self, shard: Shard, reader: Reader, *, spare: float | None = None) -> int:
         """Makes the shard's file if it is not there and room can be made now, and does not hold it.
 
         Files used since `spare` (seconds of the epoch) do not make room. Returns the bytes written, 0 for none. Raises
         OSError as `table` does.
         """
-        path = self.path(shard, spec)
-        if self.touch(shard, spec):
+        path = self.path(shard, reader)
+        if self.touch(shard, reader):
             return 0
         try:
-            with self._make(path, shard, spec, tokenize, spare) as file:
+            with self._make(path, shard, reader, spare) as file:
                 return os.fstat(file.fileno()).st_size
         except (_MadeElsewhere, NoRoomError):
             return 0
 
-    def check_fits(self, shards: Sequence[Shard], spec: Spec) -> None:
+    def check_fits(self, shards: Sequence[Shard], reader: Reader) -> None:
         """Raises OSError if these shards, which are needed at once, are more than the budget; sizes of shards that are
         not made yet follow from those that are."""
-        needed = sum(self.size(shard, spec) for shard in shards)
+        needed = sum(self.size(shard, reader) for shard in shards)
         if needed > self.budget:
             raise OSError(
                 f"preload.budget is {self.budget} bytes; the {len(shards)} shards that are shuffled together need "
                 f"about {needed}: raise it, or lower data.shuffle_window"
             )
 
-    def size(self, shard: Shard, spec: Spec) -> int:
+    def size(self, shard: Shard, reader: Reader) -> int:
         """Bytes of the shard's file; while it is not there, what others of its kind make likely."""
         try:
-            return self.path(shard, spec).stat().st_size
+            return self.path(shard, reader).stat().st_size
         except FileNotFoundError:
-            return int(shard.samples * self._per_sample.get(spec.digest, _least(spec)))
+            return int(shard.samples * self._per_sample.get(reader.digest, reader.least_bytes))
 
-    def touch(self, shard: Shard, spec: Spec) -> bool:
+    def touch(self, shard: Shard, reader: Reader) -> bool:
         """Marks the shard's file as just used; False if it is not there."""
         try:
-            _used(self.path(shard, spec))
+            _used(self.path(shard, reader))
         except FileNotFoundError:
             return False
         return True
 
-    def _open(self, path: Path) -> Table | None:
+    def _open(self, path: Path, reader: Reader) -> Any | None:
         """The table of a file that is there and whole; a damaged one is removed."""
         if (file := share(path)) is None:
             return None
         with file:
             try:
-                table = self._map(file, path.stem)
+                table = self._map(file, path.stem, reader)
                 with contextlib.suppress(FileNotFoundError):  # another reader found it damaged
                     _used(path)
                 return table
@@ -151,16 +150,16 @@ class ShardCache:
             self._room.remove(path, file)  # out of the handler, which still holds the mapping
             return None
 
-    def _map(self, file: BinaryIO, name: str) -> Table:
+    def _map(self, file: BinaryIO, name: str, reader: Reader) -> Any:
         content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)  # holds the file's lock on its own
         stat = os.fstat(file.fileno())
         key = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
         if key not in self._verified:
             verify(content)
             self._verified.add(key)
-        return Table(content, name)
+        return reader.open(content, name)
 
-    def _make(self, path: Path, shard: Shard, spec: Spec, tokenize: Tokenize, spare: float | None = None) -> BinaryIO:
+    def _make(self, path: Path, shard: Shard, reader: Reader, spare: float | None = None) -> BinaryIO:
         """The finished file in its place, exclusively held. Raises _MadeElsewhere if another process was quicker, and
         NoRoomError."""
         started, scratch = time.monotonic(), path.with_suffix(".tmp")
@@ -172,10 +171,10 @@ class ShardCache:
             def reserve(size: int) -> None:
                 self._room.reserve(file, size, spare)
 
-            reserve(int(shard.samples * max(_least(spec), ASKED * self._per_sample.get(spec.digest, 0))))
+            reserve(int(shard.samples * max(reader.least_bytes, ASKED * self._per_sample.get(reader.digest, 0))))
             bad: list[Bad] = []
-            batches = decode(shard, spec, tokenize, bad)
-            _write(pa.PythonFile(file, "w"), batches, metadata(path.stem, spec.pixels), bad, reserve)
+            batches = reader.decode(shard, bad)
+            _write(pa.PythonFile(file, "w"), batches, metadata(path.stem, reader.kept), bad, reserve)
             file.truncate()
             with mmap.mmap(file.fileno(), 0) as content:
                 seal(content)
@@ -185,20 +184,20 @@ class ShardCache:
             scratch.unlink(missing_ok=True)
             file.close()
             raise
-        self._per_sample[spec.digest] = size / shard.samples
+        self._per_sample[reader.digest] = size / shard.samples
         log.debug("cached %s: %d bytes in %.1f s", shard.address, size, time.monotonic() - started)
         return file
 
-    def _in_memory(self, shard: Shard, spec: Spec, tokenize: Tokenize) -> Table:
-        name = self.path(shard, spec).stem
+    def _in_memory(self, shard: Shard, reader: Reader) -> Any:
+        name = self.path(shard, reader).stem
         log.warning(
             "%s: decoded into memory, since all of preload.budget (%d bytes) was in use for %g s; raise it, or lower "
             "data.shuffle_window", shard.address, self.budget, PATIENCE_S,
         )  # fmt: skip
         sink = pa.BufferOutputStream()
         bad: list[Bad] = []
-        _write(sink, decode(shard, spec, tokenize, bad), metadata(name, spec.pixels), bad, lambda _: None)
-        return Table(sink.getvalue(), name)
+        _write(sink, reader.decode(shard, bad), metadata(name, reader.kept), bad, lambda _: None)
+        return reader.open(sink.getvalue(), name)
 
 
 class _MadeElsewhere(Exception):  # noqa: N818 - nothing went wrong
@@ -208,11 +207,6 @@ class _MadeElsewhere(Exception):  # noqa: N818 - nothing went wrong
 def _used(path: Path) -> None:
     """Notes in the file's access time that it is used now."""
     os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
-
-
-def _least(spec: Spec) -> int:
-    """Bytes that a sample takes at least, as far as that is known before it is decoded."""
-    return 0 if spec.cropped or spec.pixels == "jpeg" else spec.pixel_bytes
 
 
 def _write(

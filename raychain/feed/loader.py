@@ -16,13 +16,10 @@ import torch
 from raychain.core.dist import rank_slice
 from raychain.feed import health
 from raychain.feed.cache import ShardCache
-from raychain.feed.crops import crop_boxes
-from raychain.feed.decode import scale
 from raychain.feed.health import Tally
-from raychain.feed.order import Rows, Stream, Window, draw_captions, extend, mix
+from raychain.feed.order import Stream, Window, extend
+from raychain.feed.reader import Reader, Table
 from raychain.feed.shards import Shard
-from raychain.feed.spec import Spec, Tokenize
-from raychain.feed.table import Table
 
 AHEAD = 4
 """Batches kept ready."""
@@ -30,9 +27,6 @@ POLL_S = 0.2
 """How often waiting threads look whether the loader was closed."""
 IDLE_S = 1.0
 """After so long with all batches ready the cached shards are let go, for others that need room in the cache."""
-SHARED_FROM = 96
-"""Pixels a side from which crops and JPEG are shared out to threads; below, Python's lock costs more than they gain."""
-
 T = TypeVar("T")
 
 
@@ -42,8 +36,7 @@ class Batch:
 
     step: int
     columns: dict[str, torch.Tensor]
-    """`images`, uint8 [b, H, W, 3]; `tokens`, int64 [b, K, context length]; `seed`, int64 [b], one of each sample and
-    pass, for what else is drawn."""
+    """The reader's columns, each [b, …]."""
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self.columns[name]
@@ -55,13 +48,11 @@ class Batch:
 
 @dataclass(frozen=True)
 class Feed:
-    """What a stage reads: shards in an order, with the recipe that turns a row into a picture and captions."""
+    """What a stage reads: shards in an order, and what turns their rows into batches."""
 
     shards: tuple[Shard, ...]
     order: Stream
-    spec: Spec
-    per_image: int
-    crop: tuple[float, float] | None = None
+    reader: Reader
 
 
 class Loader:
@@ -77,7 +68,6 @@ class Loader:
         self,
         feed: Feed,
         cache: ShardCache,
-        tokenize: Tokenize,
         *,
         global_batch: int,
         start: int,
@@ -88,7 +78,7 @@ class Loader:
         pin: bool = False,
         report: Callable[[Shard, Tally], None] = lambda shard, bad: health.name(shard.address, bad),
     ) -> None:
-        self.feed, self.cache, self.tokenize = feed, cache, tokenize
+        self.feed, self.cache = feed, cache
         self.global_batch, self.start, self.stop, self.report = global_batch, start, stop, report
         self.slice = rank_slice(global_batch, rank, world)
         self.rank, self.world, self.pin, self.wait_s = rank, world, pin, 0.0
@@ -99,8 +89,7 @@ class Loader:
         self._closed = threading.Event()
         self._threads = max(1, threads)
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="decode")
-        self._croppers = ThreadPoolExecutor(self._threads, thread_name_prefix="crop")
-        self._shared = self._threads if feed.spec.image_size >= SHARED_FROM else 1
+        self._readers = ThreadPoolExecutor(self._threads, thread_name_prefix="read")
         self._thread = threading.Thread(target=self._work, name="loader", daemon=True)
         self._thread.start()
 
@@ -115,7 +104,7 @@ class Loader:
         self._closed.set()
         self._pool.shutdown(wait=False, cancel_futures=True)
         self._thread.join()
-        self._croppers.shutdown()
+        self._readers.shutdown()
         self._tables.clear()
         while not self._queue.empty():
             self._queue.get_nowait()
@@ -178,7 +167,7 @@ class Loader:
         while wait(futures, timeout=POLL_S).not_done:
             if self._closed.is_set():
                 raise CancelledError
-            self.cache.check_fits([self.feed.shards[shard] for shard in together], self.feed.spec)
+            self.cache.check_fits([self.feed.shards[shard] for shard in together], self.feed.reader)
         tables = {shard: future.result() for shard, future in zip(shards, futures, strict=True)}
         for shard, table in tables.items():
             if table is not None and table.bad:
@@ -199,7 +188,7 @@ class Loader:
     def _submit(self, work: Callable[..., T], shard: int, **options: Any) -> Future[T]:
         if self._closed.is_set():
             raise CancelledError
-        return self._pool.submit(work, self.feed.shards[shard], self.feed.spec, self.tokenize, **options)
+        return self._pool.submit(work, self.feed.shards[shard], self.feed.reader, **options)
 
     def _put(self, item: Batch | BaseException | None) -> bool:
         started = time.monotonic()
@@ -218,53 +207,18 @@ class Loader:
         parts: list[dict[str, np.ndarray]] = []
         while place < stop:
             end = min(stop, self._hold(place))
-            parts.append(self._part(self.feed.order.rows(place, end)))
+            rows = self.feed.order.rows(place, end)
+            parts.append(self.feed.reader.read(rows, self._tables, self.feed.order.seed, self._share))
             place = end
         columns = {name: _joined([part[name] for part in parts]) for name in parts[0]}
         return Batch(step, {name: c.pin_memory() for name, c in columns.items()} if self.pin else columns)
 
-    def _part(self, rows: Rows) -> dict[str, np.ndarray]:
-        """The columns of n rows of one window."""
-        feed, tables = self.feed, self._tables
-        place = [(tables[s], r % tables[s].size) for s, r in zip(rows.shard.tolist(), rows.row.tolist(), strict=True)]
-        size = feed.spec.image_size
-        images = np.empty((len(place), size, size, 3), dtype=np.uint8)
-        first = np.array([table.caption_offset[r] for table, r in place])
-        pool = np.array([table.caption_offset[r + 1] for table, r in place]) - first
-        chosen = first[:, None] + draw_captions(feed.order.seed, rows, pool, feed.per_image)
-        tokens = np.empty((*chosen.shape, place[0][0].tokens.shape[1]), dtype=np.int64)
-        for i, (table, _) in enumerate(place):
-            tokens[i] = table.tokens[chosen[i]]
-
-        boxes = self._boxes(rows, place)
-
-        def fill(part: int) -> None:
-            cut = np.empty(boxes[:, 2:].prod(1).max(initial=0) * 3, np.uint8)  # fresh memory each time takes longer
-            for i in range(part, len(place), parts):
-                table, r = place[i]
-                image = table.image(r)
-                if feed.crop is not None:
-                    top, left, h, w = boxes[i]
-                    window = cut[: h * w * 3].reshape(h, w, 3)
-                    window[:] = image[top : top + h, left : left + w]
-                    image = scale(window, size, size)
-                images[i] = image
-
-        parts = 1 if feed.crop is None and feed.spec.pixels == "raw" else self._shared
+    def _share(self, work: Callable[[int, int], None]) -> None:
+        parts = self._threads
         if parts == 1:
-            fill(0)
+            work(0, 1)
         else:
-            list(self._croppers.map(fill, range(parts)))
-        seed = mix(feed.order.seed, rows.passes, rows.shard, rows.row)
-        return {"images": images, "tokens": tokens, "seed": seed.view(np.int64)}
-
-    def _boxes(self, rows: Rows, place: list[tuple[Table, int]]) -> np.ndarray:
-        """The rows' crops, int64 [n, 4], or [0, 4] without crops."""
-        if self.feed.crop is None:
-            return np.empty((0, 4), np.int64)
-        seeds = mix(self.feed.order.seed, rows.passes, rows.shard, rows.row, 1 << 20)
-        height, width = (np.array(side) for side in zip(*((t.height[r], t.width[r]) for t, r in place), strict=True))
-        return crop_boxes(height, width, self.feed.crop, seeds)
+            list(self._readers.map(lambda part: work(part, parts), range(parts)))
 
 
 def _joined(parts: list[np.ndarray]) -> torch.Tensor:

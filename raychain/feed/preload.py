@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 from raychain.feed.cache import ShardCache
 from raychain.feed.loader import Feed
 from raychain.feed.order import Window, extend
-from raychain.feed.spec import Tokenize
 
 log = logging.getLogger("raychain.feed")
 
@@ -27,10 +26,9 @@ WAITING = 0.02
 
 
 class Source(NamedTuple):
-    """What a stage reads, and its tokeniser."""
+    """What a stage reads, so many samples a step."""
 
     feed: Feed
-    tokenize: Tokenize
     global_batch: int
 
 
@@ -132,11 +130,11 @@ class Preloader:
         missing: list[Item] = []
         for item in wanted(self.sources, stage, step, following=waiting < WAITING):
             source = self.sources[item.stage]
-            shard, spec = source.feed.shards[item.shard], source.feed.spec
-            room -= self.cache.size(shard, spec)
+            shard, reader = source.feed.shards[item.shard], source.feed.reader
+            room -= self.cache.size(shard, reader)
             if room < 0 or len(missing) > self._threads:
                 break
-            if not self.cache.touch(shard, spec) and item not in self._failed:
+            if not self.cache.touch(shard, reader) and item not in self._failed:
                 missing.append(item)
         return missing
 
@@ -144,7 +142,7 @@ class Preloader:
         source = self.sources[item.stage]
         shard, started = source.feed.shards[item.shard], time.time()
         try:
-            written = self.cache.ensure(shard, source.feed.spec, source.tokenize, spare=self._looked)
+            written = self.cache.ensure(shard, source.feed.reader, spare=self._looked)
         except OSError as error:  # the loader that needs it will say so, if it still cannot be read then
             log.debug("not preloaded: %s", error)
             self._failed.add(item)

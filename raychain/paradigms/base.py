@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -22,6 +22,8 @@ from raychain.paradigms.objective import Columns, Objective
 if TYPE_CHECKING:
     from raychain.config.experiment import Data
     from raychain.families.architectures import ModelDescription
+    from raychain.feed.reader import Reader
+    from raychain.feed.shards import Shard
     from raychain.planning.macs import ModelSize
 
 Config = Mapping[str, Any]
@@ -68,8 +70,19 @@ class Paradigm(ABC):
         """
 
     @abstractmethod
+    def survey(self, addresses: Sequence[str], data: Data, cache: Path, where: str) -> list[Shard]:
+        """The shards at the addresses with their identities and counts of samples; `cache` keeps counts.
+
+        Raises InputError, naming the option `where`, for files that cannot be read or hold no sample.
+        """
+
+    @abstractmethod
+    def reader(self, data: Data, config: Config, size: int, samples: int) -> Reader:
+        """What turns shards with `samples` samples in all into batches for a model."""
+
+    @abstractmethod
     def example(self, config: Config, size: int, count: int, seed: int = 0) -> dict[str, torch.Tensor]:
-        """A batch of `count` random samples."""
+        """A batch of `count` random samples, as `reader` gives it."""
 
     def adapt(self, model: nn.Module, config: Config, size: int) -> nn.Module:  # noqa: ARG002 - for subclasses
         """The model for inputs of another size: itself, or a copy. A teacher reads what its student reads."""

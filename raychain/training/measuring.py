@@ -27,7 +27,7 @@ def measured(
     task: ChainTask, stage: StageTask, model: nn.Module, cache: ShardCache, device: torch.device
 ) -> dict[str, float]:
     """The metrics of the stage's model on what the chain is measured on; every rank of a process group calls it."""
-    tokenize, tokenizer = make_tokenizer(dict(stage.config))
+    tokenize = make_tokenizer(stage.config)
     preprocessing = preprocessing_of(model)
     return evaluate(
         model,
@@ -38,7 +38,7 @@ def measured(
         image_size=stage.size,
         mean=preprocessing["mean"],
         std=preprocessing["std"],
-        tokenizer_id=tokenizer,
+        tokenizer_id=tokenize.identity,
         device=device,
     )
 

@@ -19,7 +19,6 @@ from torch import nn
 
 from raychain.core.dist import rank, rank_slice, world_size
 from raychain.errors import Diverged
-from raychain.families.tokenizing import make_tokenizer
 from raychain.feed.cache import ShardCache
 from raychain.feed.health import Tally
 from raychain.feed.loader import Loader
@@ -199,11 +198,9 @@ class ChainWorker:
         started = time.time()
         seed = self.experiment.train.seed + stage.index
         model = self.paradigm.build(stage.config, size=stage.size, seed=seed)
-        tokenize, _ = make_tokenizer(dict(stage.config))
         loader = Loader(
             stage.feed,
             self.cache,
-            tokenize,
             global_batch=self.experiment.train.global_batch,
             start=start,
             stop=stage.steps,
@@ -220,7 +217,7 @@ class ChainWorker:
         """`_prepare`, once the node's cache holds what the stage's loader begins with or the stage is due."""
         shards = first_windows(stage.feed)
         while not self.hurry.wait(POLL_S):
-            if self.preloading and all(self.cache.touch(stage.feed.shards[s], stage.feed.spec) for s in shards):
+            if self.preloading and all(self.cache.touch(stage.feed.shards[s], stage.feed.reader) for s in shards):
                 break
         return self._prepare(stage)
 
@@ -278,7 +275,7 @@ class ChainWorker:
                 "global_batch": self.experiment.train.global_batch,
                 "epoch_samples": stage.epoch_samples,
                 "world_size": world_size(),
-                "cached_as": stage.feed.spec.pixels,
+                "cached_as": stage.feed.reader.kept,
             }
         )
         saved = [time.monotonic()]

@@ -9,7 +9,6 @@ from raychain.config.experiment import Experiment
 from raychain.evaluators.data import RetrievalData, ZeroShotData
 from raychain.feed.loader import Feed
 from raychain.feed.shards import Shard
-from raychain.feed.spec import Representation
 from raychain.paradigms import make_paradigm
 from raychain.paradigms.base import Config, Paradigm
 
@@ -32,7 +31,7 @@ class Former:
     begun: str
     """Key of its unfinished states, which knew no change of the learning rate."""
     before: Before | None
-    pixels: Representation
+    pixels: str
     """How pictures were kept, which followed from `preload.budget`."""
     shard: str
     """Of the shards that the chain reads up to the stage's end the one that was touched last; empty without data."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -13,6 +14,11 @@ from torch import nn
 
 from raychain.families import at_image_size, model_config
 from raychain.families.building import build_config, preprocessing_of
+from raychain.families.tokenizing import make_tokenizer
+from raychain.feed.members import Wanted
+from raychain.feed.pictures import PictureReader
+from raychain.feed.shards import Shard, survey
+from raychain.feed.spec import Spec, fitting
 from raychain.paradigms.base import Config, Paradigm, plain
 from raychain.paradigms.clip.objective import ClipObjective, ImageTextObjective
 from raychain.paradigms.objective import Objective, Projector
@@ -52,6 +58,14 @@ class ImageTextParadigm(Paradigm):
             projector = Projector(dict.fromkeys(self.objective_class.feature_names, sizes))
         return self.objective_class(model, projector)
 
+    def survey(self, addresses: Sequence[str], data: Data, cache: Path, where: str) -> list[Shard]:
+        return survey(addresses, _wanted(data), cache, where)
+
+    def reader(self, data: Data, config: Config, size: int, samples: int) -> PictureReader:
+        tokenize = make_tokenizer(config)
+        spec = Spec(_wanted(data), size, tokenize.identity, data.crop is not None)
+        return PictureReader(fitting(spec, samples, data.store), tokenize, data.captions.per_image, data.crop)
+
     def measure(self, name: str, config: Config, size: int) -> ModelSize:
         image, text = tower_sizes(dict(config), size)
         return ModelSize(name, {"image": image, "text": text}, principal="image")
@@ -90,6 +104,10 @@ class ImageTextParadigm(Paradigm):
         model.load_state_dict(load_file(folder / WEIGHTS))
         set_model_preprocess_cfg(cast(Any, model), document["preprocess_cfg"])
         return model
+
+
+def _wanted(data: Data) -> Wanted:
+    return Wanted(data.captions.keys, key_split=data.key_split)
 
 
 class Clip(ImageTextParadigm):
