@@ -277,9 +277,9 @@ def test_key_split_last_reads_them(tmp_path: Path) -> None:
     assert found.samples == 6
     assert found.bad.counts == {health.NO_CAPTION: 1}, "the depth map, which is a picture of its own now"
     cache = ShardCache(tmp_path / "cache", 10**7)
-    table = cache.table(found, Spec(LAST, SIZE, "numbers"), numbers)
+    table = cache.table(found, PictureReader(Spec(LAST, SIZE, "numbers"), numbers))
     assert [int(table.image(row)[0, 0, 0]) for row in range(6)] == [0, 1, 5, 6, 2, 3]
-    first = cache.table(surveyed(path), Spec(Wanted(("txt",)), SIZE, "numbers"), numbers)
+    first = cache.table(surveyed(path), PictureReader(Spec(Wanted(("txt",)), SIZE, "numbers"), numbers))
     assert first.size == 4, "the two readings are cached apart"
     result = CliRunner().invoke(data, ["check", str(path), "--json", "--workers", "1", "--key-split", "last"])
     assert json.loads(result.stdout)["usable"] == 6
