@@ -20,6 +20,7 @@ from raychain.feed import health, members
 from raychain.feed.cache import ShardCache
 from raychain.feed.health import Bad
 from raychain.feed.members import Wanted
+from raychain.feed.pictures import PictureReader
 from raychain.feed.spec import Spec
 from raychain.feed.tar import LONGEST, split_name, walk
 
