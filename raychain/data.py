@@ -129,8 +129,10 @@ def build_command(
 
 def _built(result: dict[str, Any], listed: str) -> str:
     failed = sum(result["failed"].values())
-    size = f"{result['bytes'] / 2**20:,.1f} MiB"
-    text = f"{result['folder']}: {result['shards']:,} shards, {result['samples']:,} pictures ({size})"
+    pictures = f"{result['samples']:,} pictures of {result['rows']:,} rows"
+    text = f"{result['folder']}: {result['shards']:,} shards, {pictures} ({result['bytes'] / 2**20:,.1f} MiB)"
+    if result["lines"] != result["rows"]:
+        text += f"\nthe rows take {result['lines']:,} lines of the table: captions in quotes span several"
     if failed:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in list(result["failed"].items())[:5])
         text += f"\n{failed:,} of {result['rows']:,} rows failed, listed in {listed}: {reasons}"

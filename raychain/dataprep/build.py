@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import tarfile
+import threading
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -34,8 +35,11 @@ EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 """Pillow's name of a format → member extension; pictures of other formats become JPEGs."""
 QUALITY = 95
 """Of JPEGs that are written anew."""
-AHEAD = 4
+AHEAD = 2
 """Pictures a worker that are fetched before they can be written."""
+LARGE = 2**24
+"""Pixels of pictures that are decoded one at a time, for the memory they take."""
+_LARGE = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -67,13 +71,14 @@ def build(
     options: Options,
     on_progress: Callable[[int, int, int], None] = lambda *_: None,
 ) -> dict[str, Any]:
-    """Packs the table into shards in `out`: {`folder`, `shards`, `rows`, `samples`, `bytes`, `failed` (reason → rows)}.
+    """Packs the table into shards in `out`: {`folder`, `shards`, `rows`, `lines` (of the table, that the
+    rows take), `samples`, `bytes`, `failed` (reason → rows)}.
 
     Shards that an earlier call finished are kept. `on_progress` hears (rows done, rows, failures) as it goes.
     Raises InputError, before anything is fetched, for a table that cannot be read and a folder with other content;
     OSError where the folder cannot be written.
     """
-    rows, digest = _measure(table)
+    rows, lines, digest = _measure(table)
     folder = _claim(out, {"format": FORMAT, "table": digest, "samples_per_shard": options.samples_per_shard,
                           "image_size": options.image_size})  # fmt: skip
     entries, done, failures = table.entries(), 0, 0
@@ -99,6 +104,7 @@ def build(
         "folder": folder.path,
         "shards": len(stats),
         "rows": rows,
+        "lines": lines,
         "samples": sum(shard["samples"] for shard in stats),
         "bytes": sum(shard["bytes"] for shard in stats),
         "failed": dict(Counter(row["reason"] for row in failed).most_common()),
@@ -117,6 +123,12 @@ def pack_picture(encoded: bytes, size: int | None) -> Packed:
 
 def _pack_picture(encoded: bytes, size: int | None) -> Packed:
     image: Image.Image = Image.open(io.BytesIO(encoded))
+    large = _LARGE if image.width * image.height > LARGE else contextlib.nullcontext()
+    with large:
+        return _converted(image, encoded, size)
+
+
+def _converted(image: Image.Image, encoded: bytes, size: int | None) -> Packed:
     extension = EXTENSIONS.get(image.format or "")
     image.load()
     if extension and (size is None or min(image.size) <= size):
@@ -155,6 +167,8 @@ class _Fetchers:
             yield waiting.popleft().result()
 
     def _one(self, entry: Entry) -> Packed | str:
+        if entry.problem:
+            return entry.problem
         if not entry.image:
             return "no picture named"
         if not entry.captions:
@@ -169,13 +183,14 @@ class _Fetchers:
             return error.kind
 
 
-def _measure(table: PictureTable) -> tuple[int, str]:
-    """Rows of the table, and a hash of what they say."""
-    digest, rows = hashlib.blake2b(digest_size=16), 0
-    for entry in table.entries():
-        digest.update(json.dumps(entry).encode())
+def _measure(table: PictureTable) -> tuple[int, int, str]:
+    """Rows of the table, the lines they take, and a hash of what they say."""
+    digest, rows, lines = hashlib.blake2b(digest_size=16), 0, 0
+    for image, captions, problem, taken in table.entries():
+        digest.update(json.dumps([image, captions, *([problem] if problem else [])]).encode())
         rows += 1
-    return rows, digest.hexdigest()
+        lines += taken
+    return rows, lines, digest.hexdigest()
 
 
 def _claim(out: str, made_of: dict[str, Any]) -> Folder:

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import csv
-import io
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import partial
+from typing import NamedTuple, TypeVar
 
 import pyarrow as pa
-from pyarrow import fs, parquet
 
+from raychain.dataprep.rows import FORMATS, WHERE, Layout, Row, layout_of, rows_of
 from raychain.errors import InputError, nearest
-from raychain.storage import resolve
 
 IMAGE_COLUMNS = ("url", "image_url", "path", "filepath", "image_path", "file", "image", "filename", "file_name")
 """Recognised in any case, the first that the table has: CC3M, img2dataset, open_clip, plain."""
 CAPTION_COLUMNS = ("caption", "text", "title", "captions")
-HEADERLESS = ("caption", "url")
-"""Columns of a TSV without a header, such as CC3M's."""
-FORMATS = ("csv", "tsv", "parquet", "jsonl", "ndjson")
-WHERE = "TABLE"
+LONGEST_CAPTION = 2**20
+"""Characters; what is longer is no caption."""
+T = TypeVar("T")
 
 
 class Entry(NamedTuple):
@@ -29,26 +26,41 @@ class Entry(NamedTuple):
 
     image: str
     captions: tuple[str, ...]
+    problem: str = ""
+    """Why the row cannot be used, if the table itself tells."""
+    lines: int = 1
+    """Lines of the table that it takes."""
 
 
 @dataclass(frozen=True)
 class PictureTable:
     """A table with its columns chosen."""
 
-    address: str
+    layout: Layout
     image: str
     captions: tuple[str, ...]
 
     @property
     def folder(self) -> str:
         """Where relative paths of pictures start."""
-        return self.address.rpartition("/")[0] or ("/" if self.address.startswith("/") else ".")
+        address = self.layout.address
+        return address.rpartition("/")[0] or ("/" if address.startswith("/") else ".")
 
     def entries(self) -> Iterator[Entry]:
         """All rows in order. Raises InputError, naming the place, where the file cannot be read."""
-        for row in _guarded(self.address, _rows(self.address)):
-            image = row.get(self.image)
-            yield Entry(image.strip() if isinstance(image, str) else "", _captions(row, self.captions))
+        rows = rows_of(self.layout, (self.image, *self.captions))
+        while (row := _guarded(self.layout.address, partial(next, rows, None))) is not None:
+            yield self._entry(row)
+
+    def _entry(self, row: Row) -> Entry:
+        image, captions = row.values.get(self.image), _captions(row, self.captions)
+        image = image.strip() if isinstance(image, str) else ""
+        problem = row.problem
+        if any("\0" in text for text in (image, *captions)):
+            problem = problem or "a NUL character"
+        if any(len(text) > LONGEST_CAPTION for text in (image, *captions)):
+            problem = problem or f"a caption of more than {LONGEST_CAPTION:,} characters"
+        return Entry(image, captions, problem, row.lines)
 
 
 def open_table(address: str, image: str | None = None, captions: Sequence[str] = ()) -> PictureTable:
@@ -56,18 +68,25 @@ def open_table(address: str, image: str | None = None, captions: Sequence[str] =
 
     Raises InputError for a file that is not there, of another format, or without such columns.
     """
-    first = next(_guarded(address, _rows(address)), None)
+    layout = _guarded(address, partial(layout_of, address))
+    names = layout.names
+    for option, given in (("--image-column", image), *(("--caption-column", name) for name in captions)):
+        if given is not None and names and given not in names:
+            raise InputError(option, given, ", ".join(names), nearest(given, names, "name one of these columns"))
+    if not names:
+        raise InputError(WHERE, address, "a table with at least one row", "check the file")
+    image = image or _recognised(names, IMAGE_COLUMNS, "--image-column")
+    chosen = tuple(captions) or (_recognised(names, CAPTION_COLUMNS, "--caption-column"),)
+    for name in (image, *chosen):
+        if names.count(name) > 1:
+            raise InputError(WHERE, f"{names.count(name)} columns {name}", "one column of a name", "rename the others")
+    first = _guarded(address, partial(next, rows_of(layout, (image, *chosen)), None))
     if first is None:
         raise InputError(WHERE, address, "a table with at least one row", "check the file")
-    names = list(first)
-    for option, given in (("--image-column", image), *(("--caption-column", name) for name in captions)):
-        if given is not None and given not in names:
-            raise InputError(option, given, ", ".join(names), nearest(given, names, "name one of these columns"))
-    image = image or _recognised(names, IMAGE_COLUMNS, "--image-column")
-    if not isinstance(first[image], str | None):
-        held = type(first[image]).__name__
+    if not isinstance(first.values.get(image), str | None):
+        held = type(first.values[image]).__name__
         raise InputError("--image-column", f"{image}, which holds {held}", "paths or URLs", "name another column")
-    return PictureTable(address, image, tuple(captions) or (_recognised(names, CAPTION_COLUMNS, "--caption-column"),))
+    return PictureTable(layout, image, chosen)
 
 
 def _recognised(names: Sequence[str], known: Sequence[str], option: str) -> str:
@@ -78,73 +97,17 @@ def _recognised(names: Sequence[str], known: Sequence[str], option: str) -> str:
     raise InputError(WHERE, f"columns {', '.join(names)}", f"one of {', '.join(known)}", f"name the column: {option}")
 
 
-def _captions(row: Mapping[str, Any], columns: Sequence[str]) -> tuple[str, ...]:
+def _captions(row: Row, columns: Sequence[str]) -> tuple[str, ...]:
     found: list[str] = []
     for column in columns:
-        value = row.get(column)
+        value = row.values.get(column)
         found += [text.strip() for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
     return tuple(dict.fromkeys(text for text in found if text))
 
 
-def _guarded(address: str, rows: Iterator[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+def _guarded(address: str, action: Callable[[], T]) -> T:
+    """What `action` returns. Raises InputError, naming the place, where the file cannot be read."""
     try:
-        yield from rows
-    except (OSError, ValueError, csv.Error, pa.ArrowException) as error:
+        return action()
+    except (OSError, ValueError, ArithmeticError, csv.Error, pa.ArrowException) as error:
         raise InputError(WHERE, address, f"a readable table ({', '.join(FORMATS)})", str(error)) from None
-
-
-def _rows(address: str) -> Iterator[Mapping[str, Any]]:
-    filesystem, path = resolve(address)
-    kind = path.lower().removesuffix(".gz").rpartition(".")[2]
-    match kind:
-        case "parquet":
-            with filesystem.open_input_file(path) as file:
-                for batch in parquet.ParquetFile(file).iter_batches(1024):
-                    yield from batch.to_pylist()
-        case "jsonl" | "ndjson":
-            with _text(filesystem, path) as file:
-                yield from _json_rows(file)
-        case "csv" | "tsv":
-            with _text(filesystem, path) as file:
-                yield from _separated_rows(file, tabs=kind == "tsv")
-        case _:
-            fix = "give the file one of these endings"
-            raise InputError(WHERE, address, f"a file that ends in {', '.join(FORMATS)} (also .gz)", fix)
-
-
-def _text(filesystem: fs.FileSystem, path: str) -> io.TextIOWrapper:
-    return io.TextIOWrapper(filesystem.open_input_stream(path), "utf-8-sig", newline="")
-
-
-def _json_rows(file: io.TextIOWrapper) -> Iterator[Mapping[str, Any]]:
-    for number, line in enumerate(file, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"line {number}: {error}") from None
-        if not isinstance(row, dict):
-            raise ValueError(f"line {number} is no JSON object")
-        yield row
-
-
-def _separated_rows(file: io.TextIOWrapper, *, tabs: bool) -> Iterator[Mapping[str, Any]]:
-    """Rows of a CSV or TSV. A .csv with tabs in its first line is one with tabs (open_clip's default)."""
-    csv.field_size_limit(2**27)
-    first = file.readline()
-    tabs = tabs or "\t" in first
-    cells = next(csv.reader([first], delimiter="\t" if tabs else ","), [])
-    if tabs and len(cells) == len(HEADERLESS) and _is_url(cells[1]):
-        # written without a library's quoting: a quote is a quote
-        yield dict(zip(HEADERLESS, first.rstrip("\r\n").split("\t"), strict=True))
-        for line in file:
-            yield dict(zip(HEADERLESS, line.rstrip("\r\n").split("\t"), strict=False))
-        return
-    for row in csv.reader(file, delimiter="\t" if tabs else ","):
-        if row:
-            yield dict(zip(cells, row, strict=False))
-
-
-def _is_url(text: str) -> bool:
-    return text.strip().lower().startswith(("http://", "https://"))
