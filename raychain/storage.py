@@ -8,13 +8,16 @@ import hashlib
 import json
 import logging
 import os
+import queue
 import random
 import stat
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from pyarrow import fs
 
@@ -27,6 +30,8 @@ SCRATCH = ".tmp"
 """How the names of files end that are being written."""
 PAUSES_S = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0)
 """Between attempts to write what must not be lost: a full disk that is cleared, storage that is back in a minute."""
+ASKED_S = (0.5, 1.0, 2.0, 4.0)
+"""Between attempts that somebody waits for."""
 FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 """Errors that trying again does not mend."""
 
@@ -38,19 +43,32 @@ KINDS = {
     stat.S_IFSOCK: "a socket",
 }
 
+WORD_S, ANSWER_S, TRANSFER_S = 4.0, 8.0, 120.0
+"""How long object storage is waited for: without a word, for a word about a file, for content and listings."""
+RETRIES_S = 0.1
+"""How long Arrow tries again on GCS by itself."""
+CONNECT_S, SILENCE_S = 3.0, 10.0
+"""How long S3 may take to accept a connection, and between two bytes of an answer."""
+ARROWS = ("s3", "gs", "gcs", "hdfs", "viewfs", "abfs", "abfss", "file")
+"""Schemes that pyarrow takes."""
+
 T = TypeVar("T")
 
 
-def patiently(action: Callable[[], T], what: str, pauses_s: Sequence[float] = PAUSES_S) -> T:
+def patiently(
+    action: Callable[[], T], what: str, pauses_s: Sequence[float] = PAUSES_S, limit_s: float | None = None
+) -> T:
     """`action()`, tried again after each of the pauses if it raises OSError (timeouts are among them).
 
-    Each pause is spread by half, so that many do not come together. Raises FINAL errors at once, else OSError that
-    begins with `what`.
+    Each pause is spread by half, so that many do not come together. With `limit_s` each try is `answered` within that
+    time. Raises FINAL errors at once, else OSError that begins with `what`.
     """
     tries = len(pauses_s) + 1
     for tried in range(1, tries + 1):
         try:
-            return action()
+            if limit_s is None:
+                return action()
+            return answered(action, f"{what}, try {tried} of {tries}", limit_s)
         except FINAL:
             raise
         except OSError as error:
@@ -59,6 +77,36 @@ def patiently(action: Callable[[], T], what: str, pauses_s: Sequence[float] = PA
             log.warning("%s: try %d of %d failed: %s", what, tried, tries, error)
             time.sleep(pauses_s[tried - 1] * random.uniform(0.5, 1.5))
     raise AssertionError("unreachable")
+
+
+def answered(action: Callable[[], T], what: str, limit_s: float) -> T:
+    """`action()`, in a thread of its own; a warning says that it is waited for when it takes WORD_S.
+
+    Drivers of object storage wait for minutes without a word, and nothing else interrupts them. Raises TimeoutError
+    after `limit_s`, when the thread is left behind, and OSError for errors of a driver's own kind.
+    """
+    outcomes: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
+
+    def work() -> None:
+        try:
+            outcomes.put((action(), None))
+        except BaseException as error:
+            outcomes.put((None, error))
+
+    threading.Thread(target=work, name="storage", daemon=True).start()
+    try:
+        try:
+            result, error = outcomes.get(timeout=min(WORD_S, limit_s))
+        except queue.Empty:
+            log.warning("waiting for %s", what)
+            result, error = outcomes.get(timeout=max(limit_s - WORD_S, 0.0))
+    except queue.Empty:
+        raise TimeoutError(f"no answer within {limit_s:g} s") from None
+    if isinstance(error, Exception) and type(error).__module__.partition(".")[0] not in ("builtins", "raychain"):
+        raise OSError(f"{type(error).__name__}: {error}") from error
+    if error is not None:
+        raise error
+    return cast(T, result)
 
 
 def regular_file(path: str | Path) -> os.stat_result:
@@ -94,25 +142,49 @@ def resolve(address: str) -> tuple[fs.FileSystem, str]:
     """The filesystem of `address` and the path on it. Paths are made absolute; `~` is expanded.
 
     s3://, gs://, hdfs:// and file:// go through pyarrow, every other scheme through fsspec.
-    Raises InputError for a scheme neither knows, and for the home of a user that is not there.
+    Raises InputError for a scheme neither knows, options and forms that it does not know, and storage that cannot be
+    reached where an address says nothing of its region, and for the home of a user that is not there.
     """
     if "://" not in address:
-        path = Path(os.path.expanduser(address))  # noqa: PTH111 - pathlib's takes `./~a` for a home
-        if address.startswith("~") and path.parts[0].startswith("~") and not Path(path.parts[0]).exists():
-            raise InputError("address", address, "a path; ~ and ~USER stand for homes", f"there is no {path.parts[0]}")
-        return fs.LocalFileSystem(), str(path.absolute())
+        home = Path(os.path.expanduser(address))  # noqa: PTH111 - pathlib's takes `./~a` for a home
+        if address.startswith("~") and home.parts[0].startswith("~") and not Path(home.parts[0]).exists():
+            raise InputError("address", address, "a path; ~ and ~USER stand for homes", f"there is no {home.parts[0]}")
+        return fs.LocalFileSystem(), str(home.absolute())
+    scheme = address.partition("://")[0].lower()
     try:
-        return fs.FileSystem.from_uri(address)
-    except (OSError, ValueError, NotImplementedError):
-        scheme = address.partition("://")[0]
-    try:
-        import fsspec
+        if "::" in address:
+            raise InputError("address", address, "one address, not a chain of them", "give the last, and unpack it")
+        filesystem, path = answered(partial(_opened, address, scheme), address, TRANSFER_S)
+    except (OSError, ValueError, ImportError, NotImplementedError) as error:
+        known = f"{scheme}://BUCKET/PATH?OPTIONS" if scheme in ARROWS else "s3://, gs://, a path, or what fsspec knows"
+        fix = f"correct the address ({error})"
+        if scheme not in ARROWS:
+            fix = f"correct {scheme}:// or install its fsspec driver ({error})"
+        raise InputError("address", address, known, fix) from None
+    if not path.strip("/") and not isinstance(filesystem, fs.LocalFileSystem):
+        raise InputError("address", address, f"{scheme}://BUCKET/PATH", "name the bucket")
+    return filesystem, path
 
-        filesystem, path = fsspec.core.url_to_fs(address)
-    except (ImportError, ValueError, OSError) as error:
-        raise InputError("address", address, f"s3://, gs://, a path, or what fsspec knows ({error})",
-                         f"correct {scheme}:// or install its fsspec driver") from None  # fmt: skip
-    return fs.PyFileSystem(fs.FSSpecHandler(filesystem)), path
+
+def _opened(address: str, scheme: str) -> tuple[fs.FileSystem, str]:
+    """`resolve` for addresses with a scheme. Raises what pyarrow and fsspec raise."""
+    if scheme in ARROWS:
+        if scheme in ("gs", "gcs") and "retry_limit_seconds" not in address:  # Arrow's own is a quarter of an hour
+            address += ("&" if "?" in address else "?") + f"retry_limit_seconds={RETRIES_S}"
+        try:
+            filesystem, path = fs.FileSystem.from_uri(address)
+            if scheme == "s3":  # it has no limits of its own, and an address cannot give them
+                limits = {"connect_timeout": CONNECT_S, "request_timeout": SILENCE_S}
+                filesystem = fs.S3FileSystem(**filesystem.__reduce__()[1][0] | limits)
+            return filesystem, path
+        except NotImplementedError:  # this pyarrow was built without it
+            pass
+    import fsspec
+
+    driver, path = fsspec.core.url_to_fs(address)
+    if isinstance(driver, fsspec.get_filesystem_class("file")):
+        return fs.LocalFileSystem(), path
+    return fs.PyFileSystem(fs.FSSpecHandler(driver)), path
 
 
 class Folder:
@@ -129,7 +201,11 @@ class Folder:
 
     def exists(self, name: str) -> bool:
         """Whether there is a file or folder of that name."""
-        return self.fs.get_file_info(self.join(name)).type != fs.FileType.NotFound
+        return self._told(lambda: self.fs.get_file_info(self.join(name)).type != fs.FileType.NotFound, ANSWER_S)
+
+    def _told(self, action: Callable[[], T], limit_s: float = TRANSFER_S) -> T:
+        """`action()`; object storage is asked patiently, and answers within a time each time. Raises OSError."""
+        return action() if self.local else patiently(action, self.address, ASKED_S, limit_s)
 
     def list(self, name: str = "") -> list[str]:
         """Names in the subfolder `name`, sorted; none if it does not exist."""
@@ -141,7 +217,8 @@ class Folder:
         handler = getattr(self.fs, "handler", None)
         if isinstance(handler, fs.FSSpecHandler):
             handler.fs.invalidate_cache()  # fsspec remembers listings, and other machines write here
-        infos = self.fs.get_file_info(fs.FileSelector(self.join(name), allow_not_found=True))
+        selector = fs.FileSelector(self.join(name), allow_not_found=True)
+        infos = self._told(lambda: self.fs.get_file_info(selector))
         return sorted(info.base_name for info in infos)
 
     def read(self, name: str) -> bytes | None:
@@ -149,13 +226,19 @@ class Folder:
         if self.local and (path := Path(self.join(name))).exists() and not path.is_file():
             raise OSError(f"{path} is no regular file")
         try:
-            with self.fs.open_input_stream(self.join(name)) as stream:
-                return stream.read()
+            return self._told(lambda: self._content(name))
         except (FileNotFoundError, NotADirectoryError):  # perhaps only just
             return None
 
+    def _content(self, name: str) -> bytes:
+        with self.fs.open_input_stream(self.join(name)) as stream:
+            return bytes(stream.read())
+
     def write(self, name: str, content: bytes) -> None:
         """Writes a file atomically, making folders as needed."""
+        self._told(lambda: self._write(name, content))
+
+    def _write(self, name: str, content: bytes) -> None:
         with self._placed(name) as scratch, self.fs.open_output_stream(scratch) as stream:
             stream.write(content)
 

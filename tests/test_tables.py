@@ -226,7 +226,7 @@ def test_pictures_that_are_no_files_are_failed_rows_and_nothing_is_waited_for(tm
         "empty": "empty picture",
         "~nosuchuser/x.png": "no such file",
         "x" * 5000: "name too long",
-        "simplecache::local:///dev/zero": "no such file",
+        "simplecache::local:///dev/zero": "address",
         "zip://x.jpg::local:///dev/zero": "address",
         "good.png": "",
     }  # fmt: skip

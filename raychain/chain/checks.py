@@ -113,6 +113,7 @@ def writable(address: str, where: str = "--out") -> Folder:
     """The folder; InputError, which names `where` it was given, if nothing can be written there."""
     folder = Folder(address)
     try:
+        folder.exists("")  # of storage that cannot be reached this takes the least time
         folder.write(".raychain", b"raychain writes here\n")
     except OSError as error:
         raise InputError(where, address, "a folder that can be written", str(error)) from None

@@ -9,13 +9,14 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pyarrow import fs
 
 from raychain.errors import InputError
-from raychain.storage import is_local, regular_file, resolve
+from raychain.storage import answered, is_local, regular_file, resolve
 
 LARGEST = 2**26
 """Bytes; what is larger is no picture for training."""
@@ -50,14 +51,18 @@ def fetch(address: str, folder: str, *, timeout_s: float, retries: int) -> bytes
         filesystem, path = resolve(address)
         if isinstance(filesystem, fs.LocalFileSystem):
             return _read(path)
-        with filesystem.open_input_stream(path, compression=None) as stream:
-            content = bytes(stream.read(LARGEST + 1))
+        content = answered(partial(_stored, filesystem, path), address, DEADLINE * timeout_s)
     except FileNotFoundError:
         raise FetchError("no such file") from None
     except (OSError, InputError, ValueError) as error:
         reason = error.args[2] if isinstance(error, InputError) else getattr(error, "strerror", None) or error
         raise FetchError(f"cannot be read{'' if is_local(address) else ' from storage'}: {reason}") from None
     return _bounded(content)
+
+
+def _stored(filesystem: fs.FileSystem, path: str) -> bytes:
+    with filesystem.open_input_stream(path, compression=None) as stream:
+        return bytes(stream.read(LARGEST + 1))
 
 
 def _read(path: str) -> bytes:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from pyarrow import fs, parquet
 
 from raychain.errors import InputError
+from raychain.feed.fetch import patiently
 from raychain.storage import regular_file, resolve
 
 FORMATS = ("csv", "tsv", "parquet", "jsonl", "ndjson")
@@ -112,12 +113,12 @@ class _Lines:
 
 def _stream(address: str) -> Any:
     filesystem, path = _resolved(address)
-    return filesystem.open_input_stream(path)
+    return patiently(address, lambda: filesystem.open_input_stream(path))
 
 
 def _binary(address: str) -> Any:
     filesystem, path = _resolved(address)
-    return filesystem.open_input_file(path)
+    return patiently(address, lambda: filesystem.open_input_file(path))
 
 
 def _resolved(address: str) -> tuple[fs.FileSystem, str]:

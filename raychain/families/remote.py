@@ -7,7 +7,8 @@ from pathlib import Path
 from pyarrow import fs
 
 from raychain.families.checkpoints import CONFIG, SUFFIXES, WEIGHTS, CheckpointError
-from raychain.storage import is_local, resolve
+from raychain.feed.fetch import patiently
+from raychain.storage import TRANSFER_S, is_local, resolve
 
 
 def local_checkpoint(address: str, scratch: Path) -> Path:
@@ -20,12 +21,13 @@ def local_checkpoint(address: str, scratch: Path) -> Path:
         return Path(resolve(address)[1])
     try:
         filesystem, path = resolve(address)
-        kind = filesystem.get_file_info(path).type
+        kind = patiently(address, lambda: filesystem.get_file_info(path)).type
         if kind == fs.FileType.NotFound:
             raise CheckpointError(f"{address} does not exist")
         is_file = kind == fs.FileType.File
         folder = path.rpartition("/")[0] if is_file else path
-        names = [info.base_name for info in filesystem.get_file_info(fs.FileSelector(folder))]
+        found = patiently(address, lambda: filesystem.get_file_info(fs.FileSelector(folder)), TRANSFER_S)
+        names = [info.base_name for info in found]
         weights = next(([name] for name in WEIGHTS if name in names), [n for n in names if n.endswith(SUFFIXES)])
         wanted = [path.rpartition("/")[2]] if is_file else weights
         for name in wanted + [name for name in names if name == CONFIG]:

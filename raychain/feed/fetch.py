@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, BinaryIO, TypeVar, cast
 
 from raychain import storage
-from raychain.storage import is_local, resolve
+from raychain.storage import ANSWER_S, TRANSFER_S, is_local, regular_file, resolve
 
 TRIES = 5
 PAUSE_S = 0.5
@@ -17,14 +17,14 @@ READ_AHEAD = 2**21
 T = TypeVar("T")
 
 
-def patiently(address: str, action: Callable[[], T]) -> T:
-    """`action()`, tried TRIES times if `address` is object storage and it raises OSError.
+def patiently(address: str, action: Callable[[], T], limit_s: float = ANSWER_S) -> T:
+    """`action()`, tried TRIES times if `address` is object storage and it raises OSError, or takes `limit_s`.
 
     Raises what it raised for local paths and for files that are not there, else OSError that names the address.
     """
     if is_local(address):
         return action()
-    return storage.patiently(action, address, [PAUSE_S * 2**tried for tried in range(TRIES - 1)])
+    return storage.patiently(action, address, [PAUSE_S * 2**tried for tried in range(TRIES - 1)], limit_s)
 
 
 def open_input(address: str, read_ahead: int = READ_AHEAD) -> BinaryIO:
@@ -34,6 +34,7 @@ def open_input(address: str, read_ahead: int = READ_AHEAD) -> BinaryIO:
     """
     if is_local(address):
         filesystem, path = resolve(address)
+        regular_file(path)
         return cast(BinaryIO, filesystem.open_input_file(path))
     return io.BufferedReader(_Patient(address), read_ahead)
 
@@ -47,24 +48,24 @@ class _Patient(io.RawIOBase):
         self._place = 0
         patiently(address, self._open)
 
-    def _open(self) -> Any:
-        if self._file is None:
-            filesystem, path = resolve(self.address)
-            self._file = filesystem.open_input_file(path)
-            self._size = self._file.size()
-        return self._file
+    def _open(self) -> None:
+        filesystem, path = resolve(self.address)
+        file = filesystem.open_input_file(path)
+        self._size, self._file = file.size(), file
 
-    def _read(self, size: int) -> bytes:
-        try:
-            file = self._open()
-            file.seek(self._place)
-            return file.read(size)
-        except OSError:
-            self._file = None
-            raise
+    def _read(self, size: int, place: int) -> bytes:
+        # put back only once it has answered: a try that was given up still uses it
+        file, self._file = self._file, None
+        if file is None:
+            filesystem, path = resolve(self.address)
+            file = filesystem.open_input_file(path)
+        content: bytes = file.read_at(size, place)
+        self._file = file
+        return content
 
     def readinto(self, target: Any) -> int:
-        content = patiently(self.address, lambda: self._read(len(target)))
+        size, place = len(target), self._place
+        content = patiently(self.address, lambda: self._read(size, place), TRANSFER_S)
         target[: len(content)] = content
         self._place += len(content)
         return len(content)

@@ -25,7 +25,7 @@ from raychain.feed.content import ChangedError, former_identity, identify, uncha
 from raychain.feed.fetch import open_input, patiently
 from raychain.feed.health import Bad, Tally
 from raychain.reporting.counting import CountingLine
-from raychain.storage import Folder, is_local, resolve, split_options
+from raychain.storage import TRANSFER_S, Folder, is_local, resolve, split_options
 
 WHOLE_AHEAD = 2**23
 """Bytes asked of object storage at once where the whole shard is read."""
@@ -194,7 +194,7 @@ def _match_remote(address: str) -> list[str]:
     elif first == len(parts):
         raise FileNotFoundError(f"no such file: {address}")
     selector = fs.FileSelector("/".join(parts[:first]) or "/", recursive=len(wanted) > first + 1, allow_not_found=True)
-    found = patiently(address, lambda: filesystem.get_file_info(selector))
+    found = patiently(address, lambda: filesystem.get_file_info(selector), TRANSFER_S)
     names = [info.path for info in found if info.type == fs.FileType.File]
     return [back(name) for name in sorted(names) if _fits(name.split("/"), wanted, first)]
 
