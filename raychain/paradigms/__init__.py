@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from raychain.planning.macs import ModelSize
 
 GROUP = "raychain.paradigms"
-OWN = {"clip": "raychain.paradigms.clip.paradigm:Clip"}
+OWN = {"clip": "raychain.paradigms.clip.paradigm:Clip", "siglip": "raychain.paradigms.siglip:SigLip"}
 """raychain's own, which no package can replace."""
 
 
