@@ -50,9 +50,10 @@ def evaluate(
 
     Raises InputError for wrong arguments, RunFailed where a shard cannot be read.
     """
-    from raychain.evaluators import evaluate as measure
-    from raychain.evaluators.data import ZeroShotData
+    from raychain.evaluators.context import Context
     from raychain.evaluators.finding import find_tasks
+    from raychain.evaluators.measure import measure
+    from raychain.evaluators.metrics import FORMER
     from raychain.families.tokenizing import make_tokenizer
     from raychain.feed.cache import ShardCache
 
@@ -66,25 +67,24 @@ def evaluate(
     tokenize = make_tokenizer(read.config)
     clip, results = read.model.to(where), []
     for address, task in tasks:
-        zero_shot, retrieval = (task, None) if isinstance(task, ZeroShotData) else (None, task)
         described = _described(task)
         try:
             with CountingLine(f"{described['task']}, pictures") as line:
-                metrics = measure(
-                    clip,
-                    zero_shot=zero_shot,
-                    retrieval=retrieval,
+                context = Context(
                     cache=ShardCache(folder, budget or 64 * 2**30),
                     tokenize=tokenize,
-                    image_size=size,
-                    mean=preprocessing["mean"],
-                    std=preprocessing["std"],
                     tokenizer_id=tokenize.identity,
+                    image_size=size,
+                    mean=tuple(preprocessing["mean"]),
+                    std=tuple(preprocessing["std"]),
                     device=where,
                     batch_size=batch_size,
                     resizing=resizing,
                     progress=partial(_show, line, described["pictures"]),
                 )
+                found = measure(clip, task, context)
+                former = [d for d in FORMER if d.name.startswith(described["task"])]
+                metrics = {d.former: found[d.name.partition("/")[2]] for d in former}
         except OSError as error:
             raise RunFailed(str(error)) from None
         results.append({"data": address, **described, "metrics": metrics})

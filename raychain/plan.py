@@ -213,6 +213,7 @@ def _measured_rate(like: str) -> Measured:
 
 def _prediction(config: Experiment, cost: ChainCost) -> dict[str, Any]:
     """What finished runs under `storage` say about the last stage's accuracy; nothing where there are none."""
+    from raychain.evaluators.metrics import FORMER
     from raychain.planning.measured import points, predict_metric
     from raychain.storage import Folder
 
@@ -221,11 +222,12 @@ def _prediction(config: Experiment, cost: ChainCost) -> dict[str, Any]:
         runs = [run for name in storage.list() if isinstance(run := storage.read_json(f"{name}/run.json"), dict)]
     except (OSError, InputError):  # planning needs no storage
         return {}
-    measured = points(runs, config.model_dump(mode="json"))
+    score = config.evaluate.judged_by or FORMER[0]
+    measured = points(runs, config.model_dump(mode="json"), score)
     if not measured:
         return {}
     grown = len(cost.stages) > 1
-    found = predict_metric(measured, cost.models[-1], grown=grown, macs=cost.macs)
+    found = predict_metric(measured, cost.models[-1], grown=grown, macs=cost.macs, metric=score)
     return {"prediction": {"reason": found} if isinstance(found, str) else dataclasses.asdict(found)}
 
 

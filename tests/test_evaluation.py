@@ -17,7 +17,11 @@ from PIL import Image
 from torch import multiprocessing
 
 from raychain.errors import InputError
-from raychain.evaluators import RetrievalData, ZeroShotData, evaluate, ranks, resolve_retrieval, resolve_zero_shot
+from raychain.evaluators.context import Context
+from raychain.evaluators.data import RetrievalData, ZeroShotData, resolve_retrieval, resolve_zero_shot
+from raychain.evaluators.evaluator import HeldOut
+from raychain.evaluators.measure import measure as measure_one
+from raychain.evaluators.ranks import World
 from raychain.evaluators.reading import shares
 from raychain.evaluators.retrieval import recall
 from raychain.families import build
@@ -84,22 +88,23 @@ def tokenize(texts: Sequence[str]) -> np.ndarray:
     return open_clip.get_tokenizer(MODEL)(list(texts)).numpy()
 
 
-def measure(
-    folder: Path, model: torch.nn.Module, zero_shot: ZeroShotData | None, retrieval: RetrievalData | None
-) -> dict[str, float]:
-    return evaluate(
-        model,
-        zero_shot=zero_shot,
-        retrieval=retrieval,
+def measure(folder: Path, model: torch.nn.Module, *tasks: HeldOut) -> dict[str, float]:
+    """The metrics of all tasks, by all ranks of the process group."""
+    context = Context(
         cache=ShardCache(folder / "cache", 1 << 30),
         tokenize=tokenize,
         image_size=40,
         mean=open_clip.OPENAI_DATASET_MEAN,
         std=open_clip.OPENAI_DATASET_STD,
         tokenizer_id=MODEL,
-        device="cpu",
+        device=torch.device("cpu"),
+        world=World.group(),
         batch_size=4,
     )
+    found: dict[str, float] = {}
+    for task in tasks:
+        found |= measure_one(model, task, context)
+    return found
 
 
 def both(folder: Path) -> tuple[ZeroShotData, RetrievalData]:
@@ -115,7 +120,7 @@ def expected_zero_shot(model: torch.nn.Module) -> dict[str, float]:
     weights = open_clip.build_zero_shot_classifier(model, tokenizer, CLASSES, templates)
     order = (expected_images(model, range(PICTURES)) @ weights).argsort(dim=1, descending=True)
     hit = order == torch.tensor([label(i) for i in range(PICTURES)])[:, None]
-    return {f"zero_shot_top{k}": 100 * hit[:, :k].any(1).double().mean().item() for k in (1, 5)}
+    return {f"top{k}": 100 * hit[:, :k].any(1).double().mean().item() for k in (1, 5)}
 
 
 @torch.no_grad()
@@ -149,7 +154,7 @@ def test_metrics_are_those_of_open_clip(folder: Path) -> None:
     expected = expected_zero_shot(model) | expected_retrieval(model, range(PICTURES))
     measured = measure(folder, model, *both(folder))
     assert measured == pytest.approx(expected)
-    assert 0 < measured["zero_shot_top1"] < measured["zero_shot_top5"] < 100
+    assert 0 < measured["top1"] < measured["top5"] < 100
     assert 0 < measured["t2i_r5"] < measured["t2i_r10"] < 100
 
 
@@ -158,7 +163,7 @@ def test_broken_pictures_are_left_out(folder: Path) -> None:
     data = resolve_retrieval([str(folder / "broken")], ["json.all"], folder / "cache")
     assert sum(shard.samples for shard in data.shards) == PICTURES
     whole = [i for i in range(PICTURES) if i not in BROKEN]
-    assert measure(folder, model, None, data) == pytest.approx(expected_retrieval(model, whole))
+    assert measure(folder, model, data) == pytest.approx(expected_retrieval(model, whole))
 
 
 @pytest.mark.slow
@@ -175,7 +180,7 @@ def _rank(rank: int, world: int, folder: Path, out: Path, data: tuple[ZeroShotDa
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{out}/store", rank=rank, world_size=world)
     empty_on_rank_1 = [[torch.zeros(1, 2), torch.zeros(1, 2)], [], [torch.full((1, 2), 2.0)]][rank]
-    joined = ranks.join(empty_on_rank_1, torch.device("cpu"))
+    joined = World.group().join(empty_on_rank_1, torch.device("cpu"))
     measured = measure(folder, build(MODEL, seed=0), *data)
     torch.save((measured, joined), out / f"{rank}.pt")
     dist.destroy_process_group()
@@ -215,7 +220,7 @@ def test_measuring_leaves_the_model_as_it_was(folder: Path) -> None:
     before = {name: module.training for name, module in model.named_modules()}
     zero_shot, _ = both(folder)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        measured = measure(folder, model, zero_shot, None)
+        measured = measure(folder, model, zero_shot)
     assert {name: module.training for name, module in model.named_modules()} == before
     assert measured == pytest.approx(expected_zero_shot(build(MODEL, seed=0).eval()))
     model.encode_image(torch.zeros(1, 3, 40, 40)).sum().backward()

@@ -84,7 +84,7 @@ class Instant:
         for place, stage in enumerate(task.stages):
             if stage.key in job.keys:
                 metrics = {"zero_shot_top1": task.stages[0].steps ** 0.5 + place}
-                record = {"key": stage.key, "status": "trained", "metrics": metrics, "evaluation": task.evaluation}
+                record = {"key": stage.key, "status": "trained", "metrics": metrics, "evaluation": task.suite.digest}
                 done.append(StageDone(job, stage.key, record))
         self._notices += [*done, JobEnded(job)]
 

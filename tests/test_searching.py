@@ -20,15 +20,17 @@ from hypothesis import strategies as st
 
 from raychain.config.loading import validate
 from raychain.errors import InputError
+from raychain.evaluators.metrics import Definition
 from raychain.run import main
 from raychain.search import search_command
 from raychain.searching.campaign import Campaign, Job, JobEnded, StageDone, Trial, ratio
 from raychain.searching.halving import Halving, Point, Verdict
-from raychain.searching.outcome import comparisons, pareto, rank_correlation
+from raychain.searching.outcome import best_chain, comparisons, pareto, rank_correlation
 from raychain.searching.sampling import make_sampler
 from raychain.searching.space import make_space, proxied
 from raychain.searching.tree import StageTree
 
+TOP1, LOSS = Definition("set/top1", "top-1", "%", "high"), Definition("set/loss", "loss", "nats", "low")
 MICRO: dict[str, Any] = {
     "name": "micro",
     "data": {"train": "nowhere/{0..3}.tar", "samples": 16_000},
@@ -434,7 +436,7 @@ def test_a_proxy_shortens_stages_and_warm_ups_alike() -> None:
 
 def finished(number: int, kind: Any, stages: list[tuple[str, float]], top1: float) -> Trial:
     made = trial(number, stages)
-    made.kind, made.status, made.metrics = kind, "succeeded", {"top1": top1}
+    made.kind, made.status, made.metrics = kind, "succeeded", {"set/top1": top1}
     return made
 
 
@@ -444,10 +446,53 @@ def test_the_front_has_what_nothing_beats_and_controls_are_compared() -> None:
     small = finished(2, "control", [("a", 4)], 30.0)
     equal = finished(3, "equal-macs", [("b", 3)], 41.0)
     trials = [chain, worse, small, equal]
-    assert [t.number for t in pareto(trials, "top1")] == [2, 3]
-    against = {found["model"]: found for found in comparisons(trials, chain, "top1")}
+    assert [t.number for t in pareto(trials, TOP1)] == [2, 3]
+    against = {found["model"]: found for found in comparisons(trials, chain, TOP1)}
     assert against["a"]["at_equal_macs"]["chain_is_ahead_by"] == 10
     assert against["b"]["at_most"]["chain_is_ahead_by"] == -1
+
+
+def test_where_lower_is_better_the_lowest_is_best_and_on_the_front() -> None:
+    chain = finished(0, "sampled", [("a", 4), ("b", 2)], 0.0)
+    worse = finished(1, "sampled", [("a", 8), ("b", 8)], 0.0)
+    small = finished(2, "control", [("a", 4)], 0.0)
+    equal = finished(3, "equal-macs", [("b", 3)], 0.0)
+    for found, loss in ((chain, 2.5), (worse, 2.6), (small, 3.0), (equal, 2.4)):
+        found.metrics = {"set/loss": loss}
+    trials = [chain, worse, small, equal]
+    assert [t.number for t in pareto(trials, LOSS)] == [2, 3]
+    assert best_chain(trials, LOSS) is chain
+    against = {found["model"]: found for found in comparisons(trials, chain, LOSS)}
+    assert against["a"]["at_equal_macs"] | {"epochs": 0, "macs": 0} == {
+        "trial": 2, "epochs": 0, "macs": 0, "set/loss": 3.0, "chain_is_ahead_by": 0.5}  # fmt: skip
+    assert against["b"]["at_most"]["chain_is_ahead_by"] == -0.1
+
+
+def test_halving_of_a_loss_ends_chains_with_higher_ones_and_supposes_nothing_before_the_first_measurement() -> None:
+    halving = Halving(grace=10, factor=2, best="low")
+    assert halving.judge(["early"], Point(24, 1.0)) is None
+    assert halving.passed == {}, "nothing is known of a loss at 10 or 20 MACs"
+    for key, loss in (("a", 3.0), ("b", 4.0), ("c", 3.5)):
+        verdict = halving.judge([key], Point(10, loss))
+        assert (verdict is not None) == (key == "b"), key
+    assert halving.judge(["d"], Point(10, 2.9)) is None
+    assert halving.judge(["a", "a2"], Point(30, 1.0)) is None
+    assert halving.passed[1] == {"a2": 2.0}, "linear between 3.0 at 10 and 1.0 at 30"
+
+
+def test_tpe_looks_for_the_lowest_where_lower_is_better() -> None:
+    space = make_space(experiment())
+
+    def loss(params: Any) -> float:
+        return 30.0 - 10.0 * (params["first"] == "8 epochs") - 5.0 * (params.get("grown.CoM-micro-L") == "3 epochs")
+
+    sampler = make_sampler(space, "tpe", 0, pareto=False, best="low")
+    found = []
+    for _ in range(40):
+        params = sampler.ask()
+        found.append(loss(params))
+        sampler.tell(params, (found[-1], 1.0))
+    assert sum(found[20:]) < sum(found[:20])
 
 
 def test_rank_correlation_is_spearmans() -> None:

@@ -44,7 +44,7 @@ def leave(out: Path, task: ChainTask) -> None:
     files = {name: hashlib.sha256(content).hexdigest() for name, content in FILES.items()}
     for stage in task.stages:
         own = {"index": stage.index, "model": stage.model, "steps": stage.steps, "epochs": stage.epochs, "wall_s": 0.1}
-        held_out = {"metrics": {"zero_shot_top1": 40.0 + stage.index}, "evaluation": task.former_evaluation}
+        held_out = {"metrics": {"zero_shot_top1": 40.0 + stage.index}, "evaluation": task.suite.former}
         more = {"status": "trained", "params": stage.params, "macs": stage.macs, "checkpoint": f"stages/{stage.folder}"}
         record = {"key": stage.former.key, **own, **held_out, **more, "files": files}
         for folder in (out / "stages" / stage.folder, out.parent / "store" / stage.former.key):
@@ -108,13 +108,13 @@ def test_a_corrected_shard_makes_other_stages_or_other_measurements(
     first, copy = task_of(tree, tmp_path / "out"), own()
     before = task_of(copy, tmp_path / "out")
     assert [stage.key for stage in before.stages] == [stage.key for stage in first.stages]
-    assert before.evaluation == first.evaluation
+    assert before.suite.digest == first.suite.digest
     correct(tmp_path / "data" / folder, ".cls" if folder.startswith("zero") else ".txt")
     after = task_of(copy, tmp_path / "out")
     same = {a.key == b.key for a, b in zip(before.stages, after.stages, strict=True)}
-    assert (same, after.evaluation == before.evaluation) == ({folder != "train"}, folder == "train")
+    assert (same, after.suite.digest == before.suite.digest) == ({folder != "train"}, folder == "train")
     assert [a.former.key for a in before.stages] == [b.former.key for b in after.stages], "schema 2 saw no difference"
-    assert after.former_evaluation == before.former_evaluation
+    assert after.suite.former == before.suite.former
 
 
 def test_the_plan_as_json_shows_keys(tree: dict[str, Any], tmp_path: Path) -> None:
@@ -208,7 +208,7 @@ def test_a_run_of_schema_2_is_done(
     assert [stage["published"] for stage in dry_plan(validate(tree))["stages"]] == [True, True]
     monkeypatch.setattr(driver, "_execute", None)
     run = raychain.run(validate(tree))
-    assert [stage["metrics"] for stage in run["stages"]] == [{"zero_shot_top1": 40.0}, {"zero_shot_top1": 41.0}]
+    assert [stage["metrics"]["zero_shot_top1"] for stage in run["stages"]] == [40.0, 41.0]
     assert [(s["status"], s["key"], s["former"]) for s in run["stages"]] == [
         ("reused", stage.key, stage.former.key) for stage in task.stages
     ]
@@ -224,7 +224,7 @@ def test_a_store_of_schema_2_gives_its_stages(
 ) -> None:
     monkeypatch.setattr(driver, "_execute", None)
     run = raychain.run(validate(tree | {"name": "another"}))
-    assert [stage["metrics"] for stage in run["stages"]] == [{"zero_shot_top1": 40.0}, {"zero_shot_top1": 41.0}]
+    assert [stage["metrics"]["zero_shot_top1"] for stage in run["stages"]] == [40.0, 41.0]
     assert capsys.readouterr().err.count("taken over as") == 2
     assert len([p for p in (out.parent / "store").iterdir() if not p.name.startswith(".")]) == 4
 
@@ -288,7 +288,7 @@ def test_metrics_on_held_out_data_that_was_touched_are_not_taken_over(
     take_over(task, Folder(str(out)), None, lambda _: None)
     assert keys(out) == [stage.key for stage in task.stages]
     record = json.loads((out / "stages" / STAGES[0] / "stage.json").read_text())
-    assert (record["evaluation"], task.measured(record)) == (task.former_evaluation, False)
+    assert (record["evaluation"], task.measured(record)) == (task.suite.former, False)
 
 
 def test_unfinished_states_of_schema_2_go_on(out: Path, tree: dict[str, Any]) -> None:

@@ -29,9 +29,11 @@ import torch
 from raychain.chain.checks import check_experiment
 from raychain.chain.resolve import make_task
 from raychain.config import Experiment
+from raychain.config.evaluate import Evaluate
 from raychain.config.loading import validate
 from raychain.demo import make_demo
-from raychain.evaluators.data import resolve_retrieval, resolve_zero_shot
+from raychain.evaluators.evaluator import Setting
+from raychain.evaluators.suite import Results, resolve_suite
 from raychain.training.stage import STAGE_RECORD, ChainWorker
 from raychain.training.task import ChainTask, StageTask
 
@@ -115,14 +117,14 @@ class Probe(ChainWorker):
         self.splits, self.chain_task = splits, task
         self.measures: dict[str, dict[int, dict[str, float]]] = {split: {} for split in splits}
 
-    def evaluate(self, stage: StageTask, model: torch.nn.Module, step: int) -> dict[str, float]:
-        if step not in MEASURED and step != stage.steps:
-            return {}
-        for split, task in self.splits.items():
+    def evaluate(self, stage: StageTask, model: torch.nn.Module, step: int) -> Results:
+        found: Results = {}
+        for split, task in self.splits.items() if step in MEASURED or step == stage.steps else ():
             self.task = task
-            self.measures[split][step] = super().evaluate(stage, model, step)
+            found = super().evaluate(stage, model, step)
+            self.measures[split][step] = task.suite.metrics(found)
         self.task = self.chain_task
-        return self.measures["test"][step]
+        return found
 
 
 def train(variant: Variant, seed: int, data: Path, runs: Path) -> None:
@@ -162,8 +164,10 @@ def _splits(task: ChainTask, data: Path) -> dict[str, ChainTask]:
     return {
         split: dataclasses.replace(
             task,
-            zero_shot=resolve_zero_shot(str(data / "zero_shot" / split), cache),
-            retrieval=resolve_retrieval([str(data / split)], keys, cache),
+            suite=resolve_suite(
+                Evaluate.model_validate({"zero_shot": str(data / "zero_shot" / split), "retrieval": str(data / split)}),
+                Setting(cache, keys),
+            ),
         )
         for split in SPLITS
     }

@@ -18,6 +18,8 @@ from raychain.chain.store import StageStore, UnusableStageError, usable
 from raychain.chain.takeover import take_over
 from raychain.chain.totals import totals
 from raychain.errors import Interrupted, RunFailed, one_line
+from raychain.evaluators.metrics import written_down
+from raychain.evaluators.suite import Suite
 from raychain.reporting.environment import environment
 from raychain.reporting.events import Event, event
 from raychain.reporting.health import DataHealth
@@ -54,7 +56,7 @@ def run_chain(
         lease = stack.enter_context(Lease(out, LEASE))
         lease.acquire(patience(f"{task.out} is in use", _say))
         take_over(task, out, store, _say)
-        records = [_claim(stage, out, store, stack) for stage in task.stages]
+        records = [_claim(stage, task.suite, out, store, stack) for stage in task.stages]
         try:
             return _run(task, out, store, records, lease, address, verbose, watch)
         finally:
@@ -78,9 +80,11 @@ def _run(
         "name": task.experiment.name,
         "config": task.experiment.model_dump(mode="json"),
         "environment": environment(),
+        "metrics": written_down(task.suite.definitions),
+        "score": score.name if (score := task.experiment.evaluate.judged_by) else None,
     }
     health = DataHealth(task.shards, task.experiment.data.max_bad_fraction, out.read_json(RUN))
-    progress = Progress(len(task.stages))
+    progress = Progress(len(task.stages), metrics=task.suite.definitions)
     show = watch.handle if watch else progress.handle
     steps = [stage.steps for stage in task.stages]
     with signals.settled():  # run.json says `running` until `finish`
@@ -136,7 +140,7 @@ def _run(
 
 
 def _claim(
-    stage: StageTask, out: Folder, store: StageStore | None, stack: contextlib.ExitStack
+    stage: StageTask, suite: Suite, out: Folder, store: StageStore | None, stack: contextlib.ExitStack
 ) -> dict[str, Any] | None:
     """The record of a finished stage, or None once this driver is the one to train it.
 
@@ -144,7 +148,7 @@ def _claim(
     wait for each other. A claim that is lost later, as the store cannot be written any more, stops nothing: at worst
     another driver trains the stage too.
     """
-    record = _reused(stage, out, store)
+    record = _reused(stage, suite, out, store)
     while store and record is None:
         lease = stack.enter_context(store.training(stage.key))
         told = patience(f"{stage.model} (stage {stage.key[:8]}) is being trained", _say)
@@ -153,21 +157,22 @@ def _claim(
             return told(holder) and not store.has(stage.key)
 
         mine = lease.acquire(wait)
-        record = _reused(stage, out, store)  # who held the lease may have finished it
+        record = _reused(stage, suite, out, store)  # who held the lease may have finished it
         if mine and record is None:
             break
         lease.release()
     return record
 
 
-def _reused(stage: StageTask, out: Folder, store: StageStore | None) -> dict[str, Any] | None:
+def _reused(stage: StageTask, suite: Suite, out: Folder, store: StageStore | None) -> dict[str, Any] | None:
     """The record of a stage that is finished, from the run folder or else from the store."""
     name = f"stages/{stage.folder}"
     own = {"index": stage.index}
     record = store.adopt(stage.key, out, stage.folder, own) if store else usable(out, name, stage.key)
     if record is None:
         return None
-    return {name: value for name, value in record.items() if name != "files"} | {"status": "reused"}
+    shown = {name: value for name, value in suite.shown(record).items() if name != "files"}
+    return shown | {"status": "reused"}
 
 
 @contextlib.contextmanager

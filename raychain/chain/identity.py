@@ -71,11 +71,6 @@ def trunk_key(stage: Determinants, previous: str, schema: int = SCHEMA) -> str:
     return _digest(_content(stage, previous, schema) | {"trunk": True}) if stage.cooldown else ""
 
 
-def evaluation_key(zero_shot: str | None, retrieval: str | None) -> str:
-    """Content address of what is measured, from the digests of its parts."""
-    return _digest([zero_shot, retrieval])
-
-
 def _content(stage: Determinants, previous: str, schema: int) -> dict[str, Any]:
     """What stages of every length have in common."""
     content = {

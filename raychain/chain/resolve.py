@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from raychain.chain.checks import check_health, input_size
-from raychain.chain.identity import FORMER_SCHEMA, Determinants, evaluation_key, stage_key, trunk_key
+from raychain.chain.identity import FORMER_SCHEMA, Determinants, stage_key, trunk_key
 from raychain.chain.takeover import finished
 from raychain.config.durations import Duration
 from raychain.config.experiment import Change, Data, Experiment, Train
 from raychain.config.task import Task
 from raychain.demo import DemoError, is_current, make_demo
 from raychain.errors import InputError
-from raychain.evaluators.data import resolve_retrieval, resolve_zero_shot
+from raychain.evaluators.evaluator import Setting
+from raychain.evaluators.suite import resolve_suite
 from raychain.feed.loader import Feed
 from raychain.feed.order import Mixture, Order, Stream
 from raychain.feed.pictures import PictureReader
@@ -66,20 +67,14 @@ def make_task(
         (cache / "counts").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError("preload.cache", cache, "a folder that can be written", str(error)) from None
-    evaluate, keys, split = experiment.evaluate, experiment.data.captions.keys, experiment.data.key_split
-    zero_shot = resolve_zero_shot(evaluate.zero_shot, cache, key_split=split) if evaluate.zero_shot else None
-    retrieval = resolve_retrieval(evaluate.retrieval, keys, cache, key_split=split) if evaluate.retrieval else None
+    setting = Setting(cache, experiment.data.captions.keys, experiment.data.key_split)
+    suite = resolve_suite(experiment.evaluate, setting)
     task = ChainTask(
         experiment=experiment,
         out=Folder(out).path if is_local(out) else out,
         store=store,
         stages=resolve_stages(experiment, _readings(experiment, cache), Folder(out)),
-        zero_shot=zero_shot,
-        retrieval=retrieval,
-        evaluation=evaluation_key(zero_shot.digest if zero_shot else None, retrieval.digest if retrieval else None),
-        former_evaluation=evaluation_key(
-            zero_shot.former if zero_shot else None, retrieval.former if retrieval else None
-        ),
+        suite=suite,
         threads=max(1, int(worker_cpus(experiment))),
     )
     check_health(DataHealth(task.shards, experiment.data.max_bad_fraction))

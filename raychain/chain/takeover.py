@@ -129,9 +129,8 @@ def _in_store(stage: StageTask, store: StageStore) -> Found | None:
 def _renamed(task: ChainTask, stage: StageTask, found: Found) -> Record:
     """The record under today's key. Metrics count where the held-out data was not touched either."""
     record = found.record | {"key": stage.key, "former": stage.former.key}
-    if record.get("evaluation") == task.former_evaluation and task.evaluation_changed <= found.began:
-        record["evaluation"] = task.evaluation
-    return record
+    measured = task.suite.taken_over(record, found.began)
+    return record | {"evaluation": measured} if measured else record
 
 
 def _take_over_checkpoints(stage: StageTask, out: Folder, store: StageStore | None) -> None:

@@ -18,6 +18,7 @@ from raychain.config.allocation import EpochRule, MacsBudget, RatioBounds
 from raychain.config.captions import caption_key
 from raychain.config.component import Component, OneOrMore, Seed
 from raychain.config.durations import Bytes, Duration, Epochs, Every, Horizon, Interval, Warmup
+from raychain.config.evaluate import Evaluate
 from raychain.config.search import Search
 from raychain.config.task import AnyTask, Task
 
@@ -297,18 +298,6 @@ class Preload(Component):
     cpus: float | None = Field(None, ge=0)
     """Cores of each node that may decode ahead, at the lowest priority. Absent: a quarter of the node's, at least one.
     0: nothing is prepared for the next stage before the current one ends."""
-
-
-class Evaluate(Component):
-    """Measured on held-out shards after each stage."""
-
-    zero_shot: str | None = None
-    """Folder in clip_benchmark's webdataset layout: `classnames.txt`, `zeroshot_classification_templates.txt`,
-    `test/*.tar`."""
-    retrieval: OneOrMore | None = None
-    """Shards of pictures with captions."""
-    every: Every | None = None
-    """Also measure during a stage: "1 epochs", "500 steps"; a grown stage then before its first step too."""
 
 
 class Checkpoint(Component):

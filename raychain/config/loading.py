@@ -6,12 +6,12 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from types import UnionType
-from typing import Any, get_args, get_origin
+from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from raychain.config.experiment import Experiment
+from raychain.config.problems import WHERE, explain
 from raychain.config.yaml_text import LARGEST, YamlError, read_yaml
 from raychain.errors import InputError, nearest
 from raychain.storage import regular_file
@@ -73,7 +73,7 @@ def validate(tree: dict[str, Any], source: str = "experiment") -> Experiment:
     try:
         return Experiment.model_validate(tree)
     except ValidationError as error:
-        raise _explain(error, source) from None
+        raise _explained(error, source) from None
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
@@ -110,41 +110,13 @@ def _index(node: list[Any], part: str, override: str) -> int:
     raise InputError("--set", override, allowed, "count from 0")
 
 
-def _explain(error: ValidationError, source: str) -> InputError:
+def _explained(error: ValidationError, source: str) -> InputError:
     problems = []
-    for item in error.errors():
-        parts = [p for p in item["loc"] if isinstance(p, str | int)]
-        where = ".".join(map(str, parts))
-        fields = _fields(parts[:-1])
-        if item["type"] == "extra_forbidden":
-            key = str(parts[-1])
-            problems.append((where, repr(item["input"]), ", ".join(fields), nearest(key, fields, "remove the key")))
-        elif item["type"] == "missing":
-            problems.append((where, "nothing", "this key is required", f"add {where}: …"))
-        else:
-            given = "…" if isinstance(item["input"], dict) and len(item["input"]) > 4 else repr(item["input"])
-            given = "nothing" if given == "()" else given
-            allowed = item["msg"].removeprefix("Value error, ").removeprefix("allowed is ").replace("tuple", "list")
-            problems.append((where, given, allowed, f"correct {where or 'the file'}"))
-    first, *more = [InputError(f"{source}: {w}", given, allowed, fix) for w, given, allowed, fix in problems[:SHOWN]]
+    for problem in explain(error, Experiment):
+        where = ".".join(map(str, problem.where))
+        fix = problem.fix.replace(WHERE, where or "the file")
+        problems.append(InputError(f"{source}: {where}", problem.given, problem.allowed, fix))
+    first, *more = problems[:SHOWN]
     if (left := len(problems) - SHOWN) > 0:
         more.append(InputError(source, f"{left} more of the kind", "keys and values as above", "correct these first"))
     return InputError(*first.args, *more)
-
-
-def _fields(parts: Sequence[str | int]) -> list[str]:
-    """Field names of the component that `parts` (a pydantic location) leads to."""
-    model: Any = Experiment
-    for part in parts:
-        if isinstance(part, str) and isinstance(model, type) and issubclass(model, BaseModel):
-            field = model.model_fields.get(part)
-            model = _component(field.annotation) if field else None
-    return list(model.model_fields) if model is not None else []
-
-
-def _component(annotation: Any) -> type[BaseModel] | None:
-    if isinstance(annotation, type) and not get_origin(annotation) and issubclass(annotation, BaseModel):
-        return annotation
-    if get_origin(annotation) is not None or isinstance(annotation, UnionType):
-        return next((found for arg in get_args(annotation) if (found := _component(arg))), None)
-    return None

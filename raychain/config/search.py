@@ -110,8 +110,8 @@ class Search(Component):
     """Optuna's tree-structured Parzen estimator, random choices, or every combination in turn."""
     aim: Literal["metric", "pareto"] = "metric"
     """What TPE looks for: the highest metric, or the front of metric and MACs."""
-    metric: Literal["zero_shot_top1", "i2t_r1", "t2i_r1"] = "zero_shot_top1"
-    """Of the last stage."""
+    metric: str | None = None
+    """What chains are compared by: a metric of the last stage, such as `imagenet/top1`. Absent: `evaluate.score`."""
     trials: int = 24
     """Chains that are tried, the seeds included."""
     concurrent: PositiveInt | None = None

@@ -1,6 +1,10 @@
-"""Zero-shot classification and image-text retrieval on held-out shards, spread over the ranks. No Ray here."""
+"""Evaluators: what measures a model on held-out data, by name under `evaluate:`. No Ray here.
 
-from raychain.evaluators.data import RetrievalData, ZeroShotData, resolve_retrieval, resolve_zero_shot
-from raychain.evaluators.measure import evaluate
+A package of one's own gives an `Evaluator` (what a user writes) whose `resolve` returns a `HeldOut` (what measures),
+and registers it as an entry point of the group `raychain.evaluators`.
+"""
 
-__all__ = ["RetrievalData", "ZeroShotData", "evaluate", "resolve_retrieval", "resolve_zero_shot"]
+from raychain.evaluators.evaluator import Evaluator, HeldOut, Setting
+from raychain.evaluators.metrics import Definition, Metric
+
+__all__ = ["Definition", "Evaluator", "HeldOut", "Metric", "Setting"]

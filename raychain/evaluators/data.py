@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from raychain.config.experiment import KeySplit
 from raychain.errors import InputError
@@ -20,6 +21,11 @@ from raychain.feed.members import LARGEST, Wanted
 from raychain.feed.shards import Shard
 from raychain.feed.tar import split_name, walk
 from raychain.storage import Folder, below
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from raychain.evaluators.context import Context
 
 ZERO_SHOT, RETRIEVAL = "evaluate.zero_shot", "evaluate.retrieval"
 CLASSES, TEMPLATES = "classnames.txt", "zeroshot_classification_templates.txt"
@@ -58,6 +64,17 @@ class ZeroShotData:
             "zero-shot", [shard.former for shard in self.shards], (self.classes, self.templates), self.key_split
         )
 
+    @property
+    def samples(self) -> int:
+        """Pictures."""
+        return sum(shard.samples for shard in self.shards)
+
+    def run(self, model: nn.Module, context: Context) -> dict[str, float]:
+        """See `evaluators.zero_shot`."""
+        from raychain.evaluators.zero_shot import zero_shot
+
+        return zero_shot(context.encoder(model), self)
+
     def prompts(self, name: str) -> list[str]:
         """The class name in each template."""
         return [template.replace(SLOT, name) for template in self.templates]
@@ -85,6 +102,17 @@ class RetrievalData:
     def former(self) -> str:
         """The digest of schema 2."""
         return _digest("retrieval", [shard.former for shard in self.shards], self.caption_keys, self.key_split)
+
+    @property
+    def samples(self) -> int:
+        """Pictures."""
+        return sum(shard.samples for shard in self.shards)
+
+    def run(self, model: nn.Module, context: Context) -> dict[str, float]:
+        """See `evaluators.retrieval`."""
+        from raychain.evaluators.retrieval import retrieval
+
+        return retrieval(context.encoder(model), self)
 
 
 def resolve_zero_shot(

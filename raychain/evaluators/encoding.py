@@ -9,8 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from raychain.core.dist import world_size
-from raychain.evaluators import ranks
+from raychain.evaluators.ranks import World
 from raychain.evaluators.reading import tables
 from raychain.feed.cache import ShardCache
 from raychain.feed.members import Wanted
@@ -37,13 +36,14 @@ class Encoder:
         mean: Sequence[float],
         std: Sequence[float],
         device: torch.device,
+        world: World,
         batch_size: int,
         resizing: Resizing,
         progress: Callable[[int], None],
     ) -> None:
         self.model: Any = model
         self.cache, self.tokenize, self.tokenizer_id = cache, tokenize, tokenizer_id
-        self.image_size, self.device, self.batch_size = image_size, device, batch_size
+        self.image_size, self.device, self.world, self.batch_size = image_size, device, world, batch_size
         self.resizing, self.progress, self.seen = resizing, progress, 0
         self._mean = torch.tensor(mean, dtype=torch.float32, device=device).view(3, 1, 1)
         self._std = torch.tensor(std, dtype=torch.float32, device=device).view(3, 1, 1)
@@ -57,8 +57,8 @@ class Encoder:
             shards,
             PictureReader(Spec(wanted, self.image_size, tokenizer, exactly=self.resizing), self.tokenize),
             self.cache,
-            rank=ranks.rank(),
-            world=world_size(),
+            rank=self.world.rank,
+            world=self.world.size,
             threads=max(1, torch.get_num_threads()),
         )
 

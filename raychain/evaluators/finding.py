@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from raychain.config.experiment import KeySplit
 from raychain.errors import InputError
@@ -25,8 +26,31 @@ def find_tasks(
 
     Raises InputError, naming `where`, for addresses without shards and for shards that do not fit the task.
     """
+    found = _look(address, where)
+    tasks: list[ZeroShotData | RetrievalData] = []
+    if found.classes:
+        tasks.append(resolve_zero_shot(address, cache_dir, where, key_split))
+    if found.retrieval or not tasks:
+        tasks.append(resolve_retrieval([found.shards], caption_keys, cache_dir, where, key_split))
+    return tasks
+
+
+def shards_of(address: str, where: str) -> str:
+    """The address itself, or `test` below it where a folder is laid out as clip_benchmark does. Raises InputError."""
+    return _look(address, where).shards
+
+
+class _Found(NamedTuple):
+    classes: bool
+    """It has class names."""
+    retrieval: bool
+    """It says that it is a retrieval task."""
+    shards: str
+
+
+def _look(address: str, where: str) -> _Found:
     if is_pattern(address):
-        return [resolve_retrieval([address], caption_keys, cache_dir, where, key_split)]
+        return _Found(False, False, address)
     folder = Folder(address)
     try:
         names = folder.list() if not address.endswith(".tar") else []
@@ -34,11 +58,5 @@ def find_tasks(
         split = any(name.endswith(".tar") for name in folder.list(SPLIT)) if SPLIT in names else False
     except OSError as error:
         raise InputError(where, address, "a folder or shards that can be read", str(error)) from None
-    tasks: list[ZeroShotData | RetrievalData] = []
-    if CLASSES in names:
-        tasks.append(resolve_zero_shot(address, cache_dir, where, key_split))
-    if kind == RETRIEVAL or not tasks:
-        inside = split and (kind == RETRIEVAL or not any(name.endswith(".tar") for name in names))
-        shards = below(address, SPLIT) if inside else address
-        tasks.append(resolve_retrieval([shards], caption_keys, cache_dir, where, key_split))
-    return tasks
+    inside = split and (kind == RETRIEVAL or not any(name.endswith(".tar") for name in names))
+    return _Found(CLASSES in names, kind == RETRIEVAL, below(address, SPLIT) if inside else address)

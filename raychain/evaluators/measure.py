@@ -1,69 +1,27 @@
-"""The measurement of one model: every rank of the process group calls it and gets all metrics."""
+"""The measurement of one model: every rank of the context's world calls it and gets all metrics."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import nn
 
-from raychain.evaluators.data import RetrievalData, ZeroShotData
-from raychain.evaluators.encoding import Encoder
-from raychain.evaluators.retrieval import retrieval as measure_retrieval
-from raychain.evaluators.zero_shot import zero_shot as measure_zero_shot
-from raychain.feed.cache import ShardCache
-from raychain.feed.spec import Resizing, Tokenize
+from raychain.evaluators.context import Context
+from raychain.evaluators.evaluator import HeldOut
 
 
-def evaluate(
-    model: nn.Module,
-    *,
-    zero_shot: ZeroShotData | None,
-    retrieval: RetrievalData | None,
-    cache: ShardCache,
-    tokenize: Tokenize,
-    image_size: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    tokenizer_id: str,
-    device: torch.device | str,
-    batch_size: int = 256,
-    resizing: Resizing = Resizing(),  # noqa: B008 - frozen
-    progress: Callable[[int], None] = lambda _: None,
-) -> dict[str, float]:
-    """`zero_shot_top1`, `zero_shot_top5`, `i2t_r1` … `t2i_r10` in percent (0 … 100) of an open_clip model on `device`.
+def measure(model: nn.Module, held_out: HeldOut, context: Context) -> dict[str, float]:
+    """The metrics of the model on `held_out`, by key.
 
-    All ranks call it with the same arguments, their own `device`, and a cache on their node. Work and reading are
-    divided, and all get the same numbers, however many they are. Tasks that are None are left out. In fp32 without
-    autocast; pictures as open_clip's evaluation sees them, `image_size` pixels a side (`resizing` says how they get
-    there), normalised by `mean` and `std`; `tokenize` gives token ids [n, L], and `tokenizer_id` names it in the cache.
-    `progress` hears how many pictures this rank has read for a task. The mode of each module (training or
-    evaluation) is afterwards what it was.
+    Work and reading are divided among the ranks of `context.world`, and all get the same numbers, however many they
+    are. In fp32 without autocast. The mode of each module (training or evaluation) is afterwards what it was.
 
     Raises OSError for a shard that cannot be read.
     """
-    device = torch.device(device)
-    metrics: dict[str, float] = {}
-    with _measuring(model, device):
-        encoder = Encoder(
-            model,
-            cache,
-            tokenize,
-            tokenizer_id=tokenizer_id,
-            image_size=image_size,
-            mean=mean,
-            std=std,
-            device=device,
-            batch_size=batch_size,
-            resizing=resizing,
-            progress=progress,
-        )
-        if zero_shot is not None:
-            metrics |= measure_zero_shot(encoder, zero_shot)
-        if retrieval is not None:
-            metrics |= measure_retrieval(encoder, retrieval)
-    return metrics
+    with _measuring(model, context.device):
+        return held_out.run(model, context)
 
 
 @contextlib.contextmanager

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from raychain.core.dist import rank_slice, world_size
-from raychain.evaluators import ranks
 from raychain.evaluators.data import RetrievalData
 from raychain.evaluators.encoding import Encoder
+from raychain.evaluators.ranks import World
 
 TOP = (1, 5, 10)
 SCORES = 1 << 22
@@ -28,13 +27,18 @@ def retrieval(encoder: Encoder, data: RetrievalData) -> dict[str, float]:
             offset = torch.tensor(table.caption_offset[rows.start : rows.stop + 1], dtype=torch.int64)
             texts.append(encoder.texts(table.tokens[int(offset[0]) : int(offset[-1])]))
             pools.append(offset.diff()[:, None].to(encoder.device))
-    images_ND = ranks.join(images, encoder.device)
-    texts_MD = ranks.join(texts, encoder.device)
-    pool_N = ranks.join(pools, encoder.device, torch.int64)[:, 0]
-    return recall(images_ND, texts_MD, pool_N)
+    images_ND = encoder.world.join(images, encoder.device)
+    texts_MD = encoder.world.join(texts, encoder.device)
+    pool_N = encoder.world.join(pools, encoder.device, torch.int64)[:, 0]
+    return recall(images_ND, texts_MD, pool_N, encoder.world)
 
 
-def recall(images_ND: torch.Tensor, texts_MD: torch.Tensor, pool_N: torch.Tensor) -> dict[str, float]:
+def recall(
+    images_ND: torch.Tensor,
+    texts_MD: torch.Tensor,
+    pool_N: torch.Tensor,
+    world: World = World(),  # noqa: B008
+) -> dict[str, float]:
     """The metrics of `retrieval` from features that all ranks hold; each rank scores a part of the queries.
 
     `pool_N` (int64) is how many captions each picture has; the captions stand in the order of their pictures. A picture
@@ -43,9 +47,9 @@ def recall(images_ND: torch.Tensor, texts_MD: torch.Tensor, pool_N: torch.Tensor
     """
     owner_M = torch.repeat_interleave(pool_N)
     picture_N = torch.arange(len(images_ND), device=images_ND.device)
-    to_text = _hits(images_ND, texts_MD, picture_N, owner_M)
-    to_image = _hits(texts_MD, images_ND, owner_M, picture_N)
-    hits = ranks.total(torch.cat([to_text, to_image]))
+    to_text = _hits(images_ND, texts_MD, picture_N, owner_M, world)
+    to_image = _hits(texts_MD, images_ND, owner_M, picture_N, world)
+    hits = world.total(torch.cat([to_text, to_image]))
     names = [f"{direction}_r{k}" for direction in ("i2t", "t2i") for k in TOP]
     queries = [len(images_ND)] * len(TOP) + [len(texts_MD)] * len(TOP)
     return {name: 100 * hit / count for name, hit, count in zip(names, hits, queries, strict=True)}
@@ -56,9 +60,10 @@ def _hits(
     candidates_ND: torch.Tensor,
     picture_Q: torch.Tensor,
     picture_N: torch.Tensor,
+    world: World,
 ) -> torch.Tensor:
     """How many of this rank's queries find a candidate of the same picture among the first k, int64 [len(TOP)]."""
-    mine = rank_slice(len(queries_QD), ranks.rank(), world_size())
+    mine = world.part(len(queries_QD))
     step = max(1, min(mine.stop - mine.start, SCORES // len(candidates_ND)))
     scores = torch.empty((step, len(candidates_ND)), device=queries_QD.device)
     widest = min(max(TOP), len(candidates_ND))

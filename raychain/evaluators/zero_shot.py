@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from raychain.core.dist import rank_slice, world_size
-from raychain.evaluators import ranks
 from raychain.evaluators.data import ZeroShotData
 from raychain.evaluators.encoding import Encoder
 
@@ -18,18 +16,18 @@ def class_weights(encoder: Encoder, data: ZeroShotData) -> torch.Tensor:
 
     Each rank encodes a part of the classes; all have the result.
     """
-    mine = data.classes[rank_slice(len(data.classes), ranks.rank(), world_size())]
+    mine = data.classes[encoder.world.part(len(data.classes))]
     step, parts = max(1, encoder.batch_size // len(data.templates)), []
     for start in range(0, len(mine), step):
         names = mine[start : start + step]
         prompts = [prompt for name in names for prompt in data.prompts(name)]
         features_CTD = encoder.texts(encoder.tokenize(prompts)).unflatten(0, (len(names), -1))
         parts.append(F.normalize(features_CTD.mean(1), dim=-1))
-    return ranks.join(parts, encoder.device)
+    return encoder.world.join(parts, encoder.device)
 
 
 def zero_shot(encoder: Encoder, data: ZeroShotData) -> dict[str, float]:
-    """{`zero_shot_top1`, `zero_shot_top5`} in percent of all pictures, the same on every rank.
+    """{`top1`, `top5`} in percent of all pictures, the same on every rank.
 
     With fewer than five classes every picture is among the first five. Raises OSError for a shard that cannot be read.
     """
@@ -45,5 +43,5 @@ def zero_shot(encoder: Encoder, data: ZeroShotData) -> dict[str, float]:
             found = scores_bC.topk(widest).indices == label[:, None]
             hits += torch.stack([found[:, :k].sum() for k in TOP])
             pictures += len(batch)
-    *hit, count = ranks.total(torch.cat([hits, hits.new_tensor([pictures])]))
-    return {f"zero_shot_top{k}": 100 * h / count for k, h in zip(TOP, hit, strict=True)}
+    *hit, count = encoder.world.total(torch.cat([hits, hits.new_tensor([pictures])]))
+    return {f"top{k}": 100 * h / count for k, h in zip(TOP, hit, strict=True)}

@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-METRIC = "zero_shot_top1"
+from raychain.evaluators.metrics import FORMER, Definition
+
 FEWEST = 3
 _T95 = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 """Student's t, two-sided 95 %, for 1 to 10 degrees of freedom."""
@@ -35,6 +36,9 @@ class Prediction:
     """A metric's expected value with its 95 % interval, and what that rests on."""
 
     metric: str
+    label: str
+    """The metric's, as people read it."""
+    unit: str
     model: str
     value: float
     low: float
@@ -44,24 +48,25 @@ class Prediction:
     """How many times the MACs lie beyond the nearest measured ones; 1 within their range."""
 
 
-def points(runs: Iterable[Mapping[str, Any]], like: Mapping[str, Any], metric: str = METRIC) -> list[Point]:
-    """The finished stages of run.json contents that had the same data and evaluation as the config `like`."""
+def points(runs: Iterable[Mapping[str, Any]], like: Mapping[str, Any], metric: Definition = FORMER[0]) -> list[Point]:
+    """The finished stages of run.json contents that had the same data as the config `like`, and whose `metric` was
+    measured by the same evaluator."""
     found: dict[str, Point] = {}
     for run in runs:
-        if _comparable(run.get("config")) != _comparable(like):
+        if _comparable(run.get("config"), metric) != _comparable(like, metric):
             continue
         spent, stages = 0.0, run.get("stages") or []
         for stage in stages:
             spent += stage.get("macs") or 0
-            value = (stage.get("metrics") or {}).get(metric)
-            if stage.get("status") in ("trained", "reused") and isinstance(value, int | float):
+            value = metric.value(stage.get("metrics") or {})
+            if stage.get("status") in ("trained", "reused") and value is not None:
                 grown = bool(stage.get("index"))
-                found[str(stage.get("key"))] = Point(str(stage.get("model")), grown, spent, float(value))
+                found[str(stage.get("key"))] = Point(str(stage.get("model")), grown, spent, value)
     return list(found.values())
 
 
 def predict_metric(
-    measured: Sequence[Point], model: str, *, grown: bool, macs: float, metric: str = METRIC
+    measured: Sequence[Point], model: str, *, grown: bool, macs: float, metric: Definition = FORMER[0]
 ) -> Prediction | str:
     """The metric of `model` after `macs` of its chain, or a sentence that says why there is no prediction."""
     own = [point for point in measured if point.model == model and point.grown == grown]
@@ -81,7 +86,8 @@ def predict_metric(
     half = student_t(freedom) * math.sqrt(noise * (1 + 1 / len(own) + at**2 / spread))
     value = float(y.mean()) + slope * at
     nearest = min(max(macs, 10 ** float(x.min())), 10 ** float(x.max()))
-    return Prediction(metric, model, value, value - half, value + half, len(own), max(macs / nearest, nearest / macs))
+    names = metric.recorded, metric.label, metric.unit
+    return Prediction(*names, model, value, value - half, value + half, len(own), max(macs / nearest, nearest / macs))
 
 
 def student_t(freedom: int) -> float:
@@ -92,7 +98,7 @@ def student_t(freedom: int) -> float:
     return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
 
 
-def _comparable(config: Any) -> Any:
+def _comparable(config: Any, metric: Definition) -> Any:
     """What must be equal for two runs' metrics to be points of one line."""
     if not isinstance(config, Mapping):
         return None
@@ -102,5 +108,5 @@ def _comparable(config: Any) -> Any:
         data.get("samples"),
         data.get("image_size"),
         data.get("captions"),
-        (config.get("evaluate") or {}).get("zero_shot"),
+        (config.get("evaluate") or {}).get(metric.name.partition("/")[0]),
     ]

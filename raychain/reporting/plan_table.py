@@ -10,8 +10,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from raychain.evaluators.metrics import Definition
 from raychain.reporting.console import make_console
-from raychain.reporting.wording import METRICS, MISSING, about, clock, macs, number
+from raychain.reporting.wording import MISSING, about, clock, macs, number
 
 HEADINGS = ("model", "image\nparams", "ratio", "all\nparams", "forward\nMACs", "epochs", "MACs", "share", "memory")
 GIB = 2**30
@@ -84,9 +85,11 @@ def _predicted(prediction: Mapping[str, Any]) -> str:
         return str(prediction["reason"])
     low, high, beyond = prediction["low"], prediction["high"], prediction["beyond"]
     outside = f"; {beyond:.1f} times beyond the measured costs, so doubtful" if beyond > 1.05 else ""
+    metric = Definition(prediction["metric"], prediction["label"], prediction["unit"], "high")
     return (
-        f"{METRICS[prediction['metric']]} of {prediction['model']}: about {prediction['value']:.1f} % "
-        f"(95 %: {low:.1f} to {high:.1f}), from {prediction['points']} of your finished stages{outside}"
+        f"{metric.label} of {prediction['model']}: about {metric.written(prediction['value'])} "
+        f"(95 %: {metric.number(low)} to {metric.number(high)}), from {prediction['points']} of your finished stages"
+        f"{outside}"
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from types import TracebackType
 from typing import Self
@@ -15,19 +16,24 @@ from rich.table import Table
 from rich.text import Text
 
 from raychain.errors import one_line
+from raychain.evaluators.metrics import FORMER, Definition
 from raychain.feed.health import Tally
 from raychain.reporting.console import make_console
 from raychain.reporting.events import Event
-from raychain.reporting.wording import METRICS, clock, number, percent
+from raychain.reporting.wording import clock, number
 
 PLAIN_EVERY_S = 10.0
+SHOWN = 6
+"""Metrics of a line."""
 
 
 class Progress:
     """Shows events on stderr. Never raises over an event: what cannot be shown is left out."""
 
-    def __init__(self, total_stages: int, console: Console | None = None) -> None:
-        self.total_stages = total_stages
+    def __init__(
+        self, total_stages: int, console: Console | None = None, metrics: Sequence[Definition] = FORMER
+    ) -> None:
+        self.total_stages, self.metrics = total_stages, metrics
         self.console = console or make_console(stderr=True)
         self._live: Live | None = None
         self._starts: dict[int, Event] = {}
@@ -65,14 +71,14 @@ class Progress:
             case "step":
                 self._step(event)
             case "evaluation":
-                measured = _metrics(event["metrics"])
+                measured = written(event["metrics"], self.metrics)
                 self._print(f"{self._title(event['stage'])}: step {event['step']:,} · {measured}")
             case "stage_end":
                 if self._live:
                     self._live.update(Text())
                 record = event["record"]
                 self._starts.setdefault(event["stage"], {"model": record["model"]})
-                self._print(f"{self._title(event['stage'])}: {_closing(record)}", "bold")
+                self._print(f"{self._title(event['stage'])}: {_closing(record, self.metrics)}", "bold")
             case "bad_samples":
                 if event["identity"] not in self._bad:
                     self._bad.add(event["identity"])
@@ -124,18 +130,22 @@ def _opening(start: Event) -> str:
     return f"{params} M parameters, {length} on {workers} worker{plural}{resumed}{cached}"
 
 
-def _closing(record: Event) -> str:
+def _closing(record: Event, metrics: Sequence[Definition]) -> str:
     parts = [str(record["status"])]
     if record["status"] == "trained":
         parts.append(f"{record['steps']:,} steps in {clock(record.get('wall_s'))}")
     if record.get("metrics"):
-        parts.append(_metrics(record["metrics"]))
+        parts.append(written(record["metrics"], metrics))
     return " · ".join(parts)
 
 
-def _metrics(metrics: dict[str, float]) -> str:
-    known = [f"{label} {percent(metrics[key])} %" for key, label in METRICS.items() if key in metrics]
-    return ", ".join(known or [f"{key} {number(value)}" for key, value in metrics.items()])
+def written(metrics: dict[str, float], definitions: Sequence[Definition]) -> str:
+    """The metrics that matter most in a line; of many evaluators, the first ones and how many more there are."""
+    known = [
+        f"{d.label} {d.written(value)}" for d in definitions if d.brief and (value := d.value(metrics)) is not None
+    ]
+    known = known or [f"{key} {number(value)}" for key, value in metrics.items()]
+    return ", ".join(known if len(known) <= SHOWN else [*known[:SHOWN], f"and {len(known) - SHOWN} more"])
 
 
 def _losses(step: Event) -> str:

@@ -9,8 +9,9 @@ from contextlib import suppress
 from typing import Any, Protocol
 
 from raychain.errors import one_line
+from raychain.evaluators.metrics import Definition
 from raychain.reporting.events import Event
-from raychain.reporting.wording import METRICS, clock, macs, number, percent
+from raychain.reporting.wording import clock, macs, number
 from raychain.terminal import say
 
 STEP_EVERY_S = 60.0
@@ -49,7 +50,7 @@ class ShownJob(Protocol):
 class SearchProgress:
     """Prints a line for every stage that ends and every trial that is over, a slow one for long stages."""
 
-    def __init__(self, trials: int, metric: str) -> None:
+    def __init__(self, trials: int, metric: Definition) -> None:
         self.trials, self.metric = trials, metric
         self.quiet = False
         """While an earlier call's trials are taken up."""
@@ -92,9 +93,10 @@ class SearchProgress:
         if trial.status in ("failed", "stopped"):
             self.say(f"{_title(trial)}{count}: {trial.status}: {trial.reason}")
             return
-        best = max((t.metrics[self.metric] for t in own if self.metric in t.metrics), default=None)
-        ahead = f" · best chain so far {percent(best)} %" if best is not None else ""
-        measured = f"{METRICS[self.metric]} {percent(trial.metrics.get(self.metric))} %"
+        values = [value for t in own if (value := self.metric.value(t.metrics)) is not None]
+        best = max(values, key=self.metric.rank, default=None)
+        ahead = f" · best chain so far {self.metric.written(best)}" if best is not None else ""
+        measured = f"{self.metric.label} {self.metric.written(self.metric.value(trial.metrics))}"
         self.say(f"{_title(trial)}{count}: {describe(trial.chain)} · {macs(trial.macs)} MACs · {measured}{ahead}")
 
     def _event(self, job: ShownJob, event: Event) -> None:
@@ -110,8 +112,8 @@ class SearchProgress:
                     self.say(f"{title}: {model} epoch {event['epoch']:.1f} · loss {number(event['loss'])} · {rate}")
             case "stage_end":
                 record = event["record"]
-                value = record["metrics"].get(self.metric)
-                measured = f" · {METRICS[self.metric]} {percent(value)} %" if value is not None else ""
+                value = self.metric.value(record["metrics"])
+                measured = f" · {self.metric.label} {self.metric.written(value)}" if value is not None else ""
                 took = f" in {clock(record.get('wall_s'))}"
                 self.say(f"{title}: {record['model']} {record['epochs']:.4g} epochs {record['status']}{took}{measured}")
             case "restart":

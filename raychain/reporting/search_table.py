@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Mapping
 from typing import Any
@@ -11,9 +12,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from raychain.evaluators.metrics import Definition, find, read_back
 from raychain.reporting.console import make_console
 from raychain.reporting.search_progress import describe
-from raychain.reporting.wording import METRICS, macs, number, percent
+from raychain.reporting.wording import macs, number
 
 SHOWN = 30
 """Trials, the best ones."""
@@ -23,15 +25,30 @@ KINDS = {"planned": "planner", "sampled": "", "control": "alone", "equal-macs": 
 def search_table(result: Mapping[str, Any], console: Console | None = None) -> None:
     """Prints a search.json on stdout: trials from the best on, the best chain against models alone, what was shared."""
     console = console or make_console()
-    metric, best, front = result["metric"], result["best"], {trial["number"] for trial in result["pareto"]}
-    trials = sorted(result["trials"], key=lambda trial: (-trial["metrics"].get(metric, -1.0), trial["macs"]))
+    metric = find(read_back(result), result["metric"], "metric")
+    best, front = result["best"], {trial["number"] for trial in result["pareto"]}
+
+    def order(trial: Mapping[str, Any]) -> tuple[float, float]:
+        value = metric.value(trial["metrics"])
+        return (math.inf if value is None else -metric.rank(value)), trial["macs"]
+
+    trials = sorted(result["trials"], key=order)
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, show_edge=False)
-    for heading in ("", "trial", "chain and epochs", "", "MACs", "% of\nbase", f"{METRICS[metric]}\n%"):
+    for heading in (
+        "",
+        "trial",
+        "chain and epochs",
+        "",
+        "MACs",
+        "% of\nbase",
+        f"{metric.label}\n{metric.unit}".strip(),
+    ):
         left = heading in ("", "chain and epochs")
         table.add_column(heading, justify="left" if left else "right", no_wrap=heading == "MACs", overflow="fold")
     for trial in trials[:SHOWN]:
         mark = "★" if best and trial["number"] == best["number"] else "·" if trial["number"] in front else ""
-        value = percent(trial["metrics"].get(metric)) if trial["status"] == "succeeded" else trial["status"]
+        succeeded = trial["status"] == "succeeded"
+        value = metric.number(metric.value(trial["metrics"])) if succeeded else trial["status"]
         table.add_row(
             mark,
             str(trial["number"]),
@@ -43,7 +60,7 @@ def search_table(result: Mapping[str, Any], console: Console | None = None) -> N
         )
     console.print(table)
     hidden = f"; {len(trials) - SHOWN} more in search.json" if len(trials) > SHOWN else ""
-    _say(console, f"★ best chain, · on the front of {METRICS[metric]} and MACs{hidden}")
+    _say(console, f"★ best chain, · on the front of {metric.label} and MACs{hidden}")
     base = result["baseline"]
     _say(console, f"base: {base['model']} alone, {macs(base['macs'])} MACs")
     for found in result["comparisons"]:
@@ -62,13 +79,14 @@ def _varied(trial: Mapping[str, Any]) -> str:
     return f" ({', '.join(found)})" if found else ""
 
 
-def _against(found: Mapping[str, Any], metric: str) -> str:
+def _against(found: Mapping[str, Any], metric: Definition) -> str:
     parts = []
     for name, words in (("at_equal_macs", "for no more MACs"), ("at_most", "at its best")):
         if control := found[name]:
             lead = control["chain_is_ahead_by"]
-            verdict = f"ahead by {lead:.1f}" if lead > 0.05 else f"behind by {-lead:.1f}" if lead < -0.05 else "equal"
-            reached = f"{percent(control[metric])} % ({macs(control['macs'])} MACs)"
+            by = f"{'ahead' if lead > 0 else 'behind'} by {metric.number(abs(lead))}"
+            verdict = by if abs(lead) > metric.tie else "equal"
+            reached = f"{metric.written(metric.value(control))} ({macs(control['macs'])} MACs)"
             parts.append(f"{words} it reaches {reached}: the chain is {verdict}")
     return "; ".join(parts)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich import box
@@ -10,13 +10,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from raychain.evaluators.metrics import FORMER, Definition, means, read_back
 from raychain.feed.health import kinds
 from raychain.reporting.console import make_console
 from raychain.reporting.wording import MISSING, macs, number, percent
 
 STATUS_STYLES = {"trained": "green", "reused": "cyan", "failed": "red"}
 HEADINGS = ("stage", "model", "status", "params\n(M)", "epochs", "MACs")
-MEASURED = ("zero-shot\ntop-1 %", "R@1 %\ni2t / t2i", "seconds")
+MEASURED = ("zero-shot\ntop-1 %", "R@1 %\ni2t / t2i")
 TEXT = ("model", "status")
 
 
@@ -27,13 +28,18 @@ def result_table(run: Mapping[str, Any], console: Console | None = None) -> None
     """
     console = console or make_console()
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1 if console.width >= 100 else 0), pad_edge=False, show_edge=False)
-    for heading in HEADINGS + MEASURED:
+    metrics = read_back(run)
+    named = any(not definition.former for definition in metrics)
+    for heading in (*HEADINGS, *(() if named else MEASURED), "seconds"):
         left = heading in TEXT
         model = heading == "model"
         table.add_column(heading, justify="left" if left else "right", no_wrap=not model, overflow="fold")
     for stage in run.get("stages") or ():
-        table.add_row(*_row(stage))
+        own = () if named else _former(stage.get("metrics") or {})
+        table.add_row(*_row(stage), *own, number(stage.get("wall_s"), 2))
     console.print(table)
+    if named:
+        _metrics(console, run.get("stages") or (), metrics)
     health = run.get("data_health") or {}
     if health.get("bad"):
         bad, samples = sum(health["bad"].values()), health["samples"]
@@ -42,9 +48,8 @@ def result_table(run: Mapping[str, Any], console: Console | None = None) -> None
 
 
 def _row(stage: Mapping[str, Any]) -> list[str | Text]:
-    metrics, status = stage.get("metrics") or {}, str(stage.get("status") or MISSING)
+    status = str(stage.get("status") or MISSING)
     index, params, epochs = stage.get("index"), stage.get("params"), stage.get("epochs")
-    retrieval = [percent(metrics.get(key)) for key in ("i2t_r1", "t2i_r1")]
     return [
         MISSING if index is None else str(index + 1),
         Text(str(stage.get("model") or MISSING)),
@@ -52,10 +57,28 @@ def _row(stage: Mapping[str, Any]) -> list[str | Text]:
         number(None if params is None else params / 1e6),
         f"{epochs:.4g}" if isinstance(epochs, int | float) else MISSING,
         macs(stage.get("macs")),
-        percent(metrics.get("zero_shot_top1")),
-        MISSING if set(retrieval) == {MISSING} else " / ".join(retrieval),
-        number(stage.get("wall_s"), 2),
     ]
+
+
+def _former(metrics: Mapping[str, Any]) -> list[str]:
+    """The cells of zero-shot classification and retrieval, where nothing else is measured."""
+    top1, to_text, to_image = (d.number(d.value(metrics)) for d in FORMER if d.brief)
+    return [top1, MISSING if {to_text, to_image} == {MISSING} else f"{to_text} / {to_image}"]
+
+
+def _metrics(console: Console, stages: Sequence[Mapping[str, Any]], definitions: Sequence[Definition]) -> None:
+    """A row for each metric that matters most, a column for each stage; means below them."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False, show_edge=False)
+    for heading in ("metric", "", *(str(stage.get("model") or MISSING) for stage in stages)):
+        table.add_column(heading, justify="left" if heading in ("metric", "") else "right", overflow="fold")
+    measured = [stage.get("metrics") or {} for stage in stages]
+    for found in (d for d in definitions if d.brief):
+        table.add_row(Text(found.label), found.unit, *(found.number(found.value(metrics)) for metrics in measured))
+    of_stages = [{mean.definition: mean.value for mean in means(definitions, metrics)} for metrics in measured]
+    for mean in dict.fromkeys(mean for found in of_stages for mean in found):
+        values = (mean.number(found.get(mean)) for found in of_stages)
+        table.add_row(Text(mean.label, "bold"), mean.unit, *values)
+    console.print(table)
 
 
 def _totals(totals: Mapping[str, Any]) -> str:

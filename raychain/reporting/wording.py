@@ -6,8 +6,6 @@ import math
 from typing import Any
 
 MISSING = "–"
-METRICS = {"zero_shot_top1": "zero-shot top-1", "i2t_r1": "i2t R@1", "t2i_r1": "t2i R@1"}
-"""Label of the metrics shown to people; all are percentages."""
 
 
 def number(value: Any, digits: int = 3) -> str:

@@ -11,12 +11,14 @@ from typing import Any
 from raychain.config.experiment import Experiment
 from raychain.config.loading import validate
 from raychain.errors import InputError
-from raychain.searching.request import Plan
+from raychain.searching.request import Plan, judged_by
 from raychain.training.task import ChainTask
 
 SCHEMA = 2
 """Version of search.json. Searches of schema 1 go on where their settings are these and their data is untouched."""
 RESULT = "search.json"
+USUAL_METRIC = "zero_shot_top1"
+"""What searches were about before a metric was named, and so no part of their identity."""
 Tasks = Callable[[Any, Any], ChainTask | None]
 
 
@@ -32,7 +34,7 @@ def identity(plan: Plan) -> str:
     content = {
         "schema": SCHEMA,
         "stages": [stage.key for task in tasks for stage in task.stages],
-        "evaluation": [task.evaluation for task in tasks],
+        "evaluation": [task.suite.digest for task in tasks],
         "every": str(experiment.evaluate.every) if plan.search.asha else None,  # when chains are judged
         "recipe": experiment.train.model_dump(mode="json", exclude={"micro_batch", "log_every"}, exclude_defaults=True),
         "transfer": experiment.transfer.model_dump(mode="json", exclude_defaults=True),
@@ -41,7 +43,8 @@ def identity(plan: Plan) -> str:
         "operators": space.operators,
         "baseline": [space.baseline.model, str(space.baseline.epochs)],
         "planner": experiment.allocation and experiment.allocation.model_dump(mode="json", exclude_defaults=True),
-        "search": plan.search.model_dump(mode="json", exclude={"trials", "concurrent"}, exclude_defaults=True),
+        "search": plan.search.model_dump(mode="json", exclude={"trials", "concurrent", "metric"}, exclude_defaults=True)
+        | ({"metric": plan.metric.recorded} if plan.metric.recorded != USUAL_METRIC else {}),
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -74,6 +77,7 @@ def _settings(experiment: Experiment) -> dict[str, Any]:
     tree = experiment.model_dump(mode="json", exclude=left_out)
     tree["train"]["precision"], tree["data"]["store"] = precision, None
     tree["search"] = {k: v for k, v in (tree.get("search") or {}).items() if k not in ("trials", "concurrent")}
+    tree["search"]["metric"] = judged_by(experiment).recorded
     return tree
 
 
@@ -81,7 +85,7 @@ def _touched(plan: Plan) -> bool:
     """Whether data was touched after the earlier search wrote what it knew of it."""
     written = plan.out.fs.get_file_info(plan.out.join(RESULT)).mtime
     tasks = [plan.base] + ([plan.full] if plan.full else [])
-    changed = max(max(task.evaluation_changed, *(s.former.changed for s in task.stages)) for task in tasks)
+    changed = max(max(task.suite.changed, *(s.former.changed for s in task.stages)) for task in tasks)
     return not isinstance(written, datetime) or changed > written.timestamp()
 
 

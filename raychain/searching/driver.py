@@ -19,9 +19,10 @@ from raychain.chain.takeover import take_over_in_store
 from raychain.config.durations import Duration
 from raychain.config.experiment import Experiment
 from raychain.errors import InputError, Interrupted, RunFailed
+from raychain.evaluators.metrics import Definition, written_down
 from raychain.reporting.report.writing import leave_report
 from raychain.reporting.search_progress import SearchProgress
-from raychain.reporting.wording import METRICS, macs, percent
+from raychain.reporting.wording import macs
 from raychain.searching.campaign import Campaign, Job, Kind, Measured, Record, Step, Trial, ratio
 from raychain.searching.continuing import RESULT, SCHEMA, earlier, identity
 from raychain.searching.halving import Halving, Point, Verdict
@@ -48,7 +49,7 @@ def run_search(plan: Plan, *, address: str | None = None, verbose: bool = False)
     Raises RunFailed where no chain could be trained, Interrupted after a signal; what was trained is kept.
     """
     with Lease(plan.out, LEASE) as lease:
-        progress = SearchProgress(plan.search.trials, plan.search.metric)
+        progress = SearchProgress(plan.search.trials, plan.metric)
         lease.acquire(patience(f"{plan.out.address} is in use", progress.say))
         searcher = Searcher(plan, progress)
         try:
@@ -64,7 +65,9 @@ class Searcher:
     def __init__(self, plan: Plan, progress: SearchProgress) -> None:
         self.plan, self.progress = plan, progress
         search, self.space = plan.search, plan.space
-        self.sampler: Sampler = make_sampler(plan.space, search.sampler, search.seed, pareto=search.aim == "pareto")
+        self.sampler: Sampler = make_sampler(
+            plan.space, search.sampler, search.seed, pareto=search.aim == "pareto", best=plan.metric.best
+        )
         self.store = StageStore(Folder(plan.store))
         self.identity = identity(plan)
         self.before = earlier(plan, self._task)
@@ -110,7 +113,7 @@ class Searcher:
         if not complete:
             self._write("interrupted")
             raise Interrupted
-        best = best_chain(campaign.trials.values(), self.plan.search.metric)
+        best = best_chain(campaign.trials.values(), self.plan.metric)
         if best is None:
             self._write("failed")
             reasons = {trial.reason for trial in campaign.trials.values() if trial.reason}
@@ -216,7 +219,7 @@ class Searcher:
         yield {CHAIN: self.space.baseline.model, "length": str(self.space.baseline.epochs)}
 
     def _equal_macs(self) -> None:
-        best = best_chain(self.campaign.trials.values(), self.plan.search.metric)
+        best = best_chain(self.campaign.trials.values(), self.plan.metric)
         controls = self.plan.search.controls
         if best is None or controls is None or not controls.equal_macs:
             return
@@ -232,7 +235,7 @@ class Searcher:
         """The proxy's best, its worst, and some in between, trained in full."""
         proxy, full = self.plan.search.proxy, self.plan.full
         ranked = scored((t for t in self.campaign.trials.values() if t.kind in ("planned", "sampled")),
-                        self.plan.search.metric)  # fmt: skip
+                        self.plan.metric)  # fmt: skip
         if proxy is None or full is None or not ranked:
             return
         count = min(proxy.check, len(ranked))
@@ -282,7 +285,7 @@ class Searcher:
 
     def _tell(self, params: Params, trial: Trial | None) -> None:
         """The sampler hears what became of choices that it was asked for; None: they cannot be tried."""
-        value = score(trial, self.plan.search.metric) if trial else None
+        value = score(trial, self.plan.metric) if trial else None
         verdict = self.halving.ended(trial.keys) if trial and self.halving and value is None else None
         if verdict:
             self.sampler.tell(params, (verdict.value, verdict.macs), whole=False)
@@ -301,13 +304,14 @@ class Searcher:
         if grace >= whole:
             raise InputError("search.asha.grace", str(asha.grace), f"fewer than the baseline's {macs(whole)} MACs",
                              'or no chain is ever judged: "10 %" is the default')  # fmt: skip
-        halving = Halving(grace, asha.reduction_factor)
+        halving = Halving(grace, asha.reduction_factor, self.plan.metric.best)
         if before := self.before.get("asha"):
             halving.restore(before)
         return halving
 
     def _known(self, step: Step) -> Record | None:
-        """The record of a stage, or of a part of a trunk, that the storage has already."""
+        """The record of a stage, or of a part of a trunk, that the storage has already; None where the stage is to be
+        trained, or measured."""
         if not step.whole:
             return trunk_states(self.plan.store, step.stage.trunk).marker(int(step.key.partition("@")[2]))
         if not self.store.has(step.key):
@@ -315,7 +319,8 @@ class Searcher:
         if not self.store.has(step.key):
             return None
         record = self.store.storage.read_json(f"{STORE}/{step.key}/{STAGE_RECORD}")
-        return record if isinstance(record, dict) else None
+        suite = self.plan.base.suite
+        return suite.shown(record) if isinstance(record, dict) and not suite.missing(record) else None
 
     def _begin(self, job: Job) -> None:
         last = job.trial.task.stages[-1]
@@ -335,15 +340,16 @@ class Searcher:
 
     def _measured(self, found: Measured) -> None:
         """A stage was measured on its way; at its end it is judged when it is there."""
-        trial, place, metric = found.job.trial, found.place, self.plan.search.metric
+        trial, place, metric = found.job.trial, found.place, self.plan.metric
         stage = trial.task.stages[place]
-        if self.halving is None or not 0 < found.step < stage.steps or metric not in found.metrics:
+        value = metric.value(found.metrics)
+        if self.halving is None or not 0 < found.step < stage.steps or value is None:
             return
         needing = [t for t in self.campaign.trials.values() if t.status == "running" and stage.key in t.keys]
         chains = self._chains()
         if all(t in chains for t in needing):  # a control needs its stage in any case
             spent = sum(s.macs for s in trial.task.stages[:place]) + stage.macs * found.step / stage.steps
-            if verdict := self.halving.judge(trial.keys[: place + 1], Point(spent, found.metrics[metric])):
+            if verdict := self.halving.judge(trial.keys[: place + 1], Point(spent, value)):
                 self.campaign.drop(needing, self._why(verdict))
 
     def _chains(self) -> list[Trial]:
@@ -354,7 +360,7 @@ class Searcher:
     def _judge(self, trial: Trial, place: int) -> Verdict | None:
         """The verdict on chains that begin with the finished stages up to `place` of the trial's."""
         keys = trial.keys[: place + 1]
-        value = (self.campaign.records[keys[-1]].get("metrics") or {}).get(self.plan.search.metric)
+        value = self.plan.metric.value(self.campaign.records[keys[-1]].get("metrics") or {})
         if self.halving is None or value is None:
             return None
         return self.halving.judge(keys, Point(sum(s.macs for s in trial.task.stages[: place + 1]), value))
@@ -368,19 +374,19 @@ class Searcher:
 
     def _why(self, verdict: Verdict) -> str:
         assert self.plan.search.asha
-        title, factor = METRICS[self.plan.search.metric], self.plan.search.asha.reduction_factor
+        metric, factor = self.plan.metric, self.plan.search.asha.reduction_factor
         return (
-            f"behind at {macs(verdict.macs)} MACs: {title} {percent(verdict.value)} %, where the best 1/{factor:g} of "
-            f"{verdict.rivals} have {percent(verdict.needed)} %"
+            f"behind at {macs(verdict.macs)} MACs: {metric.label} {metric.written(verdict.value)}, where the best "
+            f"1/{factor:g} of {verdict.rivals} have {metric.written(verdict.needed)}"
         )
 
     def _ended(self, trial: Trial) -> None:
-        measured = self.campaign.records.get(trial.keys[-1], {}).get("evaluation")
-        if trial.status == "succeeded" and measured != trial.task.evaluation:
+        record = self.campaign.records.get(trial.keys[-1], {})
+        if trial.status == "succeeded" and not trial.task.measured(record):
             trial.status, trial.metrics = "failed", {}
             trial.reason = "its last stage was measured on other data before: give another --out or storage"
-        elif trial.status == "succeeded" and score(trial, self.plan.search.metric) is None:
-            trial.status, trial.reason = "failed", f"its last stage has no {self.plan.search.metric}"
+        elif trial.status == "succeeded" and score(trial, self.plan.metric) is None:
+            trial.status, trial.reason = "failed", f"its last stage has no {self.plan.metric.recorded}"
         if trial.kind in ("planned", "sampled"):
             self._tell(trial.params, trial)
         self.progress.ended(trial, list(self.campaign.trials.values()))
@@ -398,7 +404,7 @@ class Searcher:
         return result
 
     def _result(self, status: str) -> dict[str, Any]:
-        trials, metric = sorted(self.campaign.trials.values(), key=lambda t: t.number), self.plan.search.metric
+        trials, metric = sorted(self.campaign.trials.values(), key=lambda t: t.number), self.plan.metric
         own = [trial for trial in trials if trial.kind != "full"]
         best = best_chain(trials, metric)
         requested, trained = ratio(trials, self.trained)
@@ -411,7 +417,8 @@ class Searcher:
             "name": self.plan.experiment.name,
             "status": status,
             "identity": self.identity,
-            "metric": metric,
+            "metric": metric.recorded,
+            "metrics": written_down(self.plan.base.suite.definitions),
             "config": self.plan.experiment.model_dump(mode="json"),
             "space_size": self.space.size,
             "trials": [self._entry(trial) for trial in trials],
@@ -454,7 +461,7 @@ class Searcher:
             self._entries[trial.number] = entry
         return entry
 
-    def _proxy(self, trials: list[Trial], metric: str) -> dict[str, Any] | None:
+    def _proxy(self, trials: list[Trial], metric: Definition) -> dict[str, Any] | None:
         if self.plan.search.proxy is None:
             return None
         pairs = []

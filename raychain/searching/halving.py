@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from raychain.evaluators.metrics import Direction
+
 
 class Point(NamedTuple):
     """A measurement of a chain."""
@@ -34,8 +36,8 @@ class Verdict(NamedTuple):
 class Halving:
     """Rungs at `grace` MACs and every `factor` times as many; about one of `factor` goes on from each."""
 
-    def __init__(self, grace: float, factor: float) -> None:
-        self.grace, self.factor = grace, factor
+    def __init__(self, grace: float, factor: float, best: Direction = "high") -> None:
+        self.grace, self.factor, self.best = grace, factor, best
         self.passed: dict[int, dict[str, float]] = {}
         """Metric by stage key, of each rung."""
         self.behind: dict[str, Verdict] = {}
@@ -45,21 +47,25 @@ class Halving:
     def judge(self, keys: Sequence[str], point: Point) -> Verdict | None:
         """A measurement in the last of these stages, the first ones of a chain; a verdict if it should end with it.
 
-        At a rung between two measurements the metric is taken as linear in MACs, from nothing at the start.
+        At a rung between two measurements the metric is taken as linear in MACs, from nothing at the start. Where lower
+        is better nothing is known at the start, and a chain is not judged at rungs before its first measurement.
         """
         own = self._curves.setdefault(keys[-1], [])
         if point in own:
             return self.behind.get(keys[-1])
-        before = max((p for key in keys for p in self._curves.get(key, ()) if p.macs < point.macs), default=Point(0, 0))
+        earlier = [p for key in keys for p in self._curves.get(key, ()) if p.macs < point.macs]
+        start = Point(0, 0) if self.best == "high" else Point(point.macs * (1 - 1e-9), point.value)
+        before = max(earlier, default=start)
         insort(own, point)
         for rung, macs in self._rungs(before.macs, point.macs):
             values = self.passed.setdefault(rung, {})
             if keys[-1] in values:
                 continue
-            share = (macs - before.macs) / (point.macs - before.macs)
-            values[keys[-1]] = value = before.value + share * (point.value - before.value)
-            needed = float(np.percentile(list(values.values()), 100 * (1 - 1 / self.factor)))
-            if value < needed:
+            place = (macs - before.macs) / (point.macs - before.macs)
+            values[keys[-1]] = value = before.value + place * (point.value - before.value)
+            share = 1 / self.factor if self.best == "low" else 1 - 1 / self.factor
+            needed = float(np.percentile(list(values.values()), 100 * share))
+            if value > needed if self.best == "low" else value < needed:
                 self.behind[keys[-1]] = verdict = Verdict(macs, value, needed, len(values))
                 return verdict
         return None

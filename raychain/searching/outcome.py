@@ -5,44 +5,41 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from raychain.evaluators.metrics import Definition
 from raychain.searching.campaign import Trial
 
-TIE = 0.05
-"""Percentage points that a table would not show."""
 
-
-def score(trial: Trial, metric: str) -> float | None:
+def score(trial: Trial, metric: Definition) -> float | None:
     """The trial's metric; None where it has none."""
-    return trial.metrics.get(metric) if trial.status == "succeeded" else None
+    return metric.value(trial.metrics) if trial.status == "succeeded" else None
 
 
-def scored(trials: Iterable[Trial], metric: str) -> list[Trial]:
+def scored(trials: Iterable[Trial], metric: Definition) -> list[Trial]:
     """Trials with a metric, best first, cheaper first among equals."""
-    found = [trial for trial in trials if score(trial, metric) is not None]
-    return sorted(found, key=lambda trial: (-(score(trial, metric) or 0.0), trial.macs, trial.number))
+    return [trial for _, trial in _ranked(trials, metric)]
 
 
-def pareto(trials: Iterable[Trial], metric: str) -> list[Trial]:
+def pareto(trials: Iterable[Trial], metric: Definition) -> list[Trial]:
     """Those that no other beats in both metric and MACs, cheapest first; chains that are the same once."""
-    front: list[Trial] = []
-    for trial in sorted(scored(trials, metric), key=lambda t: (t.macs, -(score(t, metric) or 0.0), t.number)):
-        if not front or (score(trial, metric) or 0.0) > (score(front[-1], metric) or 0.0):
-            front.append(trial)
-    return front
+    front: list[tuple[float, Trial]] = []
+    for rank, trial in sorted(_ranked(trials, metric), key=lambda found: found[1].macs):
+        if not front or rank > front[-1][0]:
+            front.append((rank, trial))
+    return [trial for _, trial in front]
 
 
-def best_chain(trials: Iterable[Trial], metric: str) -> Trial | None:
-    """The chain with the highest metric among those that were chosen or planned; controls do not count."""
+def best_chain(trials: Iterable[Trial], metric: Definition) -> Trial | None:
+    """The chain with the best metric among those that were chosen or planned; controls do not count."""
     return next(iter(scored((t for t in trials if t.kind in ("planned", "sampled")), metric)), None)
 
 
-def comparisons(trials: Sequence[Trial], best: Trial, metric: str) -> list[dict[str, Any]]:
+def comparisons(trials: Sequence[Trial], best: Trial, metric: Definition) -> list[dict[str, Any]]:
     """The best chain against every model alone: what it reached with at most the chain's MACs, and at most at all.
 
     `at_equal_macs` is the control of that kind where there is one, else the best that cost no more.
     """
     found = []
-    own = score(best, metric) or 0.0
+    own = score(best, metric)
     for model in dict.fromkeys(t.chain[0]["model"] for t in trials if t.kind in ("control", "equal-macs")):
         alone = [t for t in scored(trials, metric) if len(t.chain) == 1 and t.chain[0]["model"] == model]
         if not alone:
@@ -75,14 +72,20 @@ def _ranks(values: Sequence[float]) -> list[float]:
     return [ordered.index(value) + 1 + (ordered.count(value) - 1) / 2 for value in values]
 
 
-def _brief(trial: Trial | None, metric: str, best: float) -> dict[str, Any] | None:
-    if trial is None:
+def _brief(trial: Trial | None, metric: Definition, best: float | None) -> dict[str, Any] | None:
+    value = score(trial, metric) if trial else None
+    if trial is None or value is None or best is None:
         return None
-    value = score(trial, metric) or 0.0
     return {
         "trial": trial.number,
         "epochs": trial.chain[0]["epochs"],
         "macs": trial.macs,
-        metric: value,
-        "chain_is_ahead_by": round(best - value, 4),
+        metric.recorded: value,
+        "chain_is_ahead_by": round(metric.rank(best) - metric.rank(value), 4),
     }
+
+
+def _ranked(trials: Iterable[Trial], metric: Definition) -> list[tuple[float, Trial]]:
+    """Trials with what they are ranked by, best first."""
+    found = [(metric.rank(value), trial) for trial in trials if (value := score(trial, metric)) is not None]
+    return sorted(found, key=lambda pair: (-pair[0], pair[1].macs, pair[1].number))

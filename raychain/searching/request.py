@@ -8,6 +8,7 @@ from raychain.chain.resolve import make_task
 from raychain.config.experiment import Experiment
 from raychain.config.search import Search
 from raychain.errors import InputError
+from raychain.evaluators.metrics import Definition, find
 from raychain.feed.shards import expand
 from raychain.searching.space import Space, make_space, proxied, with_stages
 from raychain.storage import Folder
@@ -21,6 +22,8 @@ class Plan:
     experiment: Experiment
     search: Search
     space: Space
+    metric: Definition
+    """What chains are judged by."""
     base: ChainTask
     """A task of trials' data and evaluation."""
     full: ChainTask | None
@@ -34,7 +37,7 @@ class Plan:
 def plan_search(experiment: Experiment, out: str, store: str) -> Plan:
     """Checks everything and finds the data. Raises InputError."""
     search = experiment.search or Search()
-    _check(experiment, search)
+    metric = _check(experiment, search)
     space = make_space(experiment)
     shortest = [(space.chains[0][0], space.lengths[space.first[-1]])]
     whole = with_stages(experiment, shortest)
@@ -42,20 +45,28 @@ def plan_search(experiment: Experiment, out: str, store: str) -> Plan:
     small = proxied(whole, search.proxy, shards) if search.proxy else whole
     base = make_task(small, out, store=store)
     full = make_task(whole, out, store=store) if search.proxy and search.proxy.check else None
-    return Plan(experiment, search, space, base, full, shards, Folder(out), store)
+    return Plan(experiment, search, space, metric, base, full, shards, Folder(out), store)
 
 
-def _check(experiment: Experiment, search: Search) -> None:
+def judged_by(experiment: Experiment) -> Definition:
+    """The metric that chains are compared by. Raises InputError where it is not measured."""
+    evaluate, asked = experiment.evaluate, experiment.search.metric if experiment.search else None
+    score = evaluate.judged_by
+    if score is None:
+        fix = "set evaluate.zero_shot, or another evaluator, or nothing can be compared"
+        raise InputError("search.metric", asked or "nothing", "a metric that is measured: evaluate is empty", fix)
+    try:
+        return find(evaluate.definitions, asked, "search.metric") if asked else score
+    except InputError as error:
+        where, given, allowed, fix = error.args
+        fix = fix if fix.startswith("did you") else f"--set search.metric={score.recorded}, or add it to evaluate"
+        raise InputError(where, given, allowed, fix) from None
+
+
+def _check(experiment: Experiment, search: Search) -> Definition:
     if search.trials < 1:
         raise InputError("search.trials", search.trials, "at least one trial", "--trials 1, or leave it out for 24")
-    evaluate = experiment.evaluate
-    needs = "zero_shot" if search.metric == "zero_shot_top1" else "retrieval"
-    if getattr(evaluate, needs) is None:
-        other = [name for name in ("zero_shot", "retrieval") if getattr(evaluate, name)]
-        instead = {"zero_shot": "zero_shot_top1", "retrieval": "i2t_r1"}
-        fix = f"or --set search.metric={instead[other[0]]}" if other else "or nothing can be compared"
-        raise InputError("search.metric", search.metric, f"a metric that is measured: it needs evaluate.{needs}",
-                         f"set evaluate.{needs}, {fix}")  # fmt: skip
+    return judged_by(experiment)
 
 
 def _part_of_shards(experiment: Experiment, search: Search) -> list[str] | None:

@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol
 
 import optuna
 
+from raychain.evaluators.metrics import Direction
 from raychain.searching.space import CHAIN, Dimension, Params, Space
 
 STARTUP = 8
@@ -69,11 +70,12 @@ class Tpe:
     """Optuna's TPE: on the metric alone, or on the front of metric and MACs. Running trials count as poor ones, so that
     concurrent ones differ."""
 
-    def __init__(self, space: Space, seed: int, *, pareto: bool) -> None:
+    def __init__(self, space: Space, seed: int, *, pareto: bool, best: Direction) -> None:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self._space, self._pareto = space, pareto
         sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=STARTUP, constant_liar=True)
-        directions: list[Literal["maximize", "minimize"]] = ["maximize", "minimize"] if pareto else ["maximize"]
+        better: Literal["maximize", "minimize"] = "maximize" if best == "high" else "minimize"
+        directions: list[Literal["maximize", "minimize"]] = [better, "minimize"] if pareto else [better]
         self._study = optuna.create_study(directions=directions, sampler=sampler)
         self._open: list[tuple[Params, optuna.Trial]] = []
 
@@ -110,8 +112,8 @@ class Tpe:
         return trial.suggest_categorical(dimension.name, list(dimension.choices))
 
 
-def make_sampler(space: Space, kind: str, seed: int, *, pareto: bool) -> Sampler:
-    """The sampler of the experiment's `search.sampler`."""
+def make_sampler(space: Space, kind: str, seed: int, *, pareto: bool, best: Direction = "high") -> Sampler:
+    """The sampler of the experiment's `search.sampler`; `best` is the metric's better direction."""
     if kind == "tpe":
-        return Tpe(space, seed, pareto=pareto)
+        return Tpe(space, seed, pareto=pareto, best=best)
     return Grid(space) if kind == "grid" else Random(space, seed)

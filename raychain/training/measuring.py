@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import ray
 import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch import nn
 
-from raychain.evaluators.measure import evaluate
+from raychain.evaluators.context import Context
+from raychain.evaluators.measure import measure
+from raychain.evaluators.ranks import World
+from raychain.evaluators.suite import Evaluation, Results
 from raychain.families.building import preprocessing_of
 from raychain.families.tokenizing import make_tokenizer
 from raychain.feed.cache import ShardCache
@@ -24,29 +27,27 @@ POLL_S = 0.2
 
 
 def measured(
-    task: ChainTask, stage: StageTask, model: nn.Module, cache: ShardCache, device: torch.device
-) -> dict[str, float]:
-    """The metrics of the stage's model on what the chain is measured on; every rank of a process group calls it."""
+    stage: StageTask, model: nn.Module, evaluations: Iterable[Evaluation], cache: ShardCache, device: torch.device
+) -> Results:
+    """The stage's model on what it is to be measured on; every rank of a process group calls it."""
     tokenize = make_tokenizer(stage.config)
     preprocessing = preprocessing_of(model)
-    return evaluate(
-        model,
-        zero_shot=task.zero_shot,
-        retrieval=task.retrieval,
+    context = Context(
         cache=cache,
         tokenize=tokenize,
-        image_size=stage.size,
-        mean=preprocessing["mean"],
-        std=preprocessing["std"],
         tokenizer_id=tokenize.identity,
+        image_size=stage.size,
+        mean=tuple(preprocessing["mean"]),
+        std=tuple(preprocessing["std"]),
         device=device,
+        world=World.group(),
     )
+    return {found.digest: measure(model, found.held_out, context) for found in evaluations}
 
 
 def free_node(task: ChainTask) -> str | None:
     """A node that could hold this worker once more, if measuring takes long enough to be done there."""
-    sets = [found for found in (task.zero_shot, task.retrieval) if found is not None]
-    if sum(shard.samples for found in sets for shard in found.shards) < APART_FROM:
+    if task.suite.samples < APART_FROM:
         return None
     from raychain.backend_ray import cluster  # a second of imports, which most runs need not
 
@@ -55,7 +56,7 @@ def free_node(task: ChainTask) -> str | None:
 
 def measured_apart(
     task: ChainTask, stage: StageTask, model: nn.Module, node: str, given_up: Callable[[], bool]
-) -> dict[str, float] | None:
+) -> Results | None:
     """`measured`, by a Ray task on `node` with this worker's resources; None if it was lost there, or `given_up`."""
     own = _resources()
     place = NodeAffinitySchedulingStrategy(node, soft=False, _fail_on_unavailable=True)
@@ -68,20 +69,21 @@ def measured_apart(
             if given_up():
                 ray.cancel(asked, force=True)
                 return None
-        metrics: dict[str, float] = ray.get(asked)
+        results: Results = ray.get(asked)
     except ray.exceptions.RayError as error:
         log.warning("%s will be measured again: %s", stage.model, str(error).strip().splitlines()[-1])
         return None
-    return metrics
+    return results
 
 
-def _measure(task: ChainTask, stage: StageTask, weights: Mapping[str, torch.Tensor]) -> dict[str, float]:
+def _measure(task: ChainTask, stage: StageTask, weights: Mapping[str, torch.Tensor]) -> Results:
     torch.set_num_threads(task.threads)
     device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
     model = task.paradigm.build(stage.config, size=stage.size, seed=0)
     model.load_state_dict(weights)
     preload = task.experiment.preload
-    return measured(task, stage, model.to(device), ShardCache(preload.cache, preload.budget), device)
+    cache = ShardCache(preload.cache, preload.budget)
+    return measured(stage, model.to(device), task.suite.evaluations, cache, device)
 
 
 def _resources() -> dict[str, float]:

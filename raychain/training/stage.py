@@ -7,7 +7,7 @@ import json
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from torch import nn
 
 from raychain.core.dist import rank, rank_slice, world_size
 from raychain.errors import Diverged
+from raychain.evaluators.suite import Evaluation, Results
 from raychain.feed.cache import ShardCache
 from raychain.feed.health import Tally
 from raychain.feed.loader import Loader
@@ -151,9 +152,10 @@ class ChainWorker:
         record = self._agree(self.out.read_json(name) if self.rank == 0 else None)
         if not isinstance(record, dict) or record.get("key") != stage.key or self.task.measured(record):
             return
-        metrics = self.evaluate(stage, self._load(stage).model, stage.steps)
+        missing = self.task.suite.missing(record)
+        results = self.task.suite.results(record) | self._measure(stage, self._load(stage).model, stage.steps, missing)
         if self.rank == 0:
-            record |= {"metrics": metrics, "evaluation": self.task.evaluation}
+            record |= self.task.suite.recorded(results)
             self.out.write_json(name, record)
             shown = {key: value for key, value in record.items() if key != "files"}
             status = "reused" if stage.published else "trained"
@@ -332,8 +334,8 @@ class ChainWorker:
         node = self._agree(free_node(self.task) if self.rank == 0 and following else None)
         measure = partial(self._measure_apart, stage, state.model, node)
         if node is None:
-            metrics = self.evaluate(stage, state.model, state.counters.step)
-            measure = partial(dict, metrics)
+            results = self.evaluate(stage, state.model, state.counters.step)
+            measure = partial(dict, results)
         moments = read_moments(state.student.model, state.optimizer)
         if self.rank == 0:
             self._wait_for_publication()
@@ -362,24 +364,28 @@ class ChainWorker:
         if publishing:
             publishing.result()
 
-    def evaluate(self, stage: StageTask, model: nn.Module, step: int) -> dict[str, float]:
-        """The metrics of the stage's model after `step` steps; every rank calls it."""
-        if self.task.zero_shot is None and self.task.retrieval is None:
+    def evaluate(self, stage: StageTask, model: nn.Module, step: int) -> Results:
+        """What the stage's model reaches after `step` steps; every rank calls it."""
+        return self._measure(stage, model, step, self.task.suite.evaluations)
+
+    def _measure(self, stage: StageTask, model: nn.Module, step: int, evaluations: Sequence[Evaluation]) -> Results:
+        if not evaluations:
             return {}
         started = time.time()
-        metrics = measured(self.task, stage, model, self.cache, self.device)
-        self._tell_metrics(stage, step, metrics, started)
-        return metrics
+        results = measured(stage, model, evaluations, self.cache, self.device)
+        self._tell_metrics(stage, step, results, started)
+        return results
 
-    def _measure_apart(self, stage: StageTask, model: nn.Module, node: str) -> dict[str, float] | None:
+    def _measure_apart(self, stage: StageTask, model: nn.Module, node: str) -> Results | None:
         """The metrics, from a process of its own beside the next stage's training; None: `_measure_again` has to."""
         started = time.time()
-        metrics = measured_apart(self.task, stage, model, node, self._ending.is_set)
-        if metrics is not None:
-            self._tell_metrics(stage, stage.steps, metrics, started)
-        return metrics
+        results = measured_apart(self.task, stage, model, node, self._ending.is_set)
+        if results is not None:
+            self._tell_metrics(stage, stage.steps, results, started)
+        return results
 
-    def _tell_metrics(self, stage: StageTask, step: int, metrics: dict[str, float], started: float) -> None:
+    def _tell_metrics(self, stage: StageTask, step: int, results: Results, started: float) -> None:
+        metrics = self.task.suite.metrics(results)
         self.emit({"event": "evaluation", "stage": stage.index, "step": step, "metrics": metrics})
         self._span(f"evaluate {stage.model}", "evaluation", started, stage)
 
@@ -388,11 +394,11 @@ class ChainWorker:
         stage: StageTask,
         state: TrainState,
         moments: Moments,
-        measure: Callable[[], dict[str, float] | None],
+        measure: Callable[[], Results | None],
         states: StageStates,
     ) -> None:
         self._handed_over.wait(HANDOVER_S)
-        metrics = measure()
+        results = measure() or {}
         started, counters, transfer = time.time(), state.counters, self.experiment.transfer
         record = {
             "index": stage.index,
@@ -411,8 +417,7 @@ class ChainWorker:
             "changes": [{"step": change.step, "lr": change.lr} for change in stage.changes],
             "transfer": transfer.model_dump(mode="json") if stage.index else None,
             "checkpoint": f"stages/{stage.folder}",
-            "metrics": metrics or {},
-            "evaluation": None if metrics is None else self.task.evaluation,
+            **self.task.suite.recorded(results),
             "published": round(time.time(), 3),
         }
         with tempfile.TemporaryDirectory(prefix="raychain-") as scratch:

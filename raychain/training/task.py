@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from raychain.config.experiment import Experiment
-from raychain.evaluators.data import RetrievalData, ZeroShotData
+from raychain.evaluators.suite import Suite
 from raychain.feed.loader import Feed
 from raychain.feed.shards import Shard
 from raychain.paradigms import make_paradigm
@@ -119,12 +119,8 @@ class ChainTask:
     store: str | None
     """Storage whose finished stages are shared with other run folders (chain.store); None: only the run folder's."""
     stages: tuple[StageTask, ...]
-    zero_shot: ZeroShotData | None
-    retrieval: RetrievalData | None
-    evaluation: str
-    """Identity of what is measured."""
-    former_evaluation: str
-    """What schema 2 called it."""
+    suite: Suite
+    """What every stage is measured on."""
     threads: int
     """Torch threads a worker."""
 
@@ -135,14 +131,7 @@ class ChainTask:
 
     def measured(self, record: dict[str, Any]) -> bool:
         """Whether a stage's record has the metrics this chain asks for."""
-        wanted = self.zero_shot is not None or self.retrieval is not None
-        return not wanted or record.get("evaluation") == self.evaluation
-
-    @property
-    def evaluation_changed(self) -> float:
-        """When the last of the held-out shards was touched, seconds since 1970."""
-        sets = [found for found in (self.zero_shot, self.retrieval) if found is not None]
-        return max((shard.changed for found in sets for shard in found.shards), default=0.0)
+        return not self.suite.missing(record)
 
     @property
     def shards(self) -> tuple[Shard, ...]:

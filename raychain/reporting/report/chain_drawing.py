@@ -18,10 +18,10 @@ def chain(run: Run) -> Markup | None:
     """Squares from left to right, on phones from top to bottom; None without stages."""
     if not run.stages:
         return None
-    sizes = [size or 0.0 for size in areas(run.stages)]
+    sizes, facts = [size or 0.0 for size in areas(run.stages)], [_facts(run, stage) for stage in run.stages]
 
     def draw(width: float, narrow: bool) -> tuple[float, Markup]:
-        return _column(run.stages, sizes, width) if narrow else _row(run.stages, sizes, width)
+        return (_column if narrow else _row)(run.stages, sizes, facts, width)
 
     return drawing("The chain of models", draw)
 
@@ -43,7 +43,7 @@ def _side(size: float, largest: float, most: float) -> float:
     return max(most * math.sqrt(size / largest), 20.0) if largest and size else 20.0
 
 
-def _row(stages: list[Stage], sizes: list[float], width: float) -> tuple[float, Markup]:
+def _row(stages: list[Stage], sizes: list[float], facts: list[list[str]], width: float) -> tuple[float, Markup]:
     column = width / len(stages)
     most = min(column * 0.46, 120.0)
     base, parts = most + 12, []
@@ -59,12 +59,12 @@ def _row(stages: list[Stage], sizes: list[float], width: float) -> tuple[float, 
         room = column - 12
         name = stage.model if text_width(stage.model, 14.5) <= room else shortened([s.model for s in stages])[i]
         parts.append(label(x, base + 26, fitted(name, room, 14.5), f"model {colour(stage.index)}", "middle"))
-        for n, line in enumerate(_facts(stage)):
+        for n, line in enumerate(facts[i]):
             parts.append(label(x, base + 46 + 18 * n, fitted(line, room), "fact", "middle"))
-    return base + 56 + 18 * max(len(_facts(stage)) - 1 for stage in stages), join(parts)
+    return base + 56 + 18 * max(len(lines) - 1 for lines in facts), join(parts)
 
 
-def _column(stages: list[Stage], sizes: list[float], width: float) -> tuple[float, Markup]:
+def _column(stages: list[Stage], sizes: list[float], facts: list[list[str]], width: float) -> tuple[float, Markup]:
     y, parts, most = 4.0, [], 84.0
     for i, stage in enumerate(stages):
         if ratio := growth_ratio(stages, i):
@@ -72,12 +72,12 @@ def _column(stages: list[Stage], sizes: list[float], width: float) -> tuple[floa
             parts.append(tag("path", d=f"M{x:.1f} {y + 4:.1f}V{y + 30:.1f}m-5 -6l5 6l5 -6", class_="arrow"))
             parts.append(label(most + 18, y + 22, f"×{digits(ratio, 2)}", "ratio"))
             y += 38
-        side, facts = _side(sizes[i], max(sizes), most), _facts(stage)
-        height = max(side, 22.0 + 17 * len(facts))
+        side, count = _side(sizes[i], max(sizes), most), len(facts[i])
+        height = max(side, 22.0 + 17 * count)
         parts.append(_square(stage, most / 2 - side / 2, y + (height - side) / 2, side))
-        top = y + (height - 22 - 17 * len(facts)) / 2 + 16
+        top = y + (height - 22 - 17 * count) / 2 + 16
         parts.append(label(most + 18, top, fitted(stage.model, width - most - 18, 15), f"model {colour(stage.index)}"))
-        for n, line in enumerate(facts):
+        for n, line in enumerate(facts[i]):
             parts.append(label(most + 18, top + 19 + 17 * n, fitted(line, width - most - 18), "fact"))
         y += height + 6
     return y, join(parts)
@@ -96,17 +96,18 @@ def _arrow(left: float, right: float, y: float) -> Markup:
     return tag("path", d=f"M{left:.1f} {y:.1f}H{right:.1f}m-6 -5l6 5l-6 5", class_="arrow")
 
 
-def _facts(stage: Stage) -> list[str]:
+def _facts(run: Run, stage: Stage) -> list[str]:
     size = f"{digits(stage.params / 1e6)} M parameters" if stage.params else ""
     if stage.image_params and stage.params:
         size = f"{digits(stage.image_params / 1e6)} M of {size}"
     cost = f"{macs(stage.macs)} MACs" if stage.macs else ""
     lines = [size, " · ".join(part for part in (stage.length, cost) if part)]
-    top = stage.metrics.get("zero_shot_top1")
+    score = next(iter(run.measures), None)
+    value = score.value(stage.metrics) if score else None
     if stage.status in MARKS:
         lines.append(MARKS[stage.status])
-    elif top is not None:
-        lines.append(f"top-1 {top:.1f} %")
+    elif score and value is not None:
+        lines.append(f"{score.label.removeprefix('zero-shot ')} {score.written(value)}")
     return [line for line in lines if line]
 
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from raychain.evaluators.metrics import Definition
 from raychain.reporting.report.loading import Run, Stage, mapping, mappings, number, numbers
 from raychain.reporting.report.markup import Markup, drawing, join, label, tag, text_width
 from raychain.reporting.report.plot import Frame, colour, fitted, path, shortened, spread
 from raychain.reporting.report.scales import Scale, around, short, ticks
-from raychain.reporting.wording import METRICS
 from raychain.reporting.wording import number as digits
 
 POINTS = 300
 """A line is drawn through at most so many points; more are averaged in groups, and their range is shaded."""
-ACCURACIES = {**METRICS, "i2t_r1": "image → text R@1", "t2i_r1": "text → image R@1"}
+SERIES = 6
+"""Metrics of one chart."""
 
 
 class Point(NamedTuple):
@@ -27,9 +28,17 @@ class Point(NamedTuple):
 
 
 def learning(run: Run) -> Markup | None:
-    """The loss curves and the accuracies, one under the other; None where nothing was logged."""
-    parts = [chart for chart in (_losses(run), _accuracies(run)) if chart is not None]
+    """The loss curves and a chart of the metrics of each unit, one under the other; None where nothing was logged."""
+    units = dict.fromkeys(measure.unit for measure in run.measures)
+    parts = [chart for chart in (_losses(run), *(_measured_in(run, unit) for unit in units)) if chart is not None]
     return join(parts) if parts else None
+
+
+def arrows(label: str, between: str = "") -> str:
+    """A metric's label with the directions of retrieval in words, or in letters with `between` them."""
+    for short_name, words in (("i2t", "image → text"), ("t2i", "text → image")):
+        label = label.replace(short_name, f"{short_name[0]}{between}{short_name[2]}" if between else words)
+    return label
 
 
 class Axis:
@@ -121,44 +130,48 @@ def _loss(line: dict[str, object], key: str) -> float | None:
     return number(line.get("loss")) if value is None and key == "task_loss" else value
 
 
-def _accuracies(run: Run) -> Markup | None:
+def _measured_in(run: Run, unit: str) -> Markup | None:
     axis = Axis(run)
-    series: dict[str, list[tuple[float, float, int]]] = {}
-    for stage in axis.stages:
-        for samples, metrics in _measured(run, stage):
-            for key in ACCURACIES:
-                if key in metrics:
-                    series.setdefault(key, []).append((axis.at(stage, samples), metrics[key], stage.index))
+    series: dict[Definition, list[tuple[float, float, int]]] = {}
+    for measure in [measure for measure in run.measures if measure.unit == unit][:SERIES]:
+        for stage in axis.stages:
+            for samples, metrics in _measured(run, stage):
+                if (value := measure.value(metrics)) is not None:
+                    series.setdefault(measure, []).append((axis.at(stage, samples), value, stage.index))
     if not series:
         return None
-    top = max(value for points in series.values() for _, value, _ in points)
+    values = [value for points in series.values() for _, value, _ in points]
+    percents = unit == "%" and min(values) >= 0
+    ends_of_axis = (0.0, min(100.0, max(values) * 1.1) or 1.0) if percents else around(min(values), max(values))
+    what = "accuracy" if percents else next(iter(series)).label
 
     def draw(width: float, narrow: bool) -> tuple[float, Markup]:
         above = 20 + 16 * len(series) if narrow else 28
-        frame = _frame(width, narrow, axis.end, (0.0, min(100.0, top * 1.1) or 1.0), above)
-        parts = [_stage_bands(axis, frame, names=False), _grid(frame, "accuracy, %")]
+        frame = _frame(width, narrow, axis.end, ends_of_axis, above)
+        parts = [_stage_bands(axis, frame, names=False), _grid(frame, f"{what}, {unit}" if unit else what)]
         parts.append(_bottom(frame, axis.title))
         ends = [(key, points[-1][1]) for key, points in series.items()]
         heights = spread([frame.y(value) for _, value in ends], 17, frame.y.end, frame.y.start - 4)
         order = sorted(range(len(ends)), key=lambda n: heights[n])
         for n, ((key, value), height) in enumerate(zip(ends, heights, strict=True)):
-            parts.append(path([(frame.x(x), frame.y(v)) for x, v, _ in series[key]], f"line m{n}"))
-            parts += [_marker(n, frame.x(x), frame.y(v), ACCURACIES[key], v, hue) for x, v, hue in series[key]]
-            text = f"{ACCURACIES[key]} {value:.1f}"
+            parts.append(path([(frame.x(x), frame.y(v)) for x, v, _ in series[key]], f"line m{min(n, 2)}"))
+            told = [(x, v, f"{arrows(key.label)}: {key.written(v)}", hue) for x, v, hue in series[key]]
+            parts += [_marker(n, frame.x(x), frame.y(v), title, hue) for x, v, title, hue in told]
+            text = f"{arrows(key.label)} {key.number(value)}"
             if narrow:  # at the right end is no room: above the curves, in the order of their heights
                 row = 13 + 16 * order.index(n)
-                parts.append(_marker(n, width - 8, row - 4.0, text, value, series[key][-1][2]))
+                parts.append(_marker(n, width - 8, row - 4.0, told[-1][2], series[key][-1][2]))
                 parts.append(label(width - 18, row, text, "note", "end"))
             else:
                 parts.append(label(frame.x.end + 12, height + 4, text, "note"))
         return frame.y.start + 38, join(parts)
 
-    return drawing("Accuracy over training MACs", draw)
+    return drawing(f"{what[0].upper()}{what[1:]} over training MACs", draw)
 
 
-def _marker(n: int, x: float, y: float, name: str, value: float, hue: int) -> Markup:
-    """Circle, square and diamond for the series; the colour is the stage's."""
-    title = tag("title", f"{name}: {value:.1f} %")
+def _marker(n: int, x: float, y: float, told: str, hue: int) -> Markup:
+    """Circle, square and diamond in turn for the series; the colour is the stage's."""
+    title, n = tag("title", told), n % 3
     if n == 0:
         return tag("circle", title, cx=x, cy=y, r=5, class_=f"dot {colour(hue)}")
     turn = f"rotate(45 {x:.1f} {y:.1f})" if n == 2 else None

@@ -9,6 +9,7 @@ from typing import Any
 
 from raychain.config.durations import parse_duration
 from raychain.errors import InputError
+from raychain.evaluators.metrics import Definition, read_back
 from raychain.reporting import trace
 from raychain.reporting.runlog import METRICS, RUN, TRACE
 from raychain.storage import Folder
@@ -66,6 +67,12 @@ class Run:
     run: dict[str, Any]
     stages: list[Stage]
     bars: list[trace.Bar] = field(repr=False)
+
+    @property
+    def measures(self) -> list[Definition]:
+        """The metrics that matter most, the score first."""
+        found = [definition for definition in read_back(self.run) if definition.brief]
+        return sorted(found, key=lambda definition: definition.name != self.run.get("score"))
 
     @property
     def lines(self) -> list[dict[str, Any]]:

@@ -10,18 +10,19 @@ from typing import Any
 
 from raychain.reporting.report import searched, tables
 from raychain.reporting.report.chain_drawing import baseline, chain, cost_bars
-from raychain.reporting.report.curves import learning
+from raychain.reporting.report.curves import arrows, learning
 from raychain.reporting.report.loading import Run, amount, mapping, number
 from raychain.reporting.report.markup import Markup, join, tag
 from raychain.reporting.report.scales import span
 from raychain.reporting.report.searched import Search
 from raychain.reporting.report.timeline import Story, story, timeline
-from raychain.reporting.wording import METRICS, clock, macs, percent
+from raychain.reporting.wording import clock, macs, percent
 from raychain.reporting.wording import number as digits
 
 NBSP = "\u00a0"
 STATES = {"succeeded": "✓", "failed": "✕", "interrupted": "❚❚", "running": "▶"}
-LABELS = {"zero_shot_top1": "zero-shot top-1", "i2t_r1": "image → text R@1", "t2i_r1": "text → image R@1"}
+OTHERS = 4
+"""Metrics beside the score in the headline."""
 
 
 def page(run: Run | None, found: dict[str, Any] | None) -> str:
@@ -69,6 +70,7 @@ def _run(run: Run) -> list[Markup | None]:
     return [
         _headline(run, tale),
         _section("The chain", chain(run), tables.stages(run), note=_chain_note(run)),
+        _section("Measured", tables.measured(run)),
         _section("Learning", learning(run) or _absent("Nothing was logged yet."), note=_learning_note(run)),
         _time(run, tale),
         _section("Restarts", tables.restarts(run, tale),
@@ -146,10 +148,12 @@ def _run_figures(run: Run, tale: Story | None) -> list[tuple[str, str, str]]:
     found = []
     if measured:
         last = measured[-1]
-        shown = [key for key in METRICS if key in last.metrics]
+        shown = [(d, value) for d in run.measures if (value := d.value(last.metrics)) is not None]
         if shown:
-            others = ", ".join(f"{_arrow(key)} {percent(last.metrics[key])} %".replace(" ", NBSP) for key in shown[1:])
-            found.append((f"{LABELS[shown[0]]} of {last.model}", f"{percent(last.metrics[shown[0]])} %", others))
+            (score, value), *others = shown[: 1 + OTHERS]
+            more = [f"and {len(shown) - 1 - OTHERS} more"] if len(shown) > 1 + OTHERS else []
+            words = [f"{arrows(d.label, '→')} {d.written(own)}".replace(" ", NBSP) for d, own in others]
+            found.append((f"{arrows(score.label)} of {last.model}", score.written(value), ", ".join([*words, *more])))
     planned = "" if run.stages and all(stage.done for stage in run.stages) else "planned: "
     name, length = baseline(run) if run.stages else ("the last model", "")
     speedup, share, cost = (amount(totals.get(key)) for key in ("speedup", "percent_of_baseline", "macs"))
@@ -169,10 +173,6 @@ def _run_figures(run: Run, tale: Story | None) -> list[tuple[str, str, str]]:
     elif wall:
         found.append(("training time", clock(sum(wall)), ""))
     return found
-
-
-def _arrow(key: str) -> str:
-    return {"i2t_r1": "i→t R@1", "t2i_r1": "t→i R@1"}.get(key, LABELS[key])
 
 
 def _chain_note(run: Run) -> str:
@@ -221,11 +221,13 @@ def _time(run: Run, tale: Story | None) -> Markup | None:
 
 
 def _search(search: Search, heading: Markup | None) -> list[Markup | None]:
-    measured = sum(search.metric in trial.metrics for trial in search.trials)
-    title = METRICS.get(search.metric, search.metric)
+    measured = sum(search.value(trial) is not None for trial in search.trials)
+    better = "" if search.metric.best == "high" else ", of which less is better"
     head = None
     if heading:
-        summary = f"{len(search.trials)} trials, {measured} of them measured. Accuracy is {title}."
+        summary = (
+            f"{len(search.trials)} trials, {measured} of them measured. Accuracy is {search.metric.label}{better}."
+        )
         head = tag("header", heading, tag("p", summary, class_="summary"),
                    _figures(_search_figures(search)))  # fmt: skip
     tree_note = "Chains that begin alike share those stages. ×n: in n trials; the heavier outline leads to the best."
@@ -241,9 +243,9 @@ def _search(search: Search, heading: Markup | None) -> list[Markup | None]:
 
 def _search_figures(search: Search) -> list[tuple[str, str, str]]:
     found, best = [], search.best
-    if best and search.metric in best.metrics:
-        value = f"{percent(best.metrics[search.metric])} %"
-        found.append((f"best {METRICS.get(search.metric, search.metric)}", value, searched.named(search, best)))
+    value = search.value(best) if best else None
+    if best and value is not None:
+        found.append((f"best {search.metric.label}", search.metric.written(value), searched.named(search, best)))
     if best and best.macs:
         alone = amount(search.baseline.get("macs"))
         remark = (
@@ -251,8 +253,8 @@ def _search_figures(search: Search) -> list[tuple[str, str, str]]:
         )
         found.append(("its training MACs", macs(best.macs), remark))
         if alone:
-            large = (t.metrics for t in search.trials if len(t.chain) == 1 and t.macs == alone)
-            reached = next((f": {percent(m[search.metric])} %" for m in large if search.metric in m), "")
+            large = (search.value(t) for t in search.trials if len(t.chain) == 1 and t.macs == alone)
+            reached = next((f": {search.metric.written(v)}" for v in large if v is not None), "")
             remark = f"in MACs, against the last model alone{reached}"
             found.append(("its speed-up", f"{digits(alone / best.macs)}×", remark))
     if search.requested and search.trained is not None:

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from raychain.evaluators.metrics import Definition, read_back
 from raychain.reporting.report.loading import amount, mapping, mappings, number, numbers
 from raychain.reporting.report.markup import Markup, drawing, join, label, tag, text_width
 from raychain.reporting.report.plot import Frame, colour, fitted, path, shortened
 from raychain.reporting.report.scales import Scale, around, log_ticks, short, ticks
 from raychain.reporting.report.tables import table
-from raychain.reporting.wording import METRICS, MISSING, macs, percent
+from raychain.reporting.wording import MISSING, macs
 
 DRAWN = 60
 """Trials of the stage tree."""
+COLUMNS = 4
+"""Metrics of the table of trials."""
 
 
 class Step(NamedTuple):
@@ -47,11 +51,23 @@ class Search(NamedTuple):
     trials: list[Trial]
     front: list[Trial]
     best: Trial | None
-    metric: str
+    metric: Definition
+    """What trials are judged by."""
     baseline: dict[str, Any]
     comparisons: list[dict[str, Any]]
     requested: float | None
     trained: float | None
+    measures: list[Definition]
+    """The metrics that matter most."""
+
+    def value(self, trial: Trial) -> float | None:
+        """What the trial is judged by."""
+        return self.metric.value(trial.metrics)
+
+    def rank(self, trial: Trial) -> float:
+        """Higher for better trials; those without the metric come last."""
+        value = self.value(trial)
+        return -math.inf if value is None else self.metric.rank(value)
 
 
 KNOWN = {
@@ -64,21 +80,32 @@ def parse(document: dict[str, Any]) -> Search:
     """What of search.json can be shown. Trials in `pareto` and `best` may stand as indices or as the trials are."""
     raw = mappings(document.get("trials"))
     trials = [_trial(i, entry) for i, entry in enumerate(raw)]
-    names = [key for key in METRICS if any(key in trial.metrics for trial in trials)]
-    names += [key for trial in trials for key in trial.metrics]
-    metric = str(document.get("metric") or (names[0] if names else "zero_shot_top1"))
+    definitions = read_back(document)
+    metric = _judged_by(definitions, document.get("metric"), trials)
     best = _find(document.get("best"), raw, trials)
     listed = document.get("pareto")
     front = [t for t in (_find(item, raw, trials) for item in listed) if t] if isinstance(listed, list) else []
-    measured = [t for t in trials if t.macs and metric in t.metrics]
+    measured = [t for t in trials if t.macs and metric.value(t.metrics) is not None]
     front = sorted({t.number: t for t in front if t in measured}.values(), key=lambda t: t.macs or 0) or _front(
         measured, metric
     )
     if best is None and measured:
-        best = max(measured, key=lambda t: t.metrics[metric])
+        best = max(measured, key=lambda t: metric.rank(metric.value(t.metrics) or 0.0))
     requested, trained = (_total(document.get(f"stage_epochs_{key}")) for key in ("requested", "trained"))
     baseline, comparisons = mapping(document.get("baseline")), mappings(document.get("comparisons"))
-    return Search(trials, front, best, metric, baseline, comparisons, requested, trained)
+    measures = [definition for definition in definitions if definition.brief]
+    return Search(trials, front, best, metric, baseline, comparisons, requested, trained, measures)
+
+
+def _judged_by(definitions: Sequence[Definition], name: Any, trials: Sequence[Trial]) -> Definition:
+    """The metric that the search names, else the first one that a trial has."""
+    if isinstance(name, str) and name:
+        found = next((d for d in definitions if name in (d.name, d.former)), None)
+        return found or Definition(name, name, "%", "high")
+    had = (d for d in definitions if any(d.value(trial.metrics) is not None for trial in trials))
+    other = next((key for trial in trials for key in trial.metrics), None)
+    fallback = Definition(other, other, "%", "high") if other else definitions[0]
+    return next(had, fallback)
 
 
 def _trial(index: int, entry: dict[str, Any]) -> Trial:
@@ -135,13 +162,14 @@ def _total(value: Any) -> float | None:
     return number(value)
 
 
-def _front(trials: Sequence[Trial], metric: str) -> list[Trial]:
-    """Trials that no other beats at no more MACs."""
-    found: list[Trial] = []
-    for trial in sorted(trials, key=lambda t: (t.macs or 0, -t.metrics[metric])):
-        if not found or trial.metrics[metric] > found[-1].metrics[metric]:
-            found.append(trial)
-    return found
+def _front(trials: Sequence[Trial], metric: Definition) -> list[Trial]:
+    """Measured trials that no other beats at no more MACs."""
+    ranks = [(trial.macs or 0, -metric.rank(metric.value(trial.metrics) or 0.0), trial) for trial in trials]
+    found: list[tuple[float, Trial]] = []
+    for _, behind, trial in sorted(ranks, key=lambda entry: entry[:2]):
+        if not found or behind < found[-1][0]:
+            found.append((behind, trial))
+    return [trial for _, trial in found]
 
 
 def named(search: Search, trial: Trial) -> str:
@@ -158,23 +186,24 @@ def _short_names(search: Search) -> dict[str, str]:
 
 def pareto(search: Search) -> Markup | None:
     """Accuracy over training MACs, the front as a line; None without a measured trial."""
-    shown = [t for t in search.trials if t.macs and search.metric in t.metrics]
+    values = {t.number: value for t in search.trials if t.macs and (value := search.value(t)) is not None}
+    shown = [t for t in search.trials if t.number in values]
     if not shown:
         return None
-    alone, title = amount(search.baseline.get("macs")), METRICS.get(search.metric, search.metric)
+    alone, metric = amount(search.baseline.get("macs")), search.metric
+    title = metric.label
     costs = [t.macs or 1.0 for t in shown] + ([alone] if alone else [])
     low, high = min(costs), max(costs)
     log = high / low > 8
     ends = (low * 0.8, high * 1.25) if log else around(low, high)
 
     def draw(width: float, narrow: bool) -> tuple[float, Markup]:
-        values = [t.metrics[search.metric] for t in shown]
         frame = Frame(
             Scale(max(ends[0], low * 0.5), ends[1], 44, width - 8, log),
-            Scale(*around(min(values), max(values)), 330, 40),
+            Scale(*around(min(values.values()), max(values.values())), 330, 40),
         )
         marks = log_ticks(frame.x.low, frame.x.high) if log else ticks(frame.x.low, frame.x.high, 4 if narrow else 8)
-        parts = [frame.grid(ticks(frame.y.low, frame.y.high, 5), f"{title}, %"),
+        parts = [frame.grid(ticks(frame.y.low, frame.y.high, 5), f"{title}, {metric.unit}" if metric.unit else title),
                  frame.bottom(marks, "training MACs", lambda v: short(v, si=True))]  # fmt: skip
         if alone:
             x = frame.x(alone)
@@ -182,13 +211,13 @@ def pareto(search: Search) -> Markup | None:
             name = f"{search.baseline.get('model', 'the last model')} alone"
             parts.append(label(min(x + 4, width), 33, fitted(name, x - 60), "note muted", "end"))
         taken: list[tuple[float, float, float, float]] = []
-        corners = [(frame.x(t.macs or 1), frame.y(t.metrics[search.metric])) for t in search.front]
+        corners = [(frame.x(t.macs or 1), frame.y(values[t.number])) for t in search.front]
         parts.append(path(corners, "line c0", step=True))
         for (x, y), (next_x, next_y) in itertools.pairwise(corners):  # labels keep off the line
             taken += [(x, next_x, y - 2, y + 2), (next_x - 2, next_x + 2, min(y, next_y), max(y, next_y))]
         for trial in shown:
-            x, y = frame.x(trial.macs or 1), frame.y(trial.metrics[search.metric])
-            told = f"{named(search, trial)}: {macs(trial.macs)} MACs, {percent(trial.metrics[search.metric])} %"
+            x, y = frame.x(trial.macs or 1), frame.y(values[trial.number])
+            told = f"{named(search, trial)}: {macs(trial.macs)} MACs, {metric.written(values[trial.number])}"
             front, is_best = trial in search.front, trial == search.best
             parts.append(tag("circle", tag("title", told), cx=x, cy=y, r=5.5 if front else 4,
                              class_="dot c0" if front else "dot rest"))  # fmt: skip
@@ -197,7 +226,7 @@ def pareto(search: Search) -> Markup | None:
             taken.append((x - 6, x + 6, y - 6, y + 6))
         for trial in sorted(search.front, key=lambda t: t != search.best):
             text = named(search, trial) + (" (best)" if trial == search.best else "")
-            x, y = frame.x(trial.macs or 1), frame.y(trial.metrics[search.metric])
+            x, y = frame.x(trial.macs or 1), frame.y(values[trial.number])
             if placed := _place(text, x, y, width, taken):
                 parts.append(label(placed[0], placed[1], text, "note"))
         return 376.0, join(parts)
@@ -275,9 +304,9 @@ def tree(search: Search) -> Markup | None:
                 edges.append(tag("path", d=d, class_="branch", stroke_width=thick))
             boxes.append(_box(node, x, y, box, names, models.index(node.step.model), search))
             if ends_here and not narrow and not node.children:
-                value = max((t.metrics.get(search.metric, -1.0) for t in node.trials), default=-1.0)
-                if value >= 0:
-                    boxes.append(label(x + box + 10, y + 4, f"{value:.1f} %", "note"))
+                value = search.value(max(node.trials, key=search.rank))
+                if value is not None:
+                    boxes.append(label(x + box + 10, y + 4, search.metric.written(value), "note"))
             return y
 
         for root in roots.values():
@@ -314,21 +343,21 @@ def trials(search: Search) -> Markup | None:
     """A row a trial, best first."""
     if not search.trials:
         return None
-    metrics = list(dict.fromkeys(k for t in search.trials for k in t.metrics))
-    metrics = [k for k in METRICS if k in metrics] or metrics[:3]
+    had = [d for d in search.measures if any(d.value(t.metrics) is not None for t in search.trials)]
+    metrics = [search.metric, *(d for d in had if d != search.metric)][:COLUMNS]
     extra = _differing(search.trials)
-    order = sorted(search.trials, key=lambda t: (-t.metrics.get(search.metric, -1e9), t.macs or 0, t.number))
+    order = sorted(search.trials, key=lambda t: (-search.rank(t), t.macs or 0, t.number))
     rows = []
     for trial in order:
         mark = "best" if trial == search.best else "Pareto" if trial in search.front else None
         mark = tag("span", mark, class_="mark") if mark else None
         rows.append((
             join([named(search, trial) or MISSING, mark], " "), f"{trial.number}", macs(trial.macs),
-            *(percent(trial.metrics.get(k)) for k in metrics),
+            *(d.number(d.value(trial.metrics)) for d in metrics),
             *(_value(trial.rest.get(k)) for k in extra), trial.status, trial.reason,
         ))  # fmt: skip
     heads = (("chain: model, epochs", False), ("trial", True), ("MACs", True),
-             *((f"{METRICS.get(k, k)} %", True) for k in metrics),
+             *((f"{d.label} {d.unit}".strip(), True) for d in metrics),
              *((k.replace("_", " "), False) for k in extra), ("status", False), ("reason", False))  # fmt: skip
     return table(heads, rows, "sortable")
 
@@ -344,12 +373,19 @@ def against(search: Search) -> Markup | None:
             if lead is not None:
                 rows.append((
                     str(compared.get("model", MISSING)), words, f"{epochs:.3g}" if epochs is not None else None,
-                    macs(amount(alone.get("macs"))), percent(number(alone.get(search.metric))),
-                    "as good" if abs(lead) < 0.05 else f"{abs(lead):.1f} points {'ahead' if lead > 0 else 'behind'}",
+                    macs(amount(alone.get("macs"))), search.metric.number(search.metric.value(alone)),
+                    _lead(search.metric, lead),
                 ))  # fmt: skip
     heads = (("alone", False), ("at", False), ("epochs", True), ("MACs", True),
-             (f"{METRICS.get(search.metric, search.metric)} %", True), ("the best chain is", False))  # fmt: skip
+             (f"{search.metric.label} {search.metric.unit}".strip(), True), ("the best chain is", False))  # fmt: skip
     return table(heads, rows) if rows else None
+
+
+def _lead(metric: Definition, lead: float) -> str:
+    if abs(lead) < metric.tie:
+        return "as good"
+    unit = "points" if metric.unit == "%" else metric.unit
+    return f"{metric.number(abs(lead))} {unit} {'ahead' if lead > 0 else 'behind'}".replace("  ", " ")
 
 
 def _differing(trials: Sequence[Trial]) -> list[str]:

@@ -7,13 +7,14 @@ from typing import Any
 
 import yaml
 
+from raychain.evaluators.metrics import means
 from raychain.reporting.report.chain_drawing import growth_ratio
 from raychain.reporting.report.loading import Run, amount, count, mapping, mappings, number
 from raychain.reporting.report.markup import Markup, join, plain_text, tag
 from raychain.reporting.report.plot import colour
 from raychain.reporting.report.scales import span
 from raychain.reporting.report.timeline import Story
-from raychain.reporting.wording import MISSING, clock, macs, percent
+from raychain.reporting.wording import MISSING, clock, macs
 from raychain.reporting.wording import number as digits
 
 SHOWN = 50
@@ -38,16 +39,18 @@ def table(columns: Sequence[Column], rows: Sequence[Sequence[object]], class_: s
 
 STAGES: tuple[Column, ...] = (
     ("model", False), ("status", False), ("parameters", True), ("growth", True), ("epochs", True), ("steps", True),
-    ("MACs", True), ("top-1 %", True), ("i2t R@1 %", True), ("t2i R@1 %", True), ("time", True), ("gap", True),
-    ("data wait", True),
+    ("MACs", True),
 )  # fmt: skip
+TIMES: tuple[Column, ...] = (("time", True), ("gap", True), ("data wait", True))
+FEW = 4
+"""Metrics for which the table of stages has room."""
 
 
 def stages(run: Run) -> Markup | None:
     """A row a stage."""
     if not run.stages:
         return None
-    rows = []
+    rows, measures = [], run.measures[:FEW]
     for i, stage in enumerate(run.stages):
         record, ratio = stage.record, growth_ratio(run.stages, i)
         wall, gap, wait = (amount(record.get(key)) for key in ("wall_s", "gap_s", "data_wait_s"))
@@ -60,12 +63,25 @@ def stages(run: Run) -> Markup | None:
             f"{epochs:.4g}" if epochs is not None else stage.length,
             f"{steps:,.0f}" if steps is not None else _progress(stage.lines),
             macs(stage.macs),
-            *(percent(stage.metrics.get(key)) for key in ("zero_shot_top1", "i2t_r1", "t2i_r1")),
+            *(measure.number(measure.value(stage.metrics)) for measure in measures),
             None if wall is None else clock(wall),
             None if gap is None else span(gap),
             None if wait is None else span(wait),
         ))  # fmt: skip
-    return table(STAGES, rows)
+    heads = [(f"{measure.label.removeprefix('zero-shot ')} {measure.unit}".strip(), True) for measure in measures]
+    return table((*STAGES, *heads, *TIMES), rows)
+
+
+def measured(run: Run) -> Markup | None:
+    """A row a metric, a column a stage, and means over evaluators of a type; None where the stages' table says all."""
+    done = [stage for stage in run.stages if stage.metrics]
+    if len(run.measures) <= FEW or not done:
+        return None
+    rows = [(d.label, d.unit, *(d.number(d.value(stage.metrics)) for stage in done)) for d in run.measures]
+    of_stages = [dict(means(run.measures, stage.metrics)) for stage in done]
+    for mean in dict.fromkeys(definition for found in of_stages for definition in found):
+        rows.append((tag("b", mean.label), mean.unit, *(mean.number(found.get(mean)) for found in of_stages)))
+    return table((("metric", False), ("unit", False), *((stage.model, True) for stage in done)), rows)
 
 
 def _progress(lines: Sequence[dict[str, Any]]) -> str | None:

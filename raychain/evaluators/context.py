@@ -1,0 +1,57 @@
+"""What evaluators are given beside the model: how its pictures and texts are prepared, where to compute, with whom."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from raychain.evaluators.encoding import Encoder
+from raychain.evaluators.ranks import World
+from raychain.feed.cache import ShardCache
+from raychain.feed.spec import Resizing, Tokenize
+
+
+@dataclass(frozen=True)
+class Context:
+    """All of a measurement but the model and the held-out data."""
+
+    cache: ShardCache
+    """Decoded pictures, on this node."""
+    tokenize: Tokenize
+    """Texts to token ids [n, L]."""
+    tokenizer_id: str
+    """Names the tokeniser in the cache."""
+    image_size: int
+    """Pixels a side."""
+    mean: tuple[float, ...]
+    """Of each channel, in 0 … 1, as `std`."""
+    std: tuple[float, ...]
+    device: torch.device
+    world: World = World()  # noqa: RUF009 - frozen
+    """Who shares the work."""
+    batch_size: int = 256
+    """Pictures or texts encoded at a time."""
+    resizing: Resizing = Resizing()  # noqa: RUF009 - frozen
+    """How pictures get to their size."""
+    progress: Callable[[int], None] = lambda _: None
+    """Hears how many pictures this rank has read for a task."""
+
+    def encoder(self, model: nn.Module) -> Encoder:
+        """Pictures and texts to the model's features, batch by batch."""
+        return Encoder(
+            model,
+            self.cache,
+            self.tokenize,
+            tokenizer_id=self.tokenizer_id,
+            image_size=self.image_size,
+            mean=self.mean,
+            std=self.std,
+            device=self.device,
+            world=self.world,
+            batch_size=self.batch_size,
+            resizing=self.resizing,
+            progress=self.progress,
+        )
