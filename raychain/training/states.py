@@ -28,20 +28,19 @@ class StageStates:
         def saved(step: int) -> None:
             emit({"event": "saved", "stage": stage.index, "step": step})
 
-        def shared(step: int) -> None:
-            emit({"event": "trunk", "stage": stage.index, "trunk": stage.trunk, "step": step})
+        def shared(trunk: str) -> Callable[[int], None]:
+            return lambda step: emit({"event": "trunk", "stage": stage.index, "trunk": trunk, "step": step})
 
         name, keep = f"checkpoints/{stage.folder}", task.experiment.checkpoint.keep
         self._keys = (*(change.key for change in stage.changes), stage.key)
         self._own = Checkpoints(Folder(task.out), name, stage.key_at, keep, saved)
-        self._all: list[tuple[Checkpoints, int]] = [(self._own, stage.steps)]
-        """Where states of the stage are, and the last step at which those there are the stage's."""
-        self._trunk: Checkpoints | None = None
+        self._trunks: list[tuple[Checkpoints, int]] = []
+        """The trunk up to each change, and all of it; with each the last step at which its states are the stage's."""
         if stage.trunk and task.store is not None:
-            self._trunk = trunk_states(task.store, stage.trunk, shared)
-            self._all.append((self._trunk, stage.averaged_from))
-            for change in stage.changes:
-                self._all.append((trunk_states(task.store, change.trunk), min(change.step, stage.averaged_from)))
+            trunks = [*((change.trunk, change.step) for change in stage.changes), (stage.trunk, stage.steps)]
+            for trunk, last in trunks:
+                self._trunks.append((trunk_states(task.store, trunk, shared(trunk)), min(last, stage.averaged_from)))
+        self._all = [(self._own, stage.steps), *self._trunks]
         self.broken = False
         """A state that was to be saved is not finite."""
 
@@ -64,21 +63,21 @@ class StageStates:
 
     def share(self, state: TrainState) -> None:
         """Saves the state for stages of other lengths, where there is a trunk."""
-        if self._trunk:
-            self._trunk.finish()
-            self.broken = not self._trunk.save(state) or self.broken
+        for trunk, last in self._trunks:
+            if state.counters.step <= last:
+                trunk.finish()
+                self.broken = not trunk.save(state) or self.broken
+                return
 
     def finish(self) -> None:
         """Waits for what is being written."""
-        self._own.finish()
-        if self._trunk:
-            self._trunk.finish()
+        for states, _ in self._all:
+            states.finish()
 
     def clear(self) -> None:
         """Removes the stage's own states, as it is finished, once all is written."""
+        self.finish()
         self._own.clear()
-        if self._trunk:
-            self._trunk.finish()
 
 
 def trunk_states(store: str, trunk: str, saved: Callable[[int], None] = lambda _: None) -> Checkpoints:
