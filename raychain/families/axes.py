@@ -117,13 +117,15 @@ class TowerBuilder:
     """Collects a tower's description, checking every pattern against the tensor it describes.
 
     `tensors` maps names, relative to the tower, to tensors of any device (meta included); `prefix` turns them into
-    names of the model's state dict.
+    names of the model's state dict. Where descriptions are written for a wrapper around the model, `wrapper` is what
+    its names begin with there (timm's models in open_clip: `trunk.`).
     """
 
     name: str
     kind: str
     prefix: str
     tensors: Mapping[str, torch.Tensor]
+    wrapper: str = ""
     spaces: dict[str, Space] = field(default_factory=dict)
     stacks: dict[str, Stack] = field(default_factory=dict)
     parameters: list[Parameter] = field(default_factory=list)
@@ -158,13 +160,13 @@ class TowerBuilder:
         if shape != tuple(self.tensors[full].shape):
             raise UndescribedError(
                 self.kind,
-                f"{self.prefix}{full} has shape {tuple(self.tensors[full].shape)}, but {self.kind} expects {shape} "
+                f"{self._full(full)} has shape {tuple(self.tensors[full].shape)}, but {self.kind} expects {shape} "
                 f"({pattern})",
             )
         scale = scaled_by if scaled_by and scaled_by.format(*layer[1:] if layer else ()) in self.tensors else None
         self.parameters.append(
             Parameter(
-                name=self.prefix + full,
+                name=self._full(full),
                 key=f"{self.name}.{name}",
                 axes=tuple(Axis(self.spaces[axis], _SIDES[mark]) for group in groups for mark, axis in group),
                 role=role,
@@ -185,11 +187,14 @@ class TowerBuilder:
         """The description; raises UndescribedError naming the first tensor that was not added."""
         described = {parameter.name for parameter in self.parameters}
         for name in self.tensors:
-            if self.prefix + name not in described:
-                raise UndescribedError(self.kind, f"parameter {self.prefix + name} is not described for {self.kind}")
+            if self._full(name) not in described:
+                raise UndescribedError(self.kind, f"parameter {self._full(name)} is not described for {self.kind}")
         spaces = {space.name: space for space in self.spaces.values()}
         stacks = {stack.name: stack for stack in self.stacks.values()}
         return Tower(self.name, self.kind, spaces, stacks, tuple(self.parameters))
+
+    def _full(self, name: str) -> str:
+        return self.prefix + name.removeprefix(self.wrapper)
 
 
 def _groups(pattern: str) -> Iterator[list[tuple[str, str]]]:

@@ -1,4 +1,4 @@
-"""A CLIP model's description: its two towers and the scalars between them."""
+"""A model's description: a CLIP model's two towers and the scalars between them, or a timm model's one backbone."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -7,8 +7,8 @@ from typing import Any
 from torch import nn
 
 from raychain.families.architectures.open_clip_transformer import describe_text, describe_vit
-from raychain.families.architectures.timm_swin import describe_timm_swin
-from raychain.families.architectures.timm_vit import describe_timm_vit
+from raychain.families.architectures.timm_swin import describe_plain_timm_swin, describe_timm_swin
+from raychain.families.architectures.timm_vit import describe_plain_timm_vit, describe_timm_vit
 from raychain.families.axes import Tower, UndescribedError
 
 _IMAGE_TOWERS: tuple[Callable[[nn.Module], Tower | None], ...] = (
@@ -16,6 +16,7 @@ _IMAGE_TOWERS: tuple[Callable[[nn.Module], Tower | None], ...] = (
     describe_timm_vit,
     describe_timm_swin,
 )
+_BACKBONES: tuple[Callable[[nn.Module], Tower | None], ...] = (describe_plain_timm_vit, describe_plain_timm_swin)
 _SCALARS = ("logit_scale", "logit_bias")
 
 
@@ -29,24 +30,30 @@ class UndescribedTower:
 
 @dataclass(frozen=True)
 class ModelDescription:
-    """A model's towers by name (`visual`, `text`) and the names of the parameters that belong to neither."""
+    """A model's towers by name (`visual` and `text`, or `backbone`) and the names of the parameters outside of them."""
 
     towers: Mapping[str, Tower | UndescribedTower]
     scalars: tuple[str, ...]
 
 
 def describe(model: nn.Module) -> ModelDescription:
-    """The axes of every parameter of an open_clip CLIP or CustomTextCLIP model, on any device (meta included).
+    """The axes of every parameter of an open_clip CLIP or CustomTextCLIP model, or of a timm ViT or Swin transformer,
+    on any device (meta included).
 
     A tower of an unknown architecture, or with a parameter its architecture's description lacks, is described as
     UndescribedTower: whether that is an error depends on what it should grow into.
 
     Raises UndescribedError where `model` is no such model.
     """
+    for describe_backbone in _BACKBONES:
+        if (backbone := describe_backbone(model)) is not None:
+            return ModelDescription({"backbone": backbone}, ())
     clip: Any = model
     if not isinstance(getattr(model, "visual", None), nn.Module) or not hasattr(model, "logit_scale"):
         kind = type(model).__name__
-        raise UndescribedError(kind, f"{kind} is no open_clip CLIP model: it has no `visual` and `logit_scale`")
+        raise UndescribedError(
+            kind, f"{kind} is no open_clip CLIP model (it has no `visual` and `logit_scale`) and no timm ViT or Swin"
+        )
     text, prefix = (clip.text, "text.") if hasattr(model, "text") else (clip, "")
     return ModelDescription(
         towers={

@@ -1,6 +1,27 @@
-"""The projection open_clip's TimmModel puts behind a timm trunk."""
+"""What reads a timm trunk's features: the projection open_clip's TimmModel puts behind it, or its own classifier."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
 
 from raychain.families.axes import TowerBuilder
+
+WRAPPER = "trunk."
+
+
+def wrapped(model: nn.Module) -> Mapping[str, torch.Tensor]:
+    """The tensors of a timm model by the names they would have in open_clip's TimmModel."""
+    return {WRAPPER + name: tensor for name, tensor in model.state_dict().items()}
+
+
+def add_classifier(tower: TowerBuilder, stream: str, *classifiers: str) -> None:
+    """Describes a timm model's own classifiers; the number of classes is the same in every model of a chain."""
+    for linear in classifiers:
+        if f"{linear}.weight" in tower.tensors:
+            tower.space("classes", tower.tensors[f"{linear}.weight"].shape[0], "fixed")
+            tower.add(f"{linear}.weight", f">classes <{stream}", "weight")
+            tower.add(f"{linear}.bias", ">classes", "bias")
 
 
 def add_head(tower: TowerBuilder, stream: str, classifier: str) -> None:

@@ -1,4 +1,4 @@
-"""timm's SwinTransformer as the trunk of open_clip's TimmModel: four stages, each a residual stream of its own."""
+"""timm's SwinTransformer, alone or as the trunk of open_clip's TimmModel: four stages, each with a residual stream."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from open_clip.timm_model import TimmModel
 from timm.models.swin_transformer import SwinTransformer
 from torch import nn
 
-from raychain.families.architectures.timm_head import add_head
+from raychain.families.architectures.timm_head import WRAPPER, add_classifier, add_head, wrapped
 from raychain.families.axes import Tower, TowerBuilder, UndescribedError
 
 KIND = "timm SwinTransformer"
@@ -20,10 +20,24 @@ def describe_timm_swin(visual: Any) -> Tower | None:
     """
     if not isinstance(visual, TimmModel) or not isinstance(visual.trunk, SwinTransformer):
         return None
-    trunk: Any = visual.trunk
-    if not isinstance(trunk.norm, nn.LayerNorm):
-        raise UndescribedError(KIND, f"parameter visual.trunk.norm is not described for {KIND}: no LayerNorm")
     tower = TowerBuilder("visual", KIND, "visual.", visual.state_dict())
+    add_head(tower, _describe(tower, visual.trunk), "trunk.head.fc")
+    return tower.finish()
+
+
+def describe_plain_timm_swin(model: Any) -> Tower | None:
+    """The same of a timm Swin transformer that is no part of another model, with its classifier; else None."""
+    if not isinstance(model, SwinTransformer):
+        return None
+    tower = TowerBuilder("backbone", KIND, "", wrapped(model), WRAPPER)
+    add_classifier(tower, _describe(tower, model), "trunk.head.fc")
+    return tower.finish()
+
+
+def _describe(tower: TowerBuilder, trunk: Any) -> str:
+    """Adds all but what reads the features; returns the last stage's stream."""
+    if not isinstance(trunk.norm, nn.LayerNorm):
+        raise UndescribedError(KIND, f"parameter {tower.prefix}norm is not described for {KIND}: no LayerNorm")
     channels, height, across = tower.tensors["trunk.patch_embed.proj.weight"].shape[1:]
     for name, size in (("rgb", channels), ("patch_y", height), ("patch_x", across), ("qkv", 3), ("neighbours", 4)):
         tower.space(name, size, "fixed")
@@ -41,8 +55,7 @@ def describe_timm_swin(visual: Any) -> Tower | None:
     last = f"embed{len(trunk.layers) - 1}"
     tower.add("trunk.norm.weight", last, "gain")
     tower.add("trunk.norm.bias", last, "shift")
-    add_head(tower, last, "trunk.head.fc")
-    return tower.finish()
+    return last
 
 
 def _add_stage(tower: TowerBuilder, stage: int, module: Any) -> None:

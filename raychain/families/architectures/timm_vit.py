@@ -1,5 +1,5 @@
-"""timm's VisionTransformer as the trunk of open_clip's TimmModel: fused qkv as one Linear, optional layer scale and
-registers.
+"""timm's VisionTransformer (ViT, DeiT, DeiT III, DINOv2), alone or as the trunk of open_clip's TimmModel: fused qkv as
+one Linear, optional layer scale and registers.
 """
 
 from typing import Any
@@ -8,7 +8,7 @@ from open_clip.timm_model import TimmModel
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
-from raychain.families.architectures.timm_head import add_head
+from raychain.families.architectures.timm_head import WRAPPER, add_classifier, add_head, wrapped
 from raychain.families.axes import Tower, TowerBuilder, UndescribedError
 
 KIND = "timm VisionTransformer"
@@ -21,16 +21,31 @@ def describe_timm_vit(visual: Any) -> Tower | None:
     """
     if not isinstance(visual, TimmModel) or not isinstance(visual.trunk, VisionTransformer):
         return None
-    trunk: Any = visual.trunk
+    tower = TowerBuilder("visual", KIND, "visual.", visual.state_dict())
+    _describe(tower, visual.trunk)
+    add_head(tower, "embed", "trunk.head")
+    return tower.finish()
+
+
+def describe_plain_timm_vit(model: Any) -> Tower | None:
+    """The same of a timm ViT that is no part of another model, with its classifiers; None for another model."""
+    if not isinstance(model, VisionTransformer):
+        return None
+    tower = TowerBuilder("backbone", KIND, "", wrapped(model), WRAPPER)
+    _describe(tower, model)
+    add_classifier(tower, "embed", "trunk.head", "trunk.head_dist")
+    return tower.finish()
+
+
+def _describe(tower: TowerBuilder, trunk: Any) -> None:
     block: Any = trunk.blocks[0]
     if type(block) is not Block or not isinstance(block.norm1, nn.LayerNorm):
         name = type(block).__name__
-        raise UndescribedError(KIND, f"parameter visual.trunk.blocks.0 is not described for {KIND}: block {name}")
+        raise UndescribedError(KIND, f"parameter {tower.prefix}blocks.0 is not described for {KIND}: block {name}")
     if isinstance(trunk.norm, nn.Identity) and isinstance(trunk.fc_norm, nn.Identity):
-        raise UndescribedError(KIND, f"the trunk of visual is not described for {KIND}: no LayerNorm before the head")
+        raise UndescribedError(KIND, f"the model is not described for {KIND}: no LayerNorm before the head")
     if not isinstance(getattr(trunk.patch_embed, "proj", None), nn.Conv2d):
-        raise UndescribedError(KIND, f"parameters visual.trunk.patch_embed.* are not described for {KIND}: no Conv2d")
-    tower = TowerBuilder("visual", KIND, "visual.", visual.state_dict())
+        raise UndescribedError(KIND, f"parameters {tower.prefix}patch_embed.* are not described for {KIND}: no Conv2d")
     tensors = tower.tensors
     height, across = tensors["trunk.patch_embed.proj.weight"].shape[2:]
     for name, size in (("one", 1), ("rgb", trunk.in_chans), ("patch_y", height), ("patch_x", across), ("qkv", 3)):
@@ -53,14 +68,13 @@ def describe_timm_vit(visual: Any) -> Tower | None:
     for norm in ("norm", "fc_norm"):
         tower.add(f"trunk.{norm}.weight", "embed", "gain")
         tower.add(f"trunk.{norm}.bias", "embed", "shift")
-    add_head(tower, "embed", "trunk.head")
-    return tower.finish()
 
 
 def _add_embeddings(tower: TowerBuilder, written: str) -> None:
     tower.add("trunk.patch_embed.proj.weight", f">{written} rgb patch_y patch_x", "weight")
     tower.add("trunk.patch_embed.proj.bias", f">{written}", "bias")
-    tower.add("trunk.cls_token", f"one one >{written}", "weight")
+    for token in ("cls_token", "dist_token"):
+        tower.add(f"trunk.{token}", f"one one >{written}", "weight")
     for name, count in (("trunk.reg_token", "registers"), ("trunk.pos_embed", "position")):
         if name in tower.tensors:
             tower.space(count, tower.tensors[name].shape[1], "fixed")
