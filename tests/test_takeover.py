@@ -25,7 +25,7 @@ from raychain.chain.resolve import dry_plan, make_task
 from raychain.chain.store import StageStore
 from raychain.chain.takeover import take_over
 from raychain.config.loading import validate
-from raychain.errors import InputError
+from raychain.errors import InputError, RunFailed
 from raychain.searching.continuing import identity
 from raychain.searching.request import plan_search
 from raychain.storage import Folder
@@ -301,3 +301,18 @@ def test_unfinished_states_of_schema_2_go_on(out: Path, tree: dict[str, Any]) ->
     shutil.rmtree(out.parent / "store")
     take_over(task, Folder(str(out)), None, lambda _: None)
     assert json.loads((folder / "state.json").read_text()) == state | {"key": stage.key, "former": stage.former.key}
+
+
+# While a run reads
+
+
+def test_a_shard_that_changes_after_it_was_counted_ends_the_run(
+    ray_session: None, own: Callable[[], dict[str, Any]], tmp_path: Path
+) -> None:
+    tree, out = own(), tmp_path / "runs" / "tiny"
+    tree["preload"] = {"cache": str(tmp_path / "cache")}
+    task = task_of(tree, out)
+    correct(tmp_path / "data" / "train", ".txt")
+    with pytest.raises(RunFailed, match=r"\.tar has changed since it was counted(.|\n)*The same command again"):
+        driver.run_chain(task)
+    assert json.loads((out / "run.json").read_text())["restarts"] == [], "it would only come again"
