@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -73,7 +74,8 @@ def run_command(
     if dry_run:
         _dry_run(experiment, tuple(overrides or ()), out, address, as_json)
         return
-    result = run(experiment, overrides=tuple(overrides or ()), out=out, address=address, verbose=verbose)
+    with redirect_stdout(sys.stderr):  # Ray prints warnings of its nodes to stdout, which is for results
+        result = run(experiment, overrides=tuple(overrides or ()), out=out, address=address, verbose=verbose)
     if as_json:
         print(json.dumps(result, indent=2))
     else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -63,9 +64,10 @@ def search_command(
     verbose: Annotated[bool, typer.Option("--verbose", help="Show Ray's own messages.")] = False,
 ) -> None:
     """Find a better chain by measurement; the same command again continues."""
-    result = search(
-        experiment, trials=trials, overrides=tuple(overrides or ()), out=out, address=address, verbose=verbose
-    )
+    with redirect_stdout(sys.stderr):  # as `raychain run` does
+        result = search(
+            experiment, trials=trials, overrides=tuple(overrides or ()), out=out, address=address, verbose=verbose
+        )
     if as_json:
         print(json.dumps(result, indent=2))
     else:

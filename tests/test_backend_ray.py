@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import ast
+import logging
 import os
+import signal
+import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
+import yaml
 
 from raychain.backend_ray import cluster, internals
-from raychain.backend_ray.environment import environment
+from raychain.backend_ray.environment import absent, environment
 
 pytestmark = pytest.mark.ray
 ROOT = Path(__file__).parent.parent
@@ -115,13 +121,74 @@ def test_a_node_is_not_started_where_it_would_be_open_to_the_network(monkeypatch
 
 def test_variables_are_set_while_somebody_needs_them_and_no_users_is_changed(monkeypatch):
     monkeypatch.setenv("GIVEN", "user")
+    monkeypatch.setenv("EMPTY", "")
     monkeypatch.delenv("ABSENT", raising=False)
     before = dict(os.environ)
-    settings = {"GIVEN": "ours", "ABSENT": "ours"}
+    settings = {"GIVEN": "ours", "EMPTY": "ours", "ABSENT": "ours"}
     first, second = environment(settings), environment(settings)
     first.__enter__()
     second.__enter__()
     first.__exit__(None, None, None)
-    assert (os.environ["GIVEN"], os.environ["ABSENT"]) == ("user", "ours")
+    assert [os.environ[name] for name in settings] == ["user", "ours", "ours"]
+    with absent("GIVEN"):
+        assert "GIVEN" not in os.environ
     second.__exit__(None, None, None)
     assert dict(os.environ) == before
+
+
+def of_the_process() -> dict[str, Any]:
+    """What a library has no business to change in the process that calls it."""
+    names = [None, *logging.root.manager.loggerDict]
+    return {
+        "streams": (sys.stdout, sys.stderr),
+        "environment": dict(os.environ),
+        "signals": {number: signal.getsignal(number) for number in signal.valid_signals()},
+        "levels": {name: logging.getLogger(name).level for name in names},
+        "formats": [(handler, handler.formatter) for handler in logging.getLogger("ray").handlers],
+        "warnings": list(warnings.filters),
+    }
+
+
+@pytest.mark.slow
+def test_a_run_leaves_the_process_as_it_was(tree, tmp_path):
+    """In a process of its own, in which everything is imported: what an import of torch changes is no run's doing."""
+    file = tmp_path / "tiny.yaml"
+    file.write_text(yaml.safe_dump(tree | {"evaluate": {}}))
+    ours = ("RAY_TRAIN_", "RAY_ACCEL_")  # as in a shell; this process has some of them
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+    code = IMPORT + UNCHANGED.format(tests=str(ROOT / "tests"))
+    done = subprocess.run([sys.executable, "-c", code, file], capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[1:] == ["succeeded"]
+
+
+IMPORT = """
+import importlib, pkgutil, sys, raychain
+names = [module.name for module in pkgutil.walk_packages(raychain.__path__, "raychain.")]
+names = [name for name in names if name not in sys.argv[1:]]
+for name in names:
+    importlib.import_module(name)
+print(len(names))
+"""
+UNCHANGED = """
+import logging
+sys.path.insert(0, {tests!r})
+import aiohttp.web, botocore.httpsession, yaml  # a run imports the first two, which add filters of warnings
+from raychain.chain import driver
+from raychain.config.loading import validate
+from test_backend_ray import of_the_process
+tree = yaml.safe_load(open(sys.argv[1]))
+logging.getLogger("ray").setLevel(logging.CRITICAL)
+before, inside, handle = of_the_process(), [], driver.RunLog.handle
+driver.RunLog.handle = lambda log, event: (inside.append(of_the_process()), handle(log, event))
+print(raychain.run(validate(tree))["status"])
+after = of_the_process()
+assert inside and all(state["streams"] == before["streams"] for state in inside)
+for kind, was in before.items():
+    now = after[kind]
+    if isinstance(was, dict):
+        was, now = set(was.items()), set(now.items())
+        now -= {{(name, level) for name, level in now if kind == "levels" and name not in before[kind]}}
+    if was != now:
+        print(kind, [x for x in was if x not in now], [x for x in now if x not in was])
+"""

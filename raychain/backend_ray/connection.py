@@ -15,7 +15,6 @@ import secrets
 import shutil
 import signal
 import stat
-import sys
 import tempfile
 import threading
 import time
@@ -28,11 +27,14 @@ import ray
 from raychain import signals
 from raychain.backend_ray import internals
 from raychain.backend_ray.address import Cluster, check_answers, cluster
+from raychain.backend_ray.environment import absent, changes, environment, restore
 from raychain.chain.resolve import worker_cpus
 from raychain.errors import InputError, RunFailed
 from raychain.reporting.report.markup import plain_text
 from raychain.training.task import ChainTask
 
+WARNINGS = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+"""Without it Ray warns that it will once leave a process without GPUs those it sees."""
 STARTS_S, JOINS_S = 180.0, 60.0
 """How long Ray may take to start on this machine, and to join a cluster that answers."""
 ENDS_S = 60.0
@@ -56,16 +58,28 @@ def session(task: ChainTask, address: str | None, verbose: bool) -> Iterator[Non
     if ray.is_initialized():
         yield
         return
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     options = {"log_to_driver": verbose, "logging_level": logging.INFO if verbose else logging.ERROR}
     found = cluster(address)
-    connection = _joining(found, options) if found else _starting(task, options)
-    try:
-        connection.open()
-        with contextlib.redirect_stdout(sys.stderr):  # Ray prints warnings of its nodes to stdout, which is for results
+    with environment(WARNINGS if found else WARNINGS | _token()), _log_as_before():
+        connection = _joining(found, options) if found else _starting(task, options)
+        try:
+            connection.open()
             yield
+        finally:
+            connection.close()
+
+
+@contextlib.contextmanager
+def _log_as_before() -> Iterator[None]:
+    """Within, Ray sets level and format of its log; afterwards they are what they were."""
+    log = logging.getLogger("ray")
+    level, formatters = log.level, [(handler, handler.formatter) for handler in log.handlers]
+    try:
+        yield
     finally:
-        connection.close()
+        log.setLevel(level)
+        for handler, formatter in formatters:
+            handler.setFormatter(formatter)
 
 
 class _Connection:
@@ -103,8 +117,9 @@ class _Connection:
         return ENDS_S if self._opened.is_set() or signals.interrupted() else 1.0
 
     def _work(self) -> None:
+        before: dict[str, str | None] = {}
         try:
-            with self._processes.started_by_ray():
+            with changes() as before, self._processes.started_by_ray():
                 self._init()
         except BaseException as error:
             self._error = error
@@ -112,6 +127,7 @@ class _Connection:
         self._closing.wait()
         with contextlib.suppress(Exception):
             ray.shutdown()
+        restore(before)
         self._closed.set()
 
 
@@ -150,21 +166,22 @@ class _Processes:
 
 def _joining(found: Cluster, options: dict[str, Any]) -> _Connection:
     check_answers(found)
-    if found.address == "auto":
-        os.environ.pop("RAY_ADDRESS", None)  # Ray would take it for the address
+
+    def init() -> None:
+        with absent("RAY_ADDRESS"):  # of the jobs API perhaps; Ray would take it for the address
+            ray.init(address=found.address, **options)
 
     def refused(reason: str) -> Exception:
         fix = f"start one, correct the address, or give its token (RAY_AUTH_TOKEN_PATH). Ray says: {reason}"
         return InputError(found.where, found.address, "a Ray cluster that answers", fix)
 
-    return _Connection(lambda: ray.init(address=found.address, **options), refused, JOINS_S)
+    return _Connection(init, refused, JOINS_S)
 
 
 def _starting(task: ChainTask, options: dict[str, Any]) -> _Connection:
     cpus = max(os.cpu_count() or 1, math.ceil(task.experiment.most_workers * worker_cpus(task.experiment)))
     folder = _temporary()
     _check_open_files()
-    _token()
 
     def init() -> None:
         # "local": without it Ray joins whatever cluster happens to run on this machine
@@ -214,22 +231,22 @@ def _check_open_files() -> None:
         )
 
 
-def _token() -> None:
-    """Gives a local instance a token of its own where Ray could not keep one in the home folder."""
+def _token() -> dict[str, str]:
+    """A token for a local instance, as an environment variable, where Ray could not keep one in the home folder."""
     if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
-        return
+        return {}
     try:
         folder = Path.home() / ".ray"
         if (folder / "auth_token").is_file():
             if (folder / "auth_token").read_bytes().strip():
-                return
+                return {}
         else:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=folder):
-                return
+                return {}
     except (OSError, RuntimeError):  # RuntimeError: no home folder at all
         pass
-    os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    return {"RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
 
 def _reason(error: BaseException) -> str:

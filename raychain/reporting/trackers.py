@@ -96,7 +96,9 @@ class MLflow:
         from mlflow import MlflowClient
         from mlflow.entities import Param
 
-        logging.getLogger("mlflow").setLevel(logging.ERROR)
+        self._log = logging.getLogger("mlflow")
+        self._level = self._log.level
+        self._log.setLevel(logging.ERROR)
         self._client = MlflowClient(tracking_uri=subject.target)
         name, tag = os.environ.get("MLFLOW_EXPERIMENT_NAME") or subject.config["name"], "raychain.run"
         known = self._client.get_experiment_by_name(name)
@@ -120,6 +122,7 @@ class MLflow:
         self.log(totals, 0, 0)
         self._client.set_tag(self._id, "status", status)
         self._client.set_terminated(self._id, {"succeeded": "FINISHED", "interrupted": "KILLED"}.get(status, "FAILED"))
+        self._log.setLevel(self._level)
 
 
 TRACKERS: dict[str, type[WeightsAndBiases] | type[MLflow]] = {"wandb": WeightsAndBiases, "mlflow": MLflow}
