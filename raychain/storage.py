@@ -43,11 +43,11 @@ KINDS = {
     stat.S_IFSOCK: "a socket",
 }
 
-WORD_S, ANSWER_S, TRANSFER_S = 4.0, 8.0, 120.0
+WORD_S, ANSWER_S, TRANSFER_S = 4.0, 6.0, 120.0
 """How long object storage is waited for: without a word, for a word about a file, for content and listings."""
 RETRIES_S = 0.1
 """How long Arrow tries again on GCS by itself."""
-CONNECT_S, SILENCE_S = 3.0, 10.0
+CONNECT_S, SILENCE_S = 2.0, 5.0
 """How long S3 may take to accept a connection, and between two bytes of an answer."""
 ARROWS = ("s3", "gs", "gcs", "hdfs", "viewfs", "abfs", "abfss", "file")
 """Schemes that pyarrow takes."""
@@ -152,8 +152,8 @@ def resolve(address: str) -> tuple[fs.FileSystem, str]:
         return fs.LocalFileSystem(), str(home.absolute())
     scheme = address.partition("://")[0].lower()
     try:
-        if "::" in address:
-            raise InputError("address", address, "one address, not a chain of them", "give the last, and unpack it")
+        if "::" in address or not scheme:
+            raise InputError("address", address, "one address with one scheme", "give the file itself, unpacked")
         filesystem, path = answered(partial(_opened, address, scheme), address, TRANSFER_S)
     except (OSError, ValueError, ImportError, NotImplementedError) as error:
         known = f"{scheme}://BUCKET/PATH?OPTIONS" if scheme in ARROWS else "s3://, gs://, a path, or what fsspec knows"
@@ -194,6 +194,7 @@ class Folder:
         self.address = address
         self.local = is_local(address)
         self.fs, self.path = resolve(address)
+        self._reached = False
 
     def join(self, name: str) -> str:
         """Path of `name` on this folder's filesystem."""
@@ -205,7 +206,17 @@ class Folder:
 
     def _told(self, action: Callable[[], T], limit_s: float = TRANSFER_S) -> T:
         """`action()`; object storage is asked patiently, and answers within a time each time. Raises OSError."""
-        return action() if self.local else patiently(action, self.address, ASKED_S, limit_s)
+        if self.local:
+            return action()
+        if not self._reached:  # a word about a file takes no time, and nothing interrupts pyarrow's listing of GCS
+            patiently(self._reach, self.address, ASKED_S, ANSWER_S)
+            self._reached = True
+        return patiently(action, self.address, ASKED_S, limit_s)
+
+    def _reach(self) -> None:
+        """Returns once the storage has answered, be it with an error."""
+        with contextlib.suppress(OSError):
+            self.fs.get_file_info(self.path)
 
     def list(self, name: str = "") -> list[str]:
         """Names in the subfolder `name`, sorted; none if it does not exist."""

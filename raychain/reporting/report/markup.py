@@ -11,7 +11,10 @@ _USER = re.compile(r"(?<=://)[^/\s@'\"]+@")
 _SECRET = re.compile(
     r"(?i)((?:secret|token(?!i)|passw|credential|api_?key|access_?key|signature)\w*[\"']?\s*[=:]\s*)[^&\s,;]+"
 )
-_UNPRINTABLE = re.compile("[^\t\n\r\x20-\x7e\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+_UNPRINTABLE = re.compile(
+    "[^\t\n\r\x20-\x7e\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]|[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]"
+)
+"""What no document may hold, and what turns the direction of the text after it."""
 _VOID = {"meta", "link", "br", "hr", "img", "input"}
 
 
