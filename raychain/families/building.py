@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import timm
 import torch
@@ -18,6 +18,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from raychain.families.registry import model_config
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 def build(
@@ -39,15 +41,12 @@ def build_config(
     config: dict[str, Any], *, seed: int, image_size: int | None = None, device: str | torch.device = "cpu"
 ) -> CLIP | CustomTextCLIP:
     """`build` for a `model_cfg` without a registered name, such as the one in a checkpoint's open_clip_config.json."""
-    device = torch.device(device)
     config = _with_image_size(config, image_size)
     custom_text = config.pop("custom_text", False)
     model_class = CustomTextCLIP if custom_text else CLIP
-    on_meta = device.type == "meta"
-    with _Shapes() if on_meta else _Seeded(seed), torch.device("meta" if on_meta else "cpu"):
-        model = model_class(**config)
+    model: CLIP | CustomTextCLIP = initialised(lambda: model_class(**config), seed=seed, device=device)
     set_model_preprocess_cfg(model, {**vars(PreprocessCfg()), "size": model.visual.image_size})
-    return model if on_meta else model.to(device)
+    return model
 
 
 def at_image_size(model: nn.Module, config: dict[str, Any], image_size: int) -> nn.Module:
@@ -84,6 +83,19 @@ def parameter_count(name: str) -> int:
     """The number of parameters of both towers and the logit scale, counted without allocating them."""
     model: nn.Module = build(name, seed=0, device="meta")
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def initialised(make: Callable[[], Module], *, seed: int, device: str | torch.device = "cpu") -> Module:
+    """The module that `make` builds, with random weights that follow from the seed alone, on `device`.
+
+    The process's random state is neither used nor changed, so another thread may train meanwhile. On `device="meta"`
+    there are shapes only.
+    """
+    device = torch.device(device)
+    on_meta = device.type == "meta"
+    with _Shapes() if on_meta else _Seeded(seed), torch.device("meta" if on_meta else "cpu"):
+        module = make()
+    return module if on_meta else module.to(device)
 
 
 class _Shapes(TorchFunctionMode):

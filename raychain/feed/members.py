@@ -34,7 +34,7 @@ WAY_OUT = "data.key_split: last takes names up to their last dot"
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a sample must hold besides a picture: captions (`data.captions.keys`) or a class label (`cls`)."""
+    """What a sample must hold besides a picture: captions (`data.captions.keys`), a class label (`cls`), or nothing."""
 
     captions: tuple[str, ...] = ()
     label: bool = False
@@ -53,7 +53,8 @@ class Wanted:
         return {caption_key(key).extension for key in self.captions} | ({"cls"} if self.label else set())
 
     def __str__(self) -> str:
-        return f"a picture ({', '.join(IMAGES)}) and {' or '.join(sorted(self.extensions))}"
+        described = f" and {' or '.join(sorted(self.extensions))}" if self.extensions else ""
+        return f"a picture ({', '.join(IMAGES)}){described}"
 
 
 def samples(
@@ -147,8 +148,10 @@ class _Dotted:
 
 
 def _usable(sample: dict[str, Any], wanted: Wanted, bad: Callable[[str, str], None]) -> bool:
-    """Whether the sample has a picture and a wanted member; one with half of that is reported."""
+    """Whether the sample has a picture and, if any are wanted, a wanted member; one with half of that is reported."""
     pictured = any(image in sample for image in IMAGES)
+    if not wanted.extensions:
+        return pictured
     described = any(extension in sample for extension in wanted.extensions)
     if pictured and not described:
         bad(NO_LABEL if wanted.label else NO_CAPTION, sample["key"])

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from raychain.config.task import Task
+from raychain.families.building import initialised
 from raychain.paradigms.objective import Columns, Objective
 
 if TYPE_CHECKING:
@@ -129,4 +130,4 @@ def plain(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
 
 
-__all__ = ["Columns", "Config", "Objective", "Paradigm", "Task", "plain"]
+__all__ = ["Columns", "Config", "Objective", "Paradigm", "Task", "initialised", "plain"]

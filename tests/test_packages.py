@@ -1,0 +1,117 @@
+"""What another package adds is named in an experiment and works on every worker, installed as users install it."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+PACKAGES = Path(__file__).parent / "packages"
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the packages of `tests/packages`, as pip puts them there."""
+    where = tmp_path_factory.mktemp("site")
+    for package in sorted(PACKAGES.iterdir()):
+        command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--target", where]
+        subprocess.run([*command, package], check=True)
+    return where
+
+
+def run(installed: Path, experiment: Path, out: Path, kill_at: int | None = None) -> dict[str, Any]:
+    """The result of `raychain run --json`; with `kill_at` a worker is killed once stage 1 has logged that step."""
+    paths = [str(installed), str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
+    command = [sys.executable, "-m", "raychain.run", str(experiment), "--json", "--out", str(out)]
+    with (out.parent / f"{out.name}.err").open("w+") as said, (out.parent / f"{out.name}.json").open("w+") as result:
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+        process = subprocess.Popen(command, env=environment, stdout=result, stderr=said)
+        killed, until = kill_at is None, time.monotonic() + 400
+        while process.poll() is None and time.monotonic() < until:
+            if not killed and any(stage == 1 and step >= (kill_at or 0) for stage, step in losses(out)):
+                killed = _kill_a_worker(process.pid)
+            time.sleep(0.05)
+        process.kill()
+        said.seek(0)
+        result.seek(0)
+        assert (process.wait(), killed) == (0, True), said.read()
+        found: dict[str, Any] = json.load(result)
+        return found
+
+
+def _kill_a_worker(driver: int) -> bool:
+    import psutil
+
+    for child in psutil.Process(driver).children(recursive=True):
+        if child.cmdline()[:1] == ["ray::RayTrainWorker"]:
+            child.send_signal(signal.SIGKILL)
+            return True
+    return False
+
+
+def pictures(folder: Path, count: int = 96) -> Path:
+    """Shards of pictures that are brighter at the top, without captions."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for shard in range(2):
+        with tarfile.open(folder / f"{shard}.tar", "w") as tar:
+            for i in range(count // 2):
+                ramp = np.linspace(255, 0, 32)[:, None, None] + rng.normal(0, 20, (32, 32, 3))
+                file = io.BytesIO()
+                Image.fromarray(ramp.clip(0, 255).astype(np.uint8)).save(file, "png")
+                info = tarfile.TarInfo(f"{shard}-{i:03d}.png")
+                info.size = file.tell()
+                file.seek(0)
+                tar.addfile(info, file)
+    return folder
+
+
+def losses(out: Path) -> dict[tuple[int, int], float]:
+    """Loss by stage and step, as far as it is logged."""
+    if not (out / "metrics.jsonl").exists():
+        return {}
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().split("\n")[:-1]]
+    return {(x["stage"], x["step"]): x["loss"] for x in lines}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_paradigm_of_another_package_trains_a_chain_and_survives_a_killed_worker(
+    installed: Path, tmp_path: Path
+) -> None:
+    tree = {
+        "name": "turned",
+        "task": {"paradigm": "rotation"},
+        "data": {"train": str(pictures(tmp_path / "data")), "image_size": 32},
+        "chain": [{"model": "rot-S", "epochs": "120 steps"}, {"model": "rot-M", "epochs": "240 steps"}],
+        "train": {"global_batch": 16, "warmup": "4 steps", "log_every": 10, "lr": 3.0e-3, "micro_batch": 3},
+        "transfer": {"distill": {"alpha": 1.0, "cap": False}},
+        "compute": {"workers": 2, "cpus_per_worker": 1},
+        "checkpoint": {"every": "20 steps"},
+        "preload": {"cache": str(tmp_path / "cache")},
+    }
+    (tmp_path / "turned.yaml").write_text(yaml.safe_dump(tree))
+    undisturbed = run(installed, tmp_path / "turned.yaml", tmp_path / "whole")
+    killed = run(installed, tmp_path / "turned.yaml", tmp_path / "killed", kill_at=60)
+    assert [stage["status"] for stage in undisturbed["stages"]] == ["trained", "trained"]
+    assert [stage["key"] for stage in killed["stages"]] == [stage["key"] for stage in undisturbed["stages"]]
+    assert killed["restarts"]
+    expected, found = losses(tmp_path / "whole"), losses(tmp_path / "killed")
+    assert found == pytest.approx(expected, rel=1e-5)
+    first, last = expected[0, 10], expected[0, 120]
+    assert last < 0.7 * first, "it learns to tell how a picture was turned"
+    assert expected[1, 10] < 0.8 * first, "the larger model starts as the smaller one"
+    folder = tmp_path / "whole" / "stages" / "1-rot-M"
+    assert json.loads((folder / "config.json").read_text())["config"]["embed_dim"] == 64
