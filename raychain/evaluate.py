@@ -37,29 +37,32 @@ def evaluate(
     batch_size: int = 256,
     cache: str = CACHE,
     budget: int | None = None,
+    models: str | None = None,
 ) -> dict[str, Any]:
     """Measures a checkpoint in fp32 on each of the addresses `data`; returns what `--json` prints.
 
     `checkpoint` is what `read_checkpoint` takes, also on object storage; `model` names the architecture of a weights
-    file. Which tasks an address holds, `raychain.evaluators.finding` tells; `captions` and `key_split` are as
-    `data.captions.keys` and `data.key_split` of a run. Decoded pictures are kept in `cache`, at
-    most `budget` bytes (default 64 GiB).
+    file, whose names the folder of model configs `models` may add to. Which tasks an address holds,
+    `raychain.evaluators.finding` tells; `captions` and `key_split` are as `data.captions.keys` and `data.key_split` of
+    a run. Decoded pictures are kept in `cache`, at most `budget` bytes (default 64 GiB).
 
     Returns {`checkpoint`, `model`, `params`, `image_size`, `device`, `seconds`, `results`: [{`data`, `task`,
     `pictures`, …, `metrics`: {`zero_shot_top1`, …, `i2t_r1`, …} in percent}]}.
 
-    Raises InputError for wrong arguments, RunFailed where a shard cannot be read.
+    Raises InputError for wrong arguments, RunFailed where a shard cannot be read or features are not finite.
     """
     from raychain.evaluators.context import Context
     from raychain.evaluators.finding import find_tasks
     from raychain.evaluators.measure import measure
     from raychain.evaluators.metrics import FORMER
+    from raychain.families.registry import use_models
     from raychain.families.tokenizing import make_tokenizer
     from raychain.feed.cache import ShardCache
 
     started, addresses = time.monotonic(), [data] if isinstance(data, str) else list(data)
     where = _device(device)
     _check_captions(captions)
+    use_models(models, "--models")
     read = _read(checkpoint, model)
     size, resizing, preprocessing = _preprocessing(read.model, checkpoint)
     folder = _cache_folder(cache)
@@ -85,7 +88,7 @@ def evaluate(
                 found = measure(clip, task, context)
                 former = [d for d in FORMER if d.name.startswith(described["task"])]
                 metrics = {d.former: found[d.name.partition("/")[2]] for d in former}
-        except OSError as error:
+        except (OSError, FloatingPointError) as error:
             raise RunFailed(str(error)) from None
         results.append({"data": address, **described, "metrics": metrics})
     return {
@@ -113,20 +116,13 @@ def evaluate_command(
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …; default cuda where there is one.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures or texts encoded at a time.")] = 256,
     cache: Annotated[str, typer.Option(help="Folder for decoded pictures, as preload.cache.")] = CACHE,
+    models: Annotated[str | None, typer.Option(help="Folder of open_clip model configs: NAME.json.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")] = False,
 ) -> None:
     """Measure zero-shot classification and retrieval of CHECKPOINT, as clip_benchmark does, in fp32."""
     chosen = tuple(captions or CAPTIONS)
-    result = evaluate(
-        checkpoint,
-        data,
-        model=model,
-        captions=chosen,
-        key_split=key_split,
-        device=device,
-        batch_size=batch_size,
-        cache=cache,
-    )
+    options: dict[str, Any] = {"device": device, "batch_size": batch_size, "cache": cache, "models": models}
+    result = evaluate(checkpoint, data, model=model, captions=chosen, key_split=key_split, **options)
     if as_json:
         print(json.dumps(result, indent=2))
     else:

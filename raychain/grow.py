@@ -23,6 +23,7 @@ from raychain.config.task import Task
 from raychain.errors import InputError, nearest
 from raychain.families import UnknownModelError, build, model_config, model_names
 from raychain.families.checkpoints import Checkpoint, CheckpointError, read_checkpoint
+from raychain.families.registry import use_models
 from raychain.families.tokenizing import make_tokenizer
 from raychain.feed import members
 from raychain.feed.shards import expand
@@ -30,7 +31,7 @@ from raychain.growth import DEPTH_OPERATORS, WIDTH_OPERATORS, GrowthError, Growt
 from raychain.growth import grow as grow_modules
 from raychain.growth.drift import TowerDrift, measure_drift, random_inputs
 from raychain.growth.operators import DEFAULT_DEPTH, DEFAULT_WIDTH
-from raychain.paradigms import make_paradigm
+from raychain.paradigms import make_paradigm, usable_size
 from raychain.storage import resolve
 from raychain.terminal import say
 from raychain.training.artifact import write_artifact
@@ -67,16 +68,19 @@ def grow_checkpoint(
     seed: int = 0,
     data: str | None = None,
     samples: int = 4,
+    models: str | None = None,
 ) -> Grown:
     """Grows the checkpoint `small` into the model named `to` and writes it to the new folder `out`.
 
     `small` is a folder or a file as `read_checkpoint` takes it; `source` names its architecture where the file does
     not. `seed` draws the large model's random parameters. The drift is measured on `samples` random inputs, or on the
-    first samples of the shards that `data` names. Unmodified open_clip loads the result as `local-dir:OUT`.
+    first samples of the shards that `data` names. `models` is a folder of open_clip model configs whose names `to` and
+    `source` may be. Unmodified open_clip loads the result as `local-dir:OUT`.
 
     Raises InputError for anything that is wrong with the arguments, before anything is written.
     """
     folder = _new_folder(out)
+    use_models(models, "--models")
     checkpoint = _read(small, source)
     config, size = _target(checkpoint, to)
     try:
@@ -107,10 +111,11 @@ def grow_command(
     seed: Annotated[int, typer.Option(help="Seed of the new random parameters.")] = 0,
     data: Annotated[str | None, typer.Option(help="Shards to measure the drift on; default random input.")] = None,
     samples: Annotated[int, typer.Option(min=1, help="Inputs to measure the drift on.")] = 4,
+    models: Annotated[str | None, typer.Option(help="Folder of open_clip model configs: NAME.json.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")] = False,
 ) -> None:
     """Grow the checkpoint SMALL into a larger model, and report how far its function moved."""
-    options: dict[str, Any] = {"width": width, "depth": depth, "source": source, "seed": seed}
+    options: dict[str, Any] = {"width": width, "depth": depth, "source": source, "seed": seed, "models": models}
     grown = grow_checkpoint(small, to, out, **options, data=data, samples=samples)
     if as_json:
         drift = {tower: dataclasses.asdict(measured) for tower, measured in grown.drift.items()}
@@ -162,7 +167,7 @@ def _read(small: str | Path, source: str | None) -> Checkpoint:
         return read_checkpoint(small, source)
     except UnknownModelError as error:
         fix = nearest(source or "", model_names(), "name an architecture that raychain or open_clip knows")
-        raise InputError("--from", source or small, str(error), fix) from None
+        raise InputError("--from" if source else "SMALL", source or small, str(error), fix) from None
     except CheckpointError as error:
         allowed = "a folder with open_clip_config.json and weights, or a .safetensors or .pt file of a state dict"
         fix = "name the file's architecture with --from" if source is None else "check that --from is the file's model"
@@ -171,10 +176,8 @@ def _read(small: str | Path, source: str | None) -> Checkpoint:
 
 def _target(checkpoint: Checkpoint, to: str) -> tuple[dict[str, Any], int | None]:
     """The large model's config and image size: the small model's, unless the large one's trunk has its own."""
-    try:
-        config = model_config(to)
-    except UnknownModelError as error:
-        raise InputError("--to", to, str(error), nearest(to, model_names(), "give one of these")) from None
+    usable_size(Task(), to, None, "--to")
+    config = model_config(to)
     if "timm_model_name" in config["vision_cfg"]:
         return config, None
     size = _pixels(checkpoint.model)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from raychain import command
-from raychain.config import Experiment, load_experiment
+from raychain.config import Experiment, opened
 from raychain.errors import InputError
 from raychain.terminal import delivered
 
@@ -34,18 +34,20 @@ def plan(
     mfu: float = 0.4,
     throughput: Sequence[float] = (),
     like: str | None = None,
+    models: str | None = None,
 ) -> dict[str, Any]:
     """What an experiment's chain costs, as `raychain plan --json` prints it; nothing is trained or started.
 
     With a `family` instead of a chain the result is that of the best proposal, and `proposals` lists the next ones.
     Hours are estimated from `tflops` (dense peak of one accelerator, reached to the share `mfu`), from `throughput`
-    (samples a second over all workers, a number a stage), or `like` a finished run's folder.
+    (samples a second over all workers, a number a stage), or `like` a finished run's folder. `models` is a folder of
+    model configs in place of the experiment's.
     Raises InputError for wrong input and where no chain is within the limits.
     """
     from raychain.chain.checks import check_chain, check_precision
     from raychain.chain.costing import cost_of
 
-    config = experiment if isinstance(experiment, Experiment) else load_experiment(experiment, overrides)
+    config = opened(experiment, overrides, models)
     config, chosen = _chosen(config) if config.family else (config, {})
     check_chain(config)
     check_precision(config)
@@ -71,6 +73,7 @@ def plan_command(
         str | None, typer.Option(help="Hours from samples a second over all workers: one a stage, with commas.")
     ] = None,
     like: Annotated[str | None, typer.Option(help="Hours from the speed of a finished run: its folder.")] = None,
+    models: Annotated[str | None, typer.Option(help="Folder of open_clip model configs: NAME.json.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")] = False,
 ) -> None:
     """What the chain of EXPERIMENT costs; with a family, which chains the paper's principles propose."""
@@ -81,6 +84,7 @@ def plan_command(
         mfu=mfu,
         throughput=_numbers(throughput),
         like=like,
+        models=models,
     )
     if as_json:
         print(json.dumps(result, indent=2))

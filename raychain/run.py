@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from raychain import command, signals
-from raychain.config import Experiment, load_experiment
+from raychain.config import Experiment, opened
 from raychain.errors import InputError, Interrupted, RunFailed, one_line
 from raychain.terminal import delivered, guard_streams, report_lost, say
 from raychain.unexpected import describe
@@ -29,11 +29,13 @@ def run(
     out: str | None = None,
     address: str | None = None,
     verbose: bool = False,
+    models: str | None = None,
 ) -> dict[str, Any]:
     """Trains a chain and returns the content of its run.json.
 
-    `experiment` is a YAML path, a shipped experiment's name, or an Experiment; `overrides` are "dotted.key=value". With
-    a family instead of a chain, the planner's first proposal is trained; run.json shows it.
+    `experiment` is a YAML path, a shipped experiment's name, or an Experiment; `overrides` are "dotted.key=value";
+    `models` is a folder of model configs in place of the experiment's. With a family instead of a chain, the planner's
+    first proposal is trained; run.json shows it.
     Raises InputError before any work, RunFailed or Interrupted during it; what was trained is kept. Where training
     diverged, RunFailed has the `overrides` with which it goes on from the last good state at half the learning rate.
     """
@@ -42,7 +44,7 @@ def run(
     from raychain.chain.resolve import make_task
     from raychain.storage import below
 
-    given = experiment if isinstance(experiment, Experiment) else load_experiment(experiment, overrides)
+    given = opened(experiment, overrides, models)
     config = _resolved(given)
     check_experiment(config, address)
     folder = out or below(config.storage, config.name)
@@ -67,15 +69,17 @@ def run_command(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, print the plan, start nothing.")
     ] = False,
+    models: Annotated[str | None, typer.Option(help="Folder of open_clip model configs: NAME.json.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print run.json (or the plan) to stdout.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show Ray's own messages.")] = False,
 ) -> None:
     """Train the chain of EXPERIMENT; the same command again continues it."""
     if dry_run:
-        _dry_run(experiment, tuple(overrides or ()), out, address, as_json)
+        _dry_run(experiment, tuple(overrides or ()), out, address, models, as_json)
         return
+    changes = tuple(overrides or ())
     with redirect_stdout(sys.stderr):  # Ray prints warnings of its nodes to stdout, which is for results
-        result = run(experiment, overrides=tuple(overrides or ()), out=out, address=address, verbose=verbose)
+        result = run(experiment, overrides=changes, out=out, address=address, verbose=verbose, models=models)
     if as_json:
         print(json.dumps(result, indent=2))
     else:
@@ -101,12 +105,14 @@ def _as_overrides(planned: Experiment) -> tuple[str, ...]:
     return ("family=null", "allocation=null", f"chain=[{chain}]")
 
 
-def _dry_run(experiment: str, overrides: tuple[str, ...], out: str | None, address: str | None, as_json: bool) -> None:
+def _dry_run(
+    experiment: str, overrides: tuple[str, ...], out: str | None, address: str | None, models: str | None, as_json: bool
+) -> None:
     from raychain.chain.checks import check_experiment, writable
     from raychain.chain.resolve import dry_plan
     from raychain.storage import below
 
-    config = _resolved(load_experiment(experiment, overrides))
+    config = _resolved(opened(experiment, overrides, models))
     check_experiment(config, address)
     writable(out or below(config.storage, config.name))
     plan = dry_plan(config)

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from raychain import command
-from raychain.config import Experiment, load_experiment
+from raychain.config import Experiment, opened
 
 command(__name__)
 
@@ -24,11 +24,13 @@ def search(
     out: str | None = None,
     address: str | None = None,
     verbose: bool = False,
+    models: str | None = None,
 ) -> dict[str, Any]:
     """Tries chains as the experiment's `search` says and returns the content of search.json.
 
-    `trials` replaces `search.trials`. The same call again continues, with more trials too. The folder `out`, by default
-    STORAGE/NAME-search, gets search.json and best.yaml, the best chain as an experiment.
+    `trials` replaces `search.trials`, `models` the experiment's folder of model configs. The same call again continues,
+    with more trials too. The folder `out`, by default STORAGE/NAME-search, gets search.json and best.yaml, the best
+    chain as an experiment.
     Raises InputError before any work, RunFailed or Interrupted during it; what was trained is kept.
     """
     from raychain.chain.checks import check_compute, writable
@@ -38,7 +40,7 @@ def search(
     from raychain.searching.request import plan_search
     from raychain.storage import below
 
-    config = experiment if isinstance(experiment, Experiment) else load_experiment(experiment, overrides)
+    config = opened(experiment, overrides, models)
     settings = config.search or Search()
     if trials is not None:
         settings = settings.model_copy(update={"trials": trials})
@@ -60,14 +62,14 @@ def search_command(
     overrides: Annotated[list[str] | None, typer.Option("--set", help="dotted.key=value; may be repeated.")] = None,
     out: Annotated[str | None, typer.Option(help="Folder of the search; default STORAGE/NAME-search.")] = None,
     address: Annotated[str | None, typer.Option(help="Ray cluster; default RAY_ADDRESS, else this machine.")] = None,
+    models: Annotated[str | None, typer.Option(help="Folder of open_clip model configs: NAME.json.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print search.json to stdout.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show Ray's own messages.")] = False,
 ) -> None:
     """Find a better chain by measurement; the same command again continues."""
+    options: dict[str, Any] = {"out": out, "address": address, "verbose": verbose, "models": models}
     with redirect_stdout(sys.stderr):  # as `raychain run` does
-        result = search(
-            experiment, trials=trials, overrides=tuple(overrides or ()), out=out, address=address, verbose=verbose
-        )
+        result = search(experiment, trials=trials, overrides=tuple(overrides or ()), **options)
     if as_json:
         print(json.dumps(result, indent=2))
     else:

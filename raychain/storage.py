@@ -269,29 +269,34 @@ class Folder:
             with contextlib.suppress(OSError):  # left by a failure, or by renaming a link to the very file it replaces
                 os.unlink(scratch)  # noqa: PTH108
 
-    def sha256(self, name: str) -> str:
-        """SHA-256 of a file's content, read as a stream. Raises FileNotFoundError."""
+    def sha256(self, name: str, also: Callable[[bytes], None] = lambda _: None) -> str:
+        """SHA-256 of a file's content, read as a stream of which `also` gets every piece. Raises FileNotFoundError."""
         digest = hashlib.sha256()
         with self.fs.open_input_stream(self.join(name)) as stream:
             while chunk := stream.read(CHUNK):
                 digest.update(chunk)
+                also(chunk)
         return digest.hexdigest()
 
-    def copy_file(self, name: str, target: Folder, target_name: str) -> str:
+    def copy_file(
+        self, name: str, target: Folder, target_name: str, also: Callable[[bytes], None] = lambda _: None
+    ) -> str:
         """Copies a file to `target_name` of another folder, whole or not at all; returns the content's SHA-256.
 
-        On one disk it becomes a hard link: change neither in place. Within one object store it is copied there.
-        Everything else, and where that fails, goes through this process. The content is read once in any case.
+        `also` gets every piece of the content. On one disk it becomes a hard link: change neither in place. Within one
+        object store it is copied there. Everything else, and where that fails, goes through this process. The content
+        is read once in any case.
         """
         source = self.join(name)
         with target._placed(target_name) as scratch:
             if self._copied_in_place(source, target, scratch):
-                return self.sha256(name)
+                return self.sha256(name, also)
             digest, stream = hashlib.sha256(), self.fs.open_input_stream(source)
             try:
                 with stream, target.fs.open_output_stream(scratch) as sink:
                     while chunk := stream.read(CHUNK):
                         digest.update(chunk)
+                        also(chunk)
                         sink.write(chunk)
             except BaseException:
                 if not target.local:

@@ -7,11 +7,10 @@ import torch
 from raychain.backend_ray.address import cluster
 from raychain.config.experiment import Experiment, Transfer
 from raychain.errors import InputError, nearest
-from raychain.families import UnknownModelError, model_names
 from raychain.feed.health import DOTTED
 from raychain.feed.members import WAY_OUT
 from raychain.growth import DEPTH_OPERATORS, WIDTH_OPERATORS, GrowthError, check
-from raychain.paradigms import make_paradigm, model_size
+from raychain.paradigms import make_paradigm, model_size, usable_size
 from raychain.reporting.health import DataHealth
 from raychain.reporting.trackers import check_trackers
 from raychain.storage import Folder
@@ -25,18 +24,12 @@ def check_experiment(experiment: Experiment, address: str | None = None) -> None
 
 
 def check_chain(experiment: Experiment) -> None:
-    """Whether the models are known, take the pictures' size, and grow into one another. Raises InputError."""
+    """Whether the models are usable, take the inputs' size, and grow into one another. Raises InputError."""
     for i, stage in enumerate(experiment.chain):
-        size = experiment.stage_data(i).image_size
-        try:
-            model_size(experiment.task, stage.model, size)
-        except UnknownModelError as error:
-            fix = nearest(
-                stage.model, model_names(), "python -c 'import raychain.families as f; print(f.model_names())'"
-            )
-            raise InputError(f"chain.{i}.model", stage.model, str(error), fix) from None
-        except ValueError as error:
-            raise InputError("data.image_size", size, f"a size {stage.model} takes", str(error)) from None
+        usable_size(experiment.task, stage.model, experiment.stage_data(i).image_size, f"chain.{i}.model")
+    if experiment.baseline and experiment.chain:
+        last = input_size(experiment, len(experiment.chain) - 1)
+        usable_size(experiment.task, experiment.baseline.model, last, "baseline.model")
     for field, known in (("width", WIDTH_OPERATORS), ("depth", DEPTH_OPERATORS)):
         given = getattr(experiment.transfer, field)
         if given not in known:
@@ -61,8 +54,12 @@ def _check_shrink(transfer: Transfer) -> None:
 def _check_growth(experiment: Experiment, i: int) -> None:
     small, large = experiment.chain[i - 1].model, experiment.chain[i].model
     paradigm, size, transfer = make_paradigm(experiment.task), input_size(experiment, i), experiment.transfer
+    configs = [paradigm.config(name) for name in (small, large)]
     try:
-        models = [paradigm.build(paradigm.config(name), size=size, seed=0, device="meta") for name in (small, large)]
+        model_size(experiment.task, small, size)  # the teacher reads this stage's inputs
+        before = paradigm.build(configs[0], size=input_size(experiment, i - 1), seed=0, device="meta")
+        before = paradigm.adapt(before, configs[0], size)
+        models = [before, paradigm.build(configs[1], size=size, seed=0, device="meta")]
     except ValueError as error:
         fix = f"{error} Or end the chain with another model"
         raise InputError(f"chain.{i}.model", f"{small} → {large}", f"models that take {size} pixels", fix) from None

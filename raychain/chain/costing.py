@@ -7,9 +7,9 @@ from typing import NamedTuple
 from raychain.chain.resolve import epoch_samples
 from raychain.config.durations import Duration
 from raychain.config.experiment import Allocation, Data, Experiment, Stage
-from raychain.errors import InputError, nearest
-from raychain.families import UnknownModelError, family_of, matching_models, model_names
-from raychain.paradigms import make_paradigm, model_size
+from raychain.errors import InputError
+from raychain.families import UnknownModelError, family_of, matching_models
+from raychain.paradigms import make_paradigm, usable_size
 from raychain.planning.checks import warnings
 from raychain.planning.cost import ChainCost, Setting, StageCost
 from raychain.planning.macs import ModelSize
@@ -36,9 +36,9 @@ def cost_of(experiment: Experiment) -> Costed:
     stages: list[StageCost] = []
     for index, (stage, setting) in enumerate(zip(experiment.chain, settings, strict=True)):
         pixels = experiment.stage_data(index).image_size
-        size = _size(experiment, stage.model, pixels, f"chain.{index}.model")
+        size = usable_size(experiment.task, stage.model, pixels, f"chain.{index}.model")
         teacher = (
-            _size(experiment, experiment.chain[index - 1].model, pixels, "data.image_size")
+            usable_size(experiment.task, experiment.chain[index - 1].model, pixels, "data.image_size")
             if index and follows
             else None
         )
@@ -46,7 +46,7 @@ def cost_of(experiment: Experiment) -> Costed:
         stages.append(StageCost(size, epochs, seen, setting.items, teacher))
     given = experiment.baseline
     pixels, items = experiment.stage_data(len(stages) - 1).image_size, settings[-1].items
-    last = _size(experiment, given.model, pixels, "baseline.model") if given else stages[-1].size
+    last = usable_size(experiment.task, given.model, pixels, "baseline.model") if given else stages[-1].size
     epochs, seen = stages[0].epochs, stages[0].samples
     if given:
         epochs, seen = _length(given.epochs, settings[0], "baseline.epochs")
@@ -67,12 +67,12 @@ def proposals_for(experiment: Experiment) -> tuple[list[Proposal], int]:
     except ValueError as error:
         raise InputError("family", ", ".join(experiment.family or ()), str(error), "close the brace") from None
     pixels, given = experiment.data.image_size, experiment.baseline
-    family = [_size(experiment, name, pixels, "family") for name in names]
+    family = [usable_size(experiment.task, name, pixels, "family") for name in names]
     setting = _setting(experiment, experiment.data, "data.train")
     baseline = None
     if given:
         baseline = (
-            _size(experiment, given.model, pixels, "baseline.model"),
+            usable_size(experiment.task, given.model, pixels, "baseline.model"),
             _length(given.epochs, setting, "baseline.epochs")[0],
         )
     wanted = experiment.allocation or Allocation()
@@ -120,17 +120,7 @@ def _length(duration: Duration, setting: Setting, where: str) -> tuple[float, in
     return exact, seen
 
 
-def _size(experiment: Experiment, name: str, size: int | None, where: str) -> ModelSize:
-    try:
-        return model_size(experiment.task, name, size)
-    except UnknownModelError as error:
-        fix = nearest(name, model_names(), "python -c 'import raychain.families as f; print(f.model_names())'")
-        raise InputError(where, name, str(error), fix) from None
-    except ValueError as error:
-        raise InputError("data.image_size", size, f"a size {name} takes", str(error)) from None
-
-
 def _known(experiment: Experiment) -> list[ModelSize]:
     """The family of the chain's first model, where it is one of raychain's: what a warning can recommend."""
     names = family_of(experiment.chain[0].model)
-    return [_size(experiment, name, experiment.data.image_size, "chain") for name in names]
+    return [usable_size(experiment.task, name, experiment.data.image_size, "chain") for name in names]

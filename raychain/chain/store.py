@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from raychain.chain.lease import STALE_S, Lease
+from raychain.core.finite import FiniteScan
 from raychain.storage import SCRATCH, Folder
 from raychain.training.artifact import OPTIMIZER, PROJECTOR
 from raychain.training.stage import STAGE_RECORD
@@ -40,17 +41,18 @@ class ForeignStageError(UnusableStageError):
 def verify(folder: Folder, name: str, key: str) -> dict[str, Any] | None:
     """The record of the stage folder `name` if it is the stage `key`, complete, and every file is the one recorded.
 
-    None if there is no complete stage. Reads every listed file once, and none that is not listed. Raises
-    ForeignStageError for another key, UnusableStageError for damage, OSError where the folder cannot be read.
+    Weights and moments that are not finite are damage too. None if there is no complete stage. Reads every listed file
+    once, and none that is not listed. Raises ForeignStageError for another key, UnusableStageError for damage, OSError
+    where the folder cannot be read.
     """
     record = _record(folder, name, key)
     for file, digest in record["files"].items() if record else ():
+        scan = FiniteScan()
         try:
-            found = folder.sha256(f"{name}/{file}")
+            found = folder.sha256(f"{name}/{file}", scan.feed)
         except FileNotFoundError:
             raise UnusableStageError(f"{file} is missing") from None
-        if found != digest:
-            raise UnusableStageError(_differs(file, found, digest))
+        _check_content(file, found, digest, scan)
     return record
 
 
@@ -233,16 +235,20 @@ def _record(folder: Folder, name: str, key: str) -> dict[str, Any] | None:
 def _copy(source: Folder, name: str, target: Folder, target_name: str, record: dict[str, Any]) -> None:
     """Copies the files that the record lists, not the record itself. Raises UnusableStageError where one differs."""
     for file, digest in record["files"].items():
+        scan = FiniteScan()
         try:
-            found = source.copy_file(f"{name}/{file}", target, f"{target_name}/{file}")
+            found = source.copy_file(f"{name}/{file}", target, f"{target_name}/{file}", scan.feed)
         except FileNotFoundError:
             raise UnusableStageError(f"{file} is missing") from None
-        if found != digest:
-            raise UnusableStageError(_differs(file, found, digest))
+        _check_content(file, found, digest, scan)
 
 
-def _differs(file: str, found: str, recorded: str) -> str:
-    return f"{file} is damaged (SHA-256 {found[:12]}…, recorded {recorded[:12]}…)"
+def _check_content(file: str, found: str, recorded: str, scan: FiniteScan) -> None:
+    """UnusableStageError for a file of another checksum than the recorded one, or of weights that are not finite."""
+    if found != recorded:
+        raise UnusableStageError(f"{file} is damaged (SHA-256 {found[:12]}…, recorded {recorded[:12]}…)")
+    if scan.problem is not None:
+        raise UnusableStageError(f"{file} is of no use: {scan.problem}")
 
 
 def _plain(name: str) -> str:

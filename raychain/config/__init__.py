@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from raychain.config.experiment import Experiment
-    from raychain.config.loading import load_experiment
+    from raychain.config.loading import load_experiment, opened
 
-__all__ = ["Experiment", "load_experiment"]
+__all__ = ["Experiment", "load_experiment", "opened"]
 
 
 def __getattr__(name: str) -> Any:
@@ -17,8 +17,8 @@ def __getattr__(name: str) -> Any:
         from raychain.config.experiment import Experiment
 
         return Experiment
-    if name == "load_experiment":
-        from raychain.config.loading import load_experiment
+    if name in ("load_experiment", "opened"):
+        from raychain.config import loading
 
-        return load_experiment
+        return getattr(loading, name)
     raise AttributeError(f"module 'raychain.config' has no attribute {name!r}")

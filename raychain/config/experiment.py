@@ -151,7 +151,7 @@ class Stage(Component):
     """One model of the chain."""
 
     model: str
-    """An open_clip model name or one of raychain's families."""
+    """A name of raychain's families, of open_clip's or timm's models, or of `models`."""
     epochs: Epochs
     """Length of the stage: a number of epochs, or "N steps", "N samples"."""
     lr: float | None = Field(None, gt=0)
@@ -341,6 +341,10 @@ class Experiment(Component):
     """How to choose; only with `family`."""
     chain: Annotated[tuple[Stage, ...], Field(validate_default=True)] = ()
     """The models in training order. Never empty once `family` is resolved."""
+    models: str | None = None
+    """Folder of open_clip model configs, NAME.json each, or one such file (`--models`): `chain`, `family`, `baseline`
+    and `search` may use their names beside the known ones. They are read by the process that starts the run; workers
+    get the configs, which are part of the stages' keys, as the folder's path is not."""
     transfer: Transfer = Transfer()
     train: Train = Train()
     compute: Compute = Compute()

@@ -68,6 +68,20 @@ def load_experiment(name: str, overrides: Sequence[str] = ()) -> Experiment:
     return validate(tree, str(path))
 
 
+def opened(experiment: str | Experiment, overrides: Sequence[str] = (), models: str | None = None) -> Experiment:
+    """The experiment, read by its name unless it is one already, and its own models known to this process.
+
+    `models` takes the place of the experiment's. Raises InputError.
+    """
+    from raychain.families.registry import use_models  # torch is not imported for --help
+
+    config = experiment if isinstance(experiment, Experiment) else load_experiment(experiment, overrides)
+    if models is not None:
+        config = config.model_copy(update={"models": models})
+    use_models(config.models, "models" if models is None else "--models")
+    return config
+
+
 def validate(tree: dict[str, Any], source: str = "experiment") -> Experiment:
     """An Experiment from plain data; InputError with every problem in it."""
     try:

@@ -68,7 +68,10 @@ class Encoder:
             yield range(start, min(start + self.batch_size, rows.stop))
 
     def images(self, table: Table, rows: range) -> torch.Tensor:
-        """Normalised features [b, D] of at most `batch_size` rows, preprocessed as open_clip's evaluation does."""
+        """Normalised features [b, D] of at most `batch_size` rows, preprocessed as open_clip's evaluation does.
+
+        Raises FloatingPointError where they are not finite; so does `texts`.
+        """
         for i, row in enumerate(rows):
             self._pixels[i] = table.image(row)
         x_b3HW = self._input[: len(rows)]
@@ -76,7 +79,7 @@ class Encoder:
         x_b3HW.div_(255).sub_(self._mean).div_(self._std)
         self.seen += len(rows)
         self.progress(self.seen)
-        return self.model.encode_image(x_b3HW, normalize=True).float()
+        return _finite(self.model.encode_image(x_b3HW, normalize=True).float(), "pictures")
 
     def texts(self, tokens: np.ndarray) -> torch.Tensor:
         """Normalised features [n, D] of token ids [n, L], n ≥ 1, encoded `batch_size` at a time."""
@@ -84,4 +87,11 @@ class Encoder:
         for batch in self.batches(range(len(tokens))):
             ids = torch.from_numpy(tokens[batch.start : batch.stop].astype(np.int64)).to(self.device)
             parts.append(self.model.encode_text(ids, normalize=True).float())
-        return torch.cat(parts)
+        return _finite(torch.cat(parts), "texts")
+
+
+def _finite(features: torch.Tensor, of: str) -> torch.Tensor:
+    """The features; FloatingPointError if some are not finite, of which a metric would be a number all the same."""
+    if not features.isfinite().all():
+        raise FloatingPointError(f"the model cannot be measured: its features of {of} are not finite")
+    return features

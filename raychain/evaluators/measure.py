@@ -18,7 +18,7 @@ def measure(model: nn.Module, held_out: HeldOut, context: Context) -> dict[str, 
     Work and reading are divided among the ranks of `context.world`, and all get the same numbers, however many they
     are. In fp32 without autocast. The mode of each module (training or evaluation) is afterwards what it was.
 
-    Raises OSError for a shard that cannot be read.
+    Raises OSError for a shard that cannot be read, FloatingPointError where the model's features are not finite.
     """
     with _measuring(model, context.device):
         return held_out.run(model, context)

@@ -10,7 +10,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING
 
 from raychain.config.task import Task
-from raychain.errors import nearest
+from raychain.errors import InputError, nearest
 
 if TYPE_CHECKING:
     from raychain.paradigms.base import Paradigm
@@ -70,6 +70,39 @@ def model_size(task: Task, model: str, size: int | None = None) -> ModelSize:
     paradigm = make_paradigm(task)
     config = paradigm.config(model)
     return _measured(task, model, json.dumps(config, sort_keys=True), size or paradigm.native_size(config))
+
+
+def usable_size(task: Task, model: str, size: int | None, where: str) -> ModelSize:
+    """`model_size` of a model that a user named at `where`. Raises InputError if it cannot be trained on inputs of that
+    size, or not at all.
+    """
+    from raychain.families import UnknownModelError
+
+    try:
+        return model_size(task, model, size)
+    except UnknownModelError as error:
+        raise unknown_model(model, error, where) from None
+    except ValueError as error:
+        reason = str(error)
+    paradigm = make_paradigm(task)
+    own = paradigm.native_size(paradigm.config(model))
+    if size is not None and size != own:
+        try:
+            model_size(task, model)
+        except ValueError as error:
+            reason = str(error)
+        else:
+            raise InputError("data.image_size", size, f"a size {model} takes, such as {own}", reason)
+    allowed = "a model that can be built and run on the samples of this paradigm"
+    raise InputError(where, model, allowed, f"give another model: {reason}")
+
+
+def unknown_model(model: str, error: Exception, where: str) -> InputError:
+    """What to tell a user who named, at `where`, a model that is unknown or refused, as the error says."""
+    from raychain.families import model_names
+
+    fix = nearest(model[:100], model_names(), "python -c 'import raychain.families as f; print(f.model_names())'")
+    return InputError(where, model if len(model) <= 100 else f"{model[:97]}...", str(error), fix)
 
 
 @lru_cache(maxsize=256)

@@ -96,7 +96,10 @@ class Paradigm(ABC):
         return describe(model)
 
     def measure(self, name: str, config: Config, size: int) -> ModelSize:
-        """Parameters, forward MACs and activations of the model's parts, counted on shapes alone."""
+        """Parameters, forward MACs and activations of the model's parts, counted on shapes alone.
+
+        Raises ValueError for a model that cannot be trained on samples of that size; it is what a chain is checked by.
+        """
         from raychain.planning.macs import ModelSize, whole_size
 
         objective = self.objective(self.build(config, size=size, seed=0, device="meta"), config).to("meta")

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from raychain.families.building import build_config
+from raychain.families.building import build_config, encode_one
 
 Items = Mapping[str, float]
 """How many inputs of each part a sample has: {"image": 1, "text": captions in the loss}."""
@@ -73,7 +73,8 @@ def tower_sizes(
     """The image and the text tower of an open_clip config, counted on shapes alone (nothing is allocated or computed).
 
     The blocks of open_clip's own transformers are alike: one is counted for all of them, unless `every_layer`. Raises
-    ValueError for an image size that the model cannot take.
+    ValueError for an image size that the model cannot take, and for a config of which no model comes that gives a
+    picture and a caption one vector each.
     """
     depths = {tower: config[tower].get("layers", 12) for tower in ("vision_cfg", "text_cfg")}
     alike = "timm_model_name" not in config["vision_cfg"] and all(isinstance(n, int) for n in depths.values())
@@ -82,15 +83,19 @@ def tower_sizes(
     else:
         depths = dict.fromkeys(depths, 1)
     model: Any = build_config(config, seed=0, image_size=image_size, device="meta").eval()
-    size = model.visual.image_size
-    height, width = (size, size) if isinstance(size, int) else size
-    picture = torch.empty(1, 3, height, width, device="meta")
-    tokens = torch.zeros(1, model.context_length, dtype=torch.long, device="meta")
+    width = config["embed_dim"]
     text = getattr(model, "text", model)
     both = _params(model) - _params(model.visual)
     return (
-        _count(model, model.encode_image, picture, model.visual, depths["vision_cfg"], _params(model.visual)),
-        _count(model, model.encode_text, tokens, text, depths["text_cfg"], both),
+        _count(
+            model,
+            lambda _: encode_one(model, "image", width),
+            None,
+            model.visual,
+            depths["vision_cfg"],
+            _params(model.visual),
+        ),
+        _count(model, lambda _: encode_one(model, "text", width), None, text, depths["text_cfg"], both),
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from raychain.config.experiment import Experiment
 from raychain.config.loading import validate
 from raychain.errors import InputError
+from raychain.families.registry import own_configs
 from raychain.searching.request import Plan, judged_by
 from raychain.training.task import ChainTask
 
@@ -46,6 +47,9 @@ def identity(plan: Plan) -> str:
         "search": plan.search.model_dump(mode="json", exclude={"trials", "concurrent", "metric"}, exclude_defaults=True)
         | ({"metric": plan.metric.recorded} if plan.metric.recorded != USUAL_METRIC else {}),
     }
+    # What a name means: raychain's, open_clip's and timm's mean the same always.
+    if own := own_configs([*(size.name for size in space.sizes), space.baseline.model]):
+        content["own models"] = own
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -16,7 +16,7 @@ from raychain.config.experiment import Baseline, Distill, Experiment, Stage
 from raychain.config.search import Proxy, Search
 from raychain.errors import InputError
 from raychain.families import UnknownModelError, matching_models
-from raychain.paradigms import make_paradigm, model_size
+from raychain.paradigms import make_paradigm, model_size, usable_size
 from raychain.planning.macs import ModelSize, stage_macs
 from raychain.planning.principles import alone_epochs, default_rules, linear_epochs, ratio_excess
 
@@ -218,11 +218,12 @@ def make_space(experiment: Experiment) -> Space:
     where = "search.space.models" if search.space.models else "family" if experiment.family else "chain"
     try:
         matched = matching_models(names)
-        sizes = sorted(
-            (model_size(experiment.task, name, experiment.data.image_size) for name in matched), key=lambda s: s.params
-        )
     except (UnknownModelError, ValueError) as error:
         raise InputError(where, ", ".join(names), str(error), "correct the name or pattern") from None
+    found = [usable_size(experiment.task, name, experiment.data.image_size, where) for name in matched]
+    sizes = sorted(found, key=lambda size: size.params)
+    if experiment.baseline:
+        usable_size(experiment.task, experiment.baseline.model, experiment.data.image_size, "baseline.model")
     samples = epoch_samples(experiment, experiment.data)
     batch = experiment.train.global_batch
 

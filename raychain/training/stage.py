@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import nn
 
 from raychain.core.dist import rank, rank_slice, world_size
+from raychain.core.finite import not_finite
 from raychain.errors import Diverged
 from raychain.evaluators.suite import Evaluation, Results
 from raychain.feed.cache import ShardCache
@@ -174,6 +175,8 @@ class ChainWorker:
         with tempfile.TemporaryDirectory(prefix="raychain-") as scratch:
             folder = self.out.fetch(f"stages/{stage.folder}", Path(scratch) / "stage")
             model, moments = self.paradigm.load(folder), load_moments(folder)
+            if (problem := not_finite(model.state_dict())) is not None:
+                raise FloatingPointError(f"stages/{stage.folder} cannot be gone on from: {problem}")
         found = list(model.state_dict().values())
         if moments:
             found += [*moments.exp_avg.values(), *moments.exp_avg_sq.values()]

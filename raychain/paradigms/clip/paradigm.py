@@ -14,7 +14,8 @@ from torch import nn
 
 from raychain.families import at_image_size, model_config
 from raychain.families.building import build_config, preprocessing_of
-from raychain.families.tokenizing import make_tokenizer
+from raychain.families.registry import native_size
+from raychain.families.tokenizing import check_tokenizer, make_tokenizer
 from raychain.feed.members import Wanted
 from raychain.feed.pictures import PictureReader
 from raychain.feed.shards import Shard, survey
@@ -42,7 +43,7 @@ class ImageTextParadigm(Paradigm):
         return model_config(model)
 
     def native_size(self, config: Config) -> int:
-        return int(config["vision_cfg"]["image_size"])
+        return native_size(config)
 
     def build(self, config: Config, *, size: int, seed: int, device: str | torch.device = "cpu") -> nn.Module:
         return build_config(dict(config), seed=seed, image_size=size, device=device)
@@ -67,6 +68,7 @@ class ImageTextParadigm(Paradigm):
         return PictureReader(fitting(spec, samples, data.store), tokenize, data.captions.per_image, data.crop)
 
     def measure(self, name: str, config: Config, size: int) -> ModelSize:
+        check_tokenizer(config)
         image, text = tower_sizes(dict(config), size)
         return ModelSize(name, {"image": image, "text": text}, principal="image")
 
