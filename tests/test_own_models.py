@@ -20,14 +20,17 @@ from raychain.chain.driver import run_chain
 from raychain.chain.resolve import dry_plan, make_task
 from raychain.config import opened
 from raychain.config.loading import validate
+from raychain.config.task import Task
 from raychain.errors import InputError
 from raychain.evaluate import evaluate_command
 from raychain.families import UnknownModelError, build, model_config, model_names
 from raychain.families.registry import own_configs, use_models
 from raychain.grow import grow_command
+from raychain.paradigms import make_paradigm
 from raychain.plan import plan_command
 from raychain.run import main, run_command
-from raychain.searching.request import identity
+from raychain.searching.continuing import identity
+from raychain.searching.request import plan_search
 from raychain.searching.space import make_space
 from raychain.training.artifact import write_artifact
 
@@ -126,16 +129,16 @@ def test_families_and_searches_find_them_by_patterns(tree, folder) -> None:
     experiment = opened(validate(with_own(tree, folder, "mine-S") | {"search": search}))
     space = make_space(experiment)
     assert [size.name for size in space.sizes] == ["mine-S", "mine-M"]
-    names = [size.name for size in space.sizes]
     tree["chain"] = []
     family = {name: value for name, value in with_own(tree, folder).items() if name != "chain"} | {"family": "mine-*"}
     assert opened(validate(family)).family == ("mine-*",)
+    before = identity(plan_search(experiment, f"{tree['storage']}/a", tree["storage"]))
     elsewhere = shutil.copytree(folder, folder.parent / "elsewhere")
-    moved = experiment.model_copy(update={"models": str(elsewhere)})
-    before = identity(experiment, own_configs(names))
-    assert identity(moved, own_configs(names)) == before
+    moved = opened(experiment, models=str(elsewhere))
+    assert identity(plan_search(moved, f"{tree['storage']}/a", tree["storage"])) == before
     (folder / "mine-M.json").write_text(json.dumps(larger(SMALL, 128)))
-    assert identity(opened(experiment), own_configs(names)) != before
+    changed = opened(experiment)
+    assert identity(plan_search(changed, f"{tree['storage']}/a", tree["storage"])) != before
 
 
 def test_commands_take_the_folder(tree, folder, tmp_path, capsys, monkeypatch) -> None:
@@ -157,7 +160,7 @@ def test_checkpoints_of_own_models_are_named_and_grown(folder, demo, tmp_path, c
     use_models(folder)
     stage, weights = tmp_path / "stage", tmp_path / "weights.safetensors"
     stage.mkdir()
-    write_artifact(stage, build("mine-S", seed=0), SMALL, 32)
+    write_artifact(stage, make_paradigm(Task()), build("mine-S", seed=0), SMALL, 32)
     shutil.copy(stage / "open_clip_model.safetensors", weights)
     use_models(None)
     data = ["--data", demo / "zero_shot" / "test", "--cache", tmp_path / "cache"]

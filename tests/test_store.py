@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save
 
 from raychain.chain import store as store_module
 from raychain.chain.lease import Lease
@@ -377,3 +379,30 @@ def test_of_contributors_at_once_the_store_keeps_one_whole_stage(tmp_path: Path)
         record = verify(Folder(str(tmp_path)), f"store/key-{n}", f"key-{n}")
         assert record in [json.loads((tmp_path / run / f"stages/{n}-S/stage.json").read_text()) for run in ("a", "b")]
     assert not [name for name in Folder(str(tmp_path)).list("store") if "damaged" in name]
+
+
+def weights(*values: float) -> bytes:
+    return save({"visual.proj": torch.ones(4), "text.proj": torch.tensor(values)})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_stage_whose_weights_are_not_finite_is_set_aside_like_a_damaged_one(place, value: float) -> None:
+    """Versions before this one could publish such a stage; its checksums are right."""
+    run, store = place("run"), StageStore(place("storage"))
+    publish(run, content=weights(1, value))
+    with pytest.raises(UnusableStageError, match=r"1 of 2 tensors are not finite, first text\.proj"):
+        verify(run, STAGE, KEY)
+    with pytest.raises(UnusableStageError, match="not finite"):
+        store.contribute(KEY, run, "0-S")
+    assert not store.has(KEY)
+    assert store_module.usable(run, STAGE, KEY) is None
+    assert run.list("stages") == ["0-S.damaged-1"]
+
+
+def test_a_stage_of_the_store_that_is_not_finite_is_not_taken(place) -> None:
+    run, storage = place("run"), place("storage")
+    publish(storage, f"store/{KEY}", content=weights(1, float("nan")))
+    assert StageStore(storage).adopt(KEY, run, "0-S") is None
+    assert f"{KEY}.damaged-1" in storage.list("store")
+    publish(storage, f"store/{KEY}", content=weights(1, 2))
+    assert StageStore(storage).adopt(KEY, run, "0-S") is not None

@@ -11,10 +11,13 @@ import torch
 
 def not_finite(tensors: Mapping[str, torch.Tensor]) -> str | None:
     """How many of the tensors hold NaN or infinity, and the first one's name; None if all are finite."""
-    floats = {name: value for name, value in tensors.items() if value.is_floating_point() and value.numel()}
-    # The extremes keep a NaN, and are found many times faster than every number is looked at.
-    bad = [name for name, value in floats.items() if not torch.stack(torch.aminmax(value)).isfinite().all()]
-    return _described(bad, len(floats))
+    floats = {name: value for name, value in tensors.items() if value.is_floating_point()}
+    return _described([name for name, value in floats.items() if not _is_finite(value)], len(floats))
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    """The extremes keep a NaN, and are found many times faster than every number is looked at."""
+    return tensor.numel() == 0 or bool(torch.stack(torch.aminmax(tensor)).isfinite().all())
 
 
 class FiniteScan:
