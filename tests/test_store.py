@@ -101,7 +101,7 @@ DAMAGE = {
     "bit flip": (flip, "open_clip_model.safetensors is damaged"),
     "truncated": (truncate, "open_clip_model.safetensors is damaged"),
     "missing": (lose, "optimizer.safetensors is missing"),
-    "no weights listed": (unlist(WEIGHTS), "does not list open_clip_model"),
+    "no weights listed": (unlist(WEIGHTS), "does not list a model's weights"),
     "no optimiser listed": (unlist(OPTIMIZER), "optimizer.safetensors is not listed"),
     "no files": (edit(files=None), "lists no files"),
     "outside": (edit(files={"../../weights": "0"}), "no plain file name"),
