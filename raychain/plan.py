@@ -206,10 +206,14 @@ def _time(
 
 def _measured_rate(like: str) -> Measured:
     from raychain.planning.resources import measured_rate
+    from raychain.records import RunRecord, read
     from raychain.storage import Folder
 
-    run = Folder(like).read_json("run.json")
-    rate = measured_rate(run.get("stages") or []) if isinstance(run, dict) else None
+    try:
+        run = read(Folder(like), "run.json", RunRecord) or {}
+    except OSError as error:
+        raise InputError("--like", like, "a run folder that can be read", str(error)) from None
+    rate = measured_rate(run.get("stages") or [])
     if rate is None:
         raise InputError("--like", like, "a run folder with run.json and a finished stage", "give another folder")
     return rate
@@ -219,11 +223,12 @@ def _prediction(config: Experiment, cost: ChainCost) -> dict[str, Any]:
     """What finished runs under `storage` say about the last stage's accuracy; nothing where there are none."""
     from raychain.evaluators.metrics import FORMER
     from raychain.planning.measured import points, predict_metric
+    from raychain.records import RunRecord, read
     from raychain.storage import Folder
 
     try:
         storage = Folder(config.storage)
-        runs = [run for name in storage.list() if isinstance(run := storage.read_json(f"{name}/run.json"), dict)]
+        runs = [run for name in storage.list() if (run := read(storage, f"{name}/run.json", RunRecord, quiet=True))]
     except (OSError, InputError):  # planning needs no storage
         return {}
     score = config.evaluate.judged_by or FORMER[0]

@@ -322,7 +322,7 @@ class Folder:
         content = self.read(name)
         try:
             return None if content is None else json.loads(content)
-        except ValueError:
+        except (ValueError, RecursionError):
             return None
 
     def write_json(self, name: str, value: Any) -> None:

@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
-from raychain import signals
+from raychain import records, signals
 from raychain.backend_ray.connection import session
 from raychain.backend_ray.gauges import Gauges
 from raychain.chain.group import Groups
-from raychain.chain.lease import Holder, Lease, patience
+from raychain.chain.lease import LEASE, Holder, Lease, patience
 from raychain.chain.store import StageStore, UnusableStageError, usable
 from raychain.chain.takeover import take_over
 from raychain.chain.totals import totals
@@ -30,9 +30,6 @@ from raychain.reporting.trackers import Trackers
 from raychain.storage import Folder, patiently
 from raychain.terminal import say
 from raychain.training.task import ChainTask, StageTask
-
-LEASE = ".driver"
-"""The run folder's lease."""
 
 
 class Watch(NamedTuple):
@@ -56,9 +53,9 @@ def run_chain(
         lease = stack.enter_context(Lease(out, LEASE))
         lease.acquire(patience(f"{task.out} is in use", _say))
         take_over(task, out, store, _say)
-        records = [_claim(stage, task.suite, out, store, stack) for stage in task.stages]
+        finished = [_claim(stage, task.suite, out, store, stack) for stage in task.stages]
         try:
-            return _run(task, out, store, records, lease, address, verbose, watch)
+            return _run(task, out, store, finished, lease, address, verbose, watch)
         finally:
             with signals.settled():
                 leave_report(out)
@@ -68,7 +65,7 @@ def _run(
     task: ChainTask,
     out: Folder,
     store: StageStore | None,
-    records: Sequence[dict[str, Any] | None],
+    finished: Sequence[dict[str, Any] | None],
     lease: Lease,
     address: str | None,
     verbose: bool,
@@ -83,16 +80,16 @@ def _run(
         "metrics": written_down(task.suite.definitions),
         "score": score.name if (score := task.experiment.evaluate.judged_by) else None,
     }
-    health = DataHealth(task.shards, task.experiment.data.max_bad_fraction, out.read_json(RUN))
+    health = DataHealth(task.shards, task.experiment.data.max_bad_fraction, records.take(out, RUN, records.RunRecord))
     progress = Progress(len(task.stages), metrics=task.suite.definitions)
     show = watch.handle if watch else progress.handle
     steps = [stage.steps for stage in task.stages]
     with signals.settled():  # run.json says `running` until `finish`
-        log = RunLog(out, header | {"data_health": health.record()}, records)
+        log = RunLog(out, header | {"data_health": health.record()}, finished)
         if health.exceeded:
             log.finish("failed", totals(task, time.time() - started))
             raise RunFailed(health.describe())
-        if all(record and task.measured(record) for record in records):
+        if all(record and task.measured(record) for record in finished):
             log.finish("succeeded", totals(task, time.time() - started))
             return log.run
         trackers = Trackers(out, task.experiment, task.stages[-1].key, steps, show)
@@ -120,7 +117,7 @@ def _run(
             ):
                 gauges = Gauges(out.path.rpartition("/")[2])
                 handlers = [health.handle, log.handle, share, trackers.handle, gauges.handle, show]
-                done = {stage.index for stage, record in zip(task.stages, records, strict=True) if record}
+                done = {stage.index for stage, record in zip(task.stages, finished, strict=True) if record}
                 complete = _execute(Groups(task, handlers, done, verbose=verbose), spoilt)
             if health.exceeded:
                 raise RunFailed(health.describe())

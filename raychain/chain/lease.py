@@ -13,7 +13,6 @@ of this machine is dead at once when the process is.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import random
@@ -26,8 +25,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
+from raychain import records
 from raychain.storage import Folder
 
 log = logging.getLogger("raychain.chain")
@@ -44,6 +43,8 @@ rather than after one of them holds the lease, and storage that shows writes a l
 POLL_S = (0.1, 2.0)
 """Between two looks while somebody else has a claim, on a local disk and elsewhere."""
 SUFFIX = ".json"
+LEASE = ".driver"
+"""The lease of a run's folder, or a search's."""
 
 
 @dataclass(frozen=True)
@@ -184,7 +185,7 @@ class Lease:
             if not name.endswith(SUFFIX) or name == f"{self._id}{SUFFIX}":
                 continue
             looked = _now()
-            content = self.folder.read(f"{self.name}/{name}")
+            content = records.content(self.folder, f"{self.name}/{name}")
             if content is None:
                 self._seen.pop(name, None)
                 continue
@@ -247,6 +248,14 @@ class Lease:
         time.sleep(self.poll_s * random.uniform(0.5, 1))
 
 
+def is_abandoned(folder: Folder, name: str) -> bool:
+    """Whether those that claim the lease are processes of this machine that have ended. Raises OSError."""
+    claims = [claim for claim in folder.list(name) if claim.endswith(SUFFIX)]
+    contents = [(claim, records.content(folder, f"{name}/{claim}")) for claim in claims]
+    dead = [_parse(claim, content).dead for claim, content in contents if content is not None]
+    return bool(dead) and all(dead)
+
+
 def patience(what: str, say: Callable[[str], None]) -> Callable[[Holder], bool]:
     """For `acquire`: waits without end, and says once of each holder that it is waited for."""
     told: set[str] = set()
@@ -262,18 +271,8 @@ def patience(what: str, say: Callable[[str], None]) -> Callable[[Holder], bool]:
 
 def _parse(name: str, content: bytes) -> Holder:
     """The claim in a file. One that does not say whose it is counts as held until it is stale."""
-    claim: Any = None
-    with contextlib.suppress(ValueError):
-        claim = json.loads(content)
-    claim = claim if isinstance(claim, dict) else {}
-    pid = claim.get("pid")
-    return Holder(
-        id=name.removesuffix(SUFFIX),
-        host=str(claim.get("host", "unknown")),
-        pid=pid if isinstance(pid, int) else 0,
-        held=claim.get("held") is not False,
-        process=str(claim.get("process", "")),
-    )
+    claim = records.ClaimRecord(**(records.parse(content, records.ClaimRecord) or {}))
+    return Holder(name.removesuffix(SUFFIX), claim.host, claim.pid, claim.held, claim.process)
 
 
 def _now() -> float:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from raychain import records
 from raychain.chain.checks import check_health, input_size
 from raychain.chain.identity import FORMER_SCHEMA, Determinants, stage_key, trunk_key
 from raychain.chain.takeover import finished
@@ -237,7 +238,7 @@ def _stage(
     previous = before.key if before else ""
     key = stage_key(determinants, previous)
     folder = f"{index}-{re.sub(r'[^A-Za-z0-9._-]', '_', stage.model)}"
-    record = out.read_json(f"stages/{folder}/{STAGE_RECORD}")
+    record = records.read(out, f"stages/{folder}/{STAGE_RECORD}", records.StageRecord, quiet=True)
     student = model_size(experiment.task, stage.model, size)
     follows = grown is not None and grown.distill is not None
     teacher = model_size(experiment.task, experiment.chain[index - 1].model, size) if follows else None
@@ -265,7 +266,7 @@ def _stage(
         epochs=round(steps * recipe.global_batch / epoch_samples, 4),
         params=student.params,
         macs=stage_macs(student, teacher, steps * recipe.global_batch, paradigm.items(data)),
-        published=isinstance(record, dict) and record.get("key") == key,
+        published=record is not None and record["key"] == key,
         changes=_histories(determinants, previous),
     )
 

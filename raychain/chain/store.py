@@ -6,11 +6,11 @@ The store holds the same under `store/<key>/`, where the key is the hash of all 
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from typing import Any
 
+from raychain import records
 from raychain.chain.lease import STALE_S, Lease
 from raychain.core.finite import FiniteScan
 from raychain.storage import SCRATCH, Folder
@@ -207,19 +207,17 @@ class StageStore:
 
 def _record(folder: Folder, name: str, key: str) -> dict[str, Any] | None:
     """The record of a complete stage `key`, its files not looked at; None if there is none."""
-    content = folder.read(f"{name}/{STAGE_RECORD}")
-    if content is None:
+    record, problem = records.examine(folder, f"{name}/{STAGE_RECORD}", records.StageRecord)
+    if record is None:
+        if problem:
+            raise UnusableStageError(f"{STAGE_RECORD} {problem}")
         return None
-    try:
-        record = json.loads(content)
-    except ValueError:
-        raise UnusableStageError(f"{STAGE_RECORD} is not JSON") from None
-    if not isinstance(record, dict) or not isinstance(record.get("key"), str):
-        raise UnusableStageError(f"{STAGE_RECORD} names no key")
+    if problem:
+        records.warn(f"{name}/{STAGE_RECORD} in {folder.address} {problem}")
     if record["key"] != key:
         raise ForeignStageError(record["key"])
     files = record.get("files")
-    if not isinstance(files, dict) or not all(isinstance(digest, str) for digest in files.values()):
+    if files is None:
         raise UnusableStageError(f"{STAGE_RECORD} lists no files and checksums")
     if strange := [file for file in files if file != _plain(file) or file == STAGE_RECORD]:
         raise UnusableStageError(f"{STAGE_RECORD} lists {strange[0]!r}, which is no plain file name")

@@ -7,7 +7,6 @@ and where the stage before was taken over as well. Its files stay as they are; t
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from datetime import datetime
@@ -15,6 +14,7 @@ from typing import Any, NamedTuple
 
 from pyarrow import fs
 
+from raychain import records
 from raychain.chain.store import STORE, StageStore, UnusableStageError
 from raychain.reporting.runlog import METRICS
 from raychain.storage import Folder
@@ -138,25 +138,22 @@ def _take_over_checkpoints(stage: StageTask, out: Folder, store: StageStore | No
     folder = f"checkpoints/{stage.folder}"
     for step in out.list(folder):
         name = f"{folder}/{step}/{MARKER}"
-        state = _read(out, name)
-        if not step.isdigit() or state.get("key") != stage.former.begun:
+        state = records.read(out, name, records.CheckpointRecord, quiet=True)
+        if not step.isdigit() or state is None or state["key"] != stage.former.begun:
             continue
         if stage.changes and int(step) > stage.changes[0].step:  # it has gone on with the rate of before
             continue
-        began = min(_logged(out, stage.index), _written(out, f"{folder}/{step}") - _wall(state.get("counters")))
+        began = min(_logged(out, stage.index), _written(out, f"{folder}/{step}") - _wall(state.get("counters") or {}))
         if not _refused(stage, began, out, store):
             out.write_json(name, state | {"key": stage.key_at(int(step)), "former": stage.former.begun})
 
 
 def _logged(out: Folder, index: int) -> float:
     """When the run folder's stage logged its first step; infinite where it tells nothing. A copy tells it too."""
-    for line in (out.read(METRICS) or b"").splitlines():
-        try:
-            found = json.loads(line)
-            if found["stage"] == index:
-                return float(found["time"])
-        except (ValueError, KeyError, TypeError):
-            continue
+    for line in (records.content(out, METRICS) or b"").splitlines():
+        found = records.parse(line, records.StepRecord)
+        if found and found["stage"] == index:
+            return float(found["time"])
     return math.inf
 
 
@@ -167,10 +164,9 @@ def _written(folder: Folder, name: str) -> float:
     return min((time.timestamp() for time in times if isinstance(time, datetime)), default=-math.inf)
 
 
-def _wall(record: Any) -> float:
+def _wall(record: Record) -> float:
     """Seconds of training that a record tells of."""
-    seconds = record.get("wall_s") if isinstance(record, dict) else None
-    return float(seconds) if isinstance(seconds, int | float) else 0.0
+    return float(record.get("wall_s") or 0)
 
 
 def _key(folder: Folder, name: str) -> Any:
@@ -178,8 +174,7 @@ def _key(folder: Folder, name: str) -> Any:
 
 
 def _read(folder: Folder, name: str) -> Record:
-    record = folder.read_json(name)
-    return record if isinstance(record, dict) else {}
+    return records.read(folder, name, records.StageRecord, quiet=True) or {}
 
 
 def _named(stage: StageTask) -> str:

@@ -20,6 +20,7 @@ from raychain.feed.health import STRUCTURAL
 from raychain.feed.members import LARGEST, Wanted
 from raychain.feed.shards import Shard
 from raychain.feed.tar import split_name, walk
+from raychain.records import document
 from raychain.storage import Folder, below
 
 if TYPE_CHECKING:
@@ -193,9 +194,9 @@ def _lines(address: str, name: str, where: str) -> list[str]:
 def _labels(shard: Shard, wanted: Wanted, cache: Path, where: str) -> tuple[int, int]:
     """Smallest and largest label of a shard, without those that are no whole number. Pictures are skipped, not read."""
     noted = cache / "counts" / f"{shard.identity}-labels{'' if wanted.key_split == 'first' else '-last'}.json"
-    if noted.is_file():
-        low, high = json.loads(noted.read_text())
-        return low, high
+    known = document(noted.read_bytes()) if noted.is_file() else None
+    if isinstance(known, list) and len(known) == 2 and all(type(label) is int for label in known):
+        return known[0], known[1]
     labels = []
     try:
         with unchanged(shard), open_input(shard.address) as file:

@@ -19,6 +19,7 @@ from urllib.parse import quote, unquote
 import braceexpand
 from pyarrow import fs
 
+from raychain import records
 from raychain.errors import InputError
 from raychain.feed import health, members
 from raychain.feed.content import ChangedError, former_identity, identify, unchanged
@@ -236,8 +237,8 @@ def _survey(address: str, wanted: members.Wanted, cache: Path, where: str) -> Sh
         content = identify(address, counts)
         shard = Shard(address, content.size, content.identity, 0, version=content.version, changed=content.changed)
         name = f"{shard.identity}-{wanted.digest}.json"
-        noted = counts.read_json(name)
-        if isinstance(noted, dict) and {"samples", "bad", "former"} <= noted.keys():
+        noted = records.take(counts, name, records.CountRecord)
+        if noted is not None:
             bad = Tally.from_dict(noted["bad"])
             return replace(shard, samples=noted["samples"], bad=bad, former=noted["former"])
         found: list[Bad] = []

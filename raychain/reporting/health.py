@@ -21,12 +21,12 @@ class DataHealth:
     folder: a continued run may read no shard again whose findings stand there.
     """
 
-    def __init__(self, shards: Sequence[Shard], limit: float, earlier: Any = None) -> None:
+    def __init__(self, shards: Sequence[Shard], limit: float, earlier: Mapping[str, Any] | None = None) -> None:
         self.limit = limit
         self._shards = {shard.identity: shard for shard in shards}
         self._decoded: dict[str, Tally] = {}
-        noted = earlier.get("data_health") if isinstance(earlier, Mapping) else None
-        for identity, found in ((noted or {}).get("decoded") or {}).items():
+        noted = (earlier or {}).get("data_health") or {}
+        for identity, found in (noted.get("decoded") or {}).items():
             self._add(identity, found)
 
     def handle(self, event: Event) -> None:

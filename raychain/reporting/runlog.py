@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from raychain import records
 from raychain.reporting import trace
 from raychain.reporting.events import Event
 from raychain.reporting.scalars import Scalars
@@ -53,15 +54,14 @@ class RunLog:
         self._stages = list(stages)
         first = {"schema": SCHEMA, "name": header["name"], "status": "running"}
         self._run = first | {k: v for k, v in header.items() if k not in first} | {"stages": [], "totals": {}}
-        earlier_run = out.read_json(RUN)
-        known = earlier_run.get("restarts") if isinstance(earlier_run, dict) else None
-        self._run["restarts"] = known if isinstance(known, list) else []
-        measured = earlier_run.get("evaluations") if isinstance(earlier_run, dict) else None
-        self._run["evaluations"] = [e for e in measured if isinstance(e, dict)] if isinstance(measured, list) else []
+        before = records.take(out, RUN, records.RunRecord) or {}
+        self._run |= {key: before.get(key) or [] for key in ("restarts", "evaluations")}
         self._restart: Event | None = None
-        self._bars = trace.bars(out.read_json(TRACE))
+        self._bars = trace.bars(records.take(out, TRACE, records.TraceRecord))
         self._scalars = Scalars(self._root / TENSORBOARD)
-        earlier = out.read(METRICS)
+        earlier = records.content(out, METRICS)
+        if earlier is None and records.is_taken(out, METRICS):
+            log.warning("%s: %s is no file; kept as %s", out.address, METRICS, records.set_aside(out, METRICS))
         if self._scratch and earlier is not None:
             self._folder.write(METRICS, earlier)
         self._keep_metrics(lambda _: True)
@@ -220,7 +220,5 @@ def plain(value: Any) -> Any:
 
 
 def _passes(line: bytes, keep: Callable[[dict[str, Any]], bool]) -> bool:
-    try:
-        return line.endswith(b"\n") and keep(json.loads(line))
-    except (ValueError, KeyError, TypeError):
-        return False
+    found = records.parse(line, records.StepRecord) if line.endswith(b"\n") else None
+    return found is not None and keep(found)

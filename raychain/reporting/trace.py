@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from raychain.records import BarRecord, TraceRecord, clean, is_a
 from raychain.reporting.events import CATEGORIES, Event
 
 Bar = dict[str, Any]
@@ -28,9 +29,8 @@ def bar(span: Event) -> Bar:
 
 def bars(document: Any) -> list[Bar]:
     """The complete events of a trace file's content; none if that is no trace."""
-    events = document.get("traceEvents") if isinstance(document, dict) else None
-    needed = {"name", "cat", "ts", "dur"}
-    return [e for e in events or () if isinstance(e, dict) and e.get("ph") == "X" and needed <= e.keys()]
+    found, _ = clean(document, TraceRecord)
+    return [event for event in found["traceEvents"] if is_a(event, BarRecord)] if found else []
 
 
 def document(process: str, bars: Sequence[Bar]) -> dict[str, Any]:

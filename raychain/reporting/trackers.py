@@ -19,6 +19,7 @@ from importlib import metadata
 from queue import SimpleQueue
 from typing import Any
 
+from raychain import records
 from raychain.config.experiment import Experiment, Track
 from raychain.errors import InputError
 from raychain.reporting.events import Event, event
@@ -172,8 +173,8 @@ class Trackers:
 
     def _track(self, name: str, target: str, events: SimpleQueue[Event]) -> None:
         file, whose = f"track-{name}.json", {"target": target, "key": self._key}
-        state = self._out.read_json(file)
-        if not isinstance(state, dict) or not whose.items() <= state.items():
+        state = records.take(self._out, file, records.TrackRecord)
+        if state is None or not whose.items() <= state.items():
             state = {"id": uuid.uuid4().hex[:12], **whose, "logged": {}}
             self._out.write_json(file, state)
         run, folder = self._out.path.rstrip("/").rpartition("/")[2], self._out.path if self._out.local else None

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from datetime import datetime
 from typing import Any
 
+from raychain import records
 from raychain.config.experiment import Experiment
 from raychain.config.loading import validate
 from raychain.errors import InputError
@@ -58,9 +59,9 @@ def earlier(plan: Plan, tasks: Tasks) -> dict[str, Any]:
 
     Raises InputError for a search of other settings or data.
     """
-    found = plan.out.read_json(RESULT)
-    if not isinstance(found, dict) or not found or found.get("identity") == identity(plan):
-        return found if isinstance(found, dict) else {}
+    found = records.take(plan.out, RESULT, records.SearchRecord)
+    if not found or found["identity"] == identity(plan):
+        return found or {}
     if found.get("schema") == 1 and _same_settings(plan, found) and not _touched(plan):
         return _renamed(found, tasks)
     raise InputError("--out", plan.out.address, "a folder of this search, or a new one",
@@ -70,7 +71,7 @@ def earlier(plan: Plan, tasks: Tasks) -> dict[str, Any]:
 def _same_settings(plan: Plan, found: dict[str, Any]) -> bool:
     try:
         return _settings(validate(found["config"])) == _settings(plan.experiment)
-    except (InputError, KeyError):
+    except (InputError, KeyError, TypeError, ValueError):
         return False
 
 

@@ -9,10 +9,11 @@ from typing import Any
 
 import yaml
 
+from raychain import records
 from raychain.backend_ray import cluster
 from raychain.backend_ray.connection import session
-from raychain.chain.driver import LEASE, stop_signals
-from raychain.chain.lease import Lease, patience
+from raychain.chain.driver import stop_signals
+from raychain.chain.lease import LEASE, Lease, patience
 from raychain.chain.resolve import replan, worker_cpus
 from raychain.chain.store import STORE, StageStore
 from raychain.chain.takeover import take_over_in_store
@@ -70,7 +71,7 @@ class Searcher:
         )
         self.store = StageStore(Folder(plan.store))
         self.identity = identity(plan)
-        self.before = earlier(plan, self._task)
+        self.before = earlier(plan, self._possible)
         self.trained: set[str] = set(self.before.get("trained") or ())
         self.earlier: dict[str, int] = {
             key: int(number) for number, keys in (self.before.get("begun") or {}).items() for key in keys
@@ -140,12 +141,14 @@ class Searcher:
         entries = sorted(self.before.get("trials") or (), key=lambda entry: entry["number"])
         begun = set(map(int, self.before.get("begun") or {}))
         for entry in entries:
-            fixed = self.sampler.ask(entry["params"]) if entry["kind"] in ("planned", "sampled") else entry["params"]
-            trial = self._trial(entry["kind"], fixed or entry["params"], entry["number"])
+            trial = self._restored(entry)
+            if trial is None:
+                records.warn(f"{RESULT}: trial {entry['number']} is none of this search, and left out")
+                continue
             self.sampled += trial.kind in ("planned", "sampled")
             self.seen.setdefault(self._name(trial), trial)
             if entry["status"] == "stopped":
-                trial.status, trial.reason, trial.reached = "stopped", entry["reason"], entry["reached"]
+                trial.status, trial.reason, trial.reached = "stopped", entry.get("reason"), entry.get("reached")
                 self.campaign.trials[trial.number] = trial
                 self._ended(trial)
             else:
@@ -153,6 +156,23 @@ class Searcher:
         self.progress.quiet = False
         if entries:
             self.progress.continued(len(entries) - self.campaign.waiting(), self.campaign.waiting())
+
+    def _restored(self, entry: dict[str, Any]) -> Trial | None:
+        """A trial of an earlier call; None where its choices are not of this search."""
+        kind, params, number = entry["kind"], entry["params"], entry["number"]
+        if number in self.campaign.trials:
+            return None
+        if self._possible(kind, params) is None:
+            return None
+        fixed = self.sampler.ask(params) if kind in ("planned", "sampled") else None
+        return self._trial(kind, fixed or params, number)
+
+    def _possible(self, kind: Kind, params: Params) -> ChainTask | None:
+        """As `_task`, of choices that anybody may have written."""
+        try:
+            return self._task(kind, params)
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError):  # what choices are, only the space knows
+            return None
 
     def _planned(self) -> Iterator[Params]:
         found: set[str] = set()
@@ -318,9 +338,9 @@ class Searcher:
             take_over_in_store(self.plan.base, step.stage, self.store, self.progress.say)
         if not self.store.has(step.key):
             return None
-        record = self.store.storage.read_json(f"{STORE}/{step.key}/{STAGE_RECORD}")
+        record = records.read(self.store.storage, f"{STORE}/{step.key}/{STAGE_RECORD}", records.StageRecord)
         suite = self.plan.base.suite
-        return suite.shown(record) if isinstance(record, dict) and not suite.missing(record) else None
+        return suite.shown(record) if record is not None and not suite.missing(record) else None
 
     def _begin(self, job: Job) -> None:
         last = job.trial.task.stages[-1]

@@ -18,6 +18,7 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from raychain import records
 from raychain.storage import Folder
 from raychain.training.state import Snapshot, TrainState, all_finite
 
@@ -71,20 +72,29 @@ class Checkpoints:
         and this stage's states from such folders back.
         """
         for name in self._steps():
-            key = _key(self.out.read_json(f"{self.name}/{name}/{MARKER}"))
+            key = self._key(f"{self.name}/{name}")
             if key != self.key_at(int(name)) and ASIDE.fullmatch(key):
                 self._move(f"{self.name}/{name}", f"{self._aside(key)}/{name}")
         for key in keys:
             aside = self._aside(key)
             for name in self._steps(aside):
-                found = _key(self.out.read_json(f"{aside}/{name}/{MARKER}"))
+                found = self._key(f"{aside}/{name}")
                 if found == self.key_at(int(name)) and self.marker(int(name)) is None:
                     self._move(f"{aside}/{name}", f"{self.name}/{name}")
 
     def marker(self, step: int) -> dict[str, Any] | None:
         """What was noted of that step's state; None if there is none. Its files are not looked at."""
-        state = self.out.read_json(f"{self.name}/{step:010d}/{MARKER}")
-        return state if isinstance(state, dict) and state.get("key") == self.key_at(step) else None
+        state = self._marker(f"{self.name}/{step:010d}")
+        return state if state is not None and state["key"] == self.key_at(step) else None
+
+    def _marker(self, folder: str) -> dict[str, Any] | None:
+        state, problem = records.examine(self.out, f"{folder}/{MARKER}", records.CheckpointRecord)
+        if state is None and problem:  # `latest` tells of what is wrong with a field
+            records.warn(f"{folder}/{MARKER} in {self.out.address} {problem}: the state is not used")
+        return state
+
+    def _key(self, folder: str) -> str:
+        return str((self._marker(folder) or {}).get("key", ""))
 
     def save(self, state: TrainState, *, wait: bool = False) -> bool:
         """Saves the state; False, and nothing is saved, if it is not finite. While the one before is still being
@@ -142,11 +152,10 @@ class Checkpoints:
 
     def _damage(self, name: str, state: dict[str, Any]) -> str | None:
         """What is wrong with a checkpoint's files, or None."""
-        files = state.get("files")
-        if not isinstance(files, dict) or not {WEIGHTS, OPTIMIZER} <= files.keys():
+        files = state.get("files") or {}
+        if not {WEIGHTS, OPTIMIZER} <= files.keys():
             return f"{MARKER} does not list its files"
-        counters = state.get("counters")
-        if not isinstance(counters, dict) or counters.get("step") != int(name.rpartition("/")[2]):
+        if (state.get("counters") or {}).get("step") != int(name.rpartition("/")[2]):
             return f"{MARKER} is of another step"
         with tempfile.TemporaryDirectory(prefix="raychain-") as scratch:
             try:
@@ -183,10 +192,6 @@ class Checkpoints:
             alike = [n for n in self._steps() if int(n) <= step and self.key_at(int(n)) == self.key_at(step)]
             for old in alike[: -self.keep]:
                 self.out.delete(f"{self.name}/{old}")
-
-
-def _key(marker: Any) -> str:
-    return str(marker.get("key")) if isinstance(marker, dict) else ""
 
 
 def _not_finite(path: Path) -> str | None:

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from raychain import records
 from raychain.core.dist import rank, rank_slice, world_size
 from raychain.core.finite import not_finite
 from raychain.errors import Diverged
@@ -144,14 +145,15 @@ class ChainWorker:
             self._wait_for_publication()
 
     def _published(self, stage: StageTask) -> bool:
-        record = self.out.read_json(f"stages/{stage.folder}/{STAGE_RECORD}")
-        return self._agree(isinstance(record, dict) and record.get("key") == stage.key)
+        record = records.read(self.out, f"stages/{stage.folder}/{STAGE_RECORD}", records.StageRecord, quiet=True)
+        return self._agree(record is not None and record["key"] == stage.key)
 
     def _measure_again(self, stage: StageTask) -> None:
         """Measures a finished stage that has no metrics, or those of other held-out data."""
         name = f"stages/{stage.folder}/{STAGE_RECORD}"
-        record = self._agree(self.out.read_json(name) if self.rank == 0 else None)
-        if not isinstance(record, dict) or record.get("key") != stage.key or self.task.measured(record):
+        found = records.read(self.out, name, records.StageRecord, quiet=True) if self.rank == 0 else None
+        record: dict[str, Any] | None = self._agree(found)
+        if record is None or record["key"] != stage.key or self.task.measured(record):
             return
         missing = self.task.suite.missing(record)
         results = self.task.suite.results(record) | self._measure(stage, self._load(stage).model, stage.steps, missing)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from raychain import records
+from raychain.chain.lease import LEASE, is_abandoned
 from raychain.config.durations import parse_duration
 from raychain.errors import InputError
 from raychain.evaluators.metrics import Definition, read_back
@@ -84,16 +85,25 @@ def read(folder: Folder) -> tuple[Run | None, dict[str, Any] | None]:
     """The run and the search of a folder. Raises InputError where it has neither, or cannot be read."""
     allowed, fix = "the folder of a run (run.json) or of a search (search.json)", "give its path or s3:// address"
     try:
-        found, searched = (_document(folder, name) for name in (RUN, SEARCH))
+        found, searched = (records.read(folder, name, records.Record, quiet=True) for name in (RUN, SEARCH))
         if found is None and searched is None:
             there = "no such folder" if not folder.exists("") else "it holds neither file, or no readable one"
             raise InputError("RUN_DIR", folder.address, allowed, f"{there}; {fix}")
+        found, searched = (_ended(folder, record) for record in (found, searched))
         if found is None:
             return None, searched
-        lines, bars = folder.read(METRICS) or b"", trace.bars(_document(folder, TRACE))
+        lines = records.content(folder, METRICS) or b""
+        bars = trace.bars(records.read(folder, TRACE, records.TraceRecord, quiet=True))
     except (OSError, ValueError) as error:
         raise InputError("RUN_DIR", folder.address, allowed, f"{error}; {fix}") from None
     return Run(found, _stages(found, _lines(lines)), [bar for bar in bars if _drawable(bar)]), searched
+
+
+def _ended(folder: Folder, record: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The record; one that says `running` although its driver was killed says `interrupted` instead."""
+    if record is None or record.get("status") != "running" or not is_abandoned(folder, LEASE):
+        return record
+    return record | {"status": "interrupted"}
 
 
 def number(value: Any) -> float | None:
@@ -129,25 +139,13 @@ def numbers(value: Any) -> dict[str, float]:
     return {str(k): v for k, raw in mapping(value).items() if (v := number(raw)) is not None}
 
 
-def _document(folder: Folder, name: str) -> dict[str, Any] | None:
-    content = folder.read(name)
-    try:
-        found = json.loads(content) if content else None
-    except (ValueError, RecursionError):
-        return None
-    return found if isinstance(found, dict) else None
-
-
 def _lines(content: bytes) -> dict[int, list[dict[str, Any]]]:
     """Lines of metrics.jsonl by stage, in the order of the steps; one that is cut off is left out."""
     found: dict[int, list[dict[str, Any]]] = {}
     for raw in content.splitlines():
-        try:
-            line = json.loads(raw)
-        except (ValueError, RecursionError):
-            continue
-        stage = number(line.get("stage")) if isinstance(line, dict) else None
-        if stage is not None and stage >= 0 and amount(line.get("samples")) is not None:
+        line = mapping(records.document(raw))
+        stage = amount(line.get("stage"))
+        if stage is not None and amount(line.get("samples")) is not None:
             found.setdefault(int(stage), []).append(line)
     return {stage: sorted(lines, key=lambda line: number(line["samples"]) or 0) for stage, lines in found.items()}
 
