@@ -250,3 +250,29 @@ def test_a_killed_search_continues_where_it_was(small: dict[str, Any], tmp_path:
     # One first stage and two second ones; one that was finished in the moment of the kill may not have been noted.
     assert len(result["trained"]) in (2, 3)
     assert all(path.stat().st_mtime_ns == before for path, before in finished.items())
+
+
+def test_a_search_goes_on_whatever_its_record_holds(
+    halved: dict[str, Any], instant: type[Instant], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    instant.most = 7
+    with pytest.raises(Interrupted):
+        raychain.search(validate(halved))
+    instant.most = None
+    file = tmp_path / "runs" / "tiny-search" / "search.json"
+    good = json.loads(file.read_text())
+    trial = good["trials"][0]
+    twice = [trial, trial]
+    wrong = [{**trial, "params": {"chain": "nothing"}}, *({**trial, "params": odd} for odd in ({}, {"length": "x"}))]
+    for odd in (
+        {"identity": 5}, {"trials": 5}, {"trials": [5]}, {"trials": twice}, {"trials": wrong}, {"begun": {"x": [1]}},
+        {"trained": {"a": 1}}, {"asha": {"passed": [1], "behind": {}}}, {"asha": 7}, {"asha": None, "trials": None},
+    ):  # fmt: skip
+        file.write_text(json.dumps(good | odd))
+        caplog.clear()
+        assert raychain.search(validate(halved))["status"] == "succeeded", odd
+        raychain.report(file.parent)
+    for content in (b"[" * 3000, b"[]", b"\xff", b""):
+        file.write_bytes(content)
+        assert raychain.search(validate(halved))["status"] == "succeeded", content
+    assert len(list(file.parent.glob("search.json.damaged-*"))) == 5

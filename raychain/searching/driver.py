@@ -40,6 +40,8 @@ from raychain.training.task import ChainTask
 BEST = "best.yaml"
 PROBE = "1000000000 steps"
 """Long enough for any warm-up, to see what a step costs."""
+UNKNOWN = (KeyError, TypeError, ValueError, IndexError, AttributeError)
+"""What the space and the samplers raise for choices that are not theirs."""
 TRIES = 50
 """Choices that are asked of a sampler for one new affordable chain, before the space is walked through."""
 
@@ -162,16 +164,18 @@ class Searcher:
         kind, params, number = entry["kind"], entry["params"], entry["number"]
         if number in self.campaign.trials:
             return None
-        if self._possible(kind, params) is None:
+        try:
+            fixed = self.sampler.ask(params) if kind in ("planned", "sampled") else params
+        except UNKNOWN:
             return None
-        fixed = self.sampler.ask(params) if kind in ("planned", "sampled") else None
-        return self._trial(kind, fixed or params, number)
+        task = self._possible(kind, fixed or params)
+        return self._trial(kind, fixed or params, number, task) if task else None
 
     def _possible(self, kind: Kind, params: Params) -> ChainTask | None:
         """As `_task`, of choices that anybody may have written."""
         try:
             return self._task(kind, params)
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError):  # what choices are, only the space knows
+        except UNKNOWN:
             return None
 
     def _planned(self) -> Iterator[Params]:
