@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shlex
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -64,6 +66,21 @@ def test_a_state_that_is_not_finite_is_not_saved_and_pushes_no_good_one_out(plac
         assert not checkpoints.save(at, wait=wait)
     checkpoints.finish()
     assert [path.name for path in (tmp_path / NAME).iterdir()] == ["0000000001"]
+    assert checkpoints.latest() == 1
+
+
+def test_a_state_that_is_not_finite_is_told_while_storage_stalls(tmp_path):
+    checkpoints, at = Checkpoints(Folder(str(tmp_path)), NAME, KEYS[0], keep=1), state(0)
+    stalled, publish = threading.Event(), checkpoints.out.publish
+    checkpoints.out.publish = lambda *args: stalled.wait(30) and publish(*args)  # type: ignore
+    step(at, 1)
+    assert checkpoints.save(at)
+    step(at, 2)
+    assert checkpoints.save(at), "not written, and not wrong"
+    moments(at, "exp_avg").view(-1)[0] = math.nan
+    assert not checkpoints.save(at)
+    stalled.set()
+    checkpoints.finish()
     assert checkpoints.latest() == 1
 
 
@@ -242,19 +259,21 @@ def test_the_command_of_a_diverged_run_goes_on_from_its_last_good_state(ray_sess
     failed = run([sys.executable, "-m", "raychain.run", str(file)])
     assert failed.returncode == 1, failed.stderr
     assert "are not finite at step" in failed.stderr
-    assert "The last good state is that of step 8." in failed.stderr
+    found = re.search(r"The last good state is that of step ([48])\.", failed.stderr)  # 4: a slow disk skipped one
+    assert found, failed.stderr
+    last = int(found[1])
     assert "Traceback" not in failed.stderr
     assert finite(out)
     command = failed.stderr.strip().splitlines()[-1]
-    assert command.endswith("--set 'chain.0.changes=[{at: 8 steps, lr: 0.0005}]'")
+    assert command.endswith(f"--set 'chain.0.changes=[{{at: {last} steps, lr: 0.0005}}]'")
     continued = run(shlex.split(command))
     assert continued.returncode == 0, continued.stderr
-    assert "resumed at step 8" in continued.stderr
+    assert f"resumed at step {last}" in continued.stderr
     record = json.loads((out / "stages/0-CoM-micro-S/stage.json").read_text())
-    assert (record["lr"], record["changes"]) == (1e-3, [{"step": 8, "lr": 5e-4}])
+    assert (record["lr"], record["changes"]) == (1e-3, [{"step": last, "lr": 5e-4}])
     assert not (out / "checkpoints").exists() or not list((out / "checkpoints").iterdir())
 
-    tree["chain"][0]["changes"] = [{"at": "8 steps", "lr": 5e-4}]
+    tree["chain"][0]["changes"] = [{"at": f"{last} steps", "lr": 5e-4}]
     whole = raychain.run(validate(tree | {"storage": str(tmp_path / "apart")}))
     assert whole["stages"][0]["key"] == record["key"]
     ours, theirs = (load_file(path / "stages/0-CoM-micro-S/open_clip_model.safetensors")
@@ -290,7 +309,7 @@ def poisoned(step: int) -> Callable[[dict[str, Any]], bool]:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("_workers_know_this_module")
-@pytest.mark.parametrize(("at", "every", "last"), [(10, "4 steps", 9), (24, "100 steps", 0)])
+@pytest.mark.parametrize(("at", "every", "last"), [(10, "4 steps", "[59]"), (24, "100 steps", "")])
 def test_moments_that_overflow_stop_every_rank_and_are_not_published(
     at, every, last, ray_session, tree, tmp_path, monkeypatch
 ):
@@ -301,8 +320,7 @@ def test_moments_that_overflow_stop_every_rank_and_are_not_published(
     told = f"last good state is that of step {last}" if last else "No good state was saved"
     with pytest.raises(RunFailed, match=rf"CoM-micro-S: .*moments.* not finite at step \d+\. .*{told}") as failed:
         raychain.run(validate(tree))
-    assert failed.value.overrides == (
-        ("chain.0.changes=[{at: 9 steps, lr: 0.0005}]",) if last else ("chain.0.lr=0.0005",)
-    )
+    way = rf"chain\.0\.changes=\[{{at: {last} steps, lr: 0\.0005}}\]" if last else r"chain\.0\.lr=0\.0005"
+    assert [bool(re.fullmatch(way, override)) for override in failed.value.overrides] == [True]
     assert not (tmp_path / "runs/tiny/stages").exists()
-    assert last == 0 or finite(tmp_path / "runs/tiny")
+    assert not last or finite(tmp_path / "runs/tiny")

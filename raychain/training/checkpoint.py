@@ -103,7 +103,7 @@ class Checkpoints:
         """
         if not wait and self._pending is not None and not self._pending.done():
             log.warning("the checkpoint before is still being written to %s: none is saved this time", self.out.address)
-            return True
+            return bool(state.finite())
         self.finish()
         finite, snapshot = state.finite(), state.snapshot(self._buffers)  # in this order nothing waits twice for a GPU
         if not finite:
