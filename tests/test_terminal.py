@@ -194,7 +194,15 @@ def test_a_console_of_ones_own_may_be_given() -> None:
 
     console = Console(file=io.StringIO(), width=100)
     spread = {"min": 1, "median": 1, "max": 1}
-    counts = {"shards": 1, "samples": 2, "usable": 1, "bad": {"kind": 1}, "bad_fraction": 0.5, "max_bad_fraction": 0.1}
+    counts = {
+        "shards": 1,
+        "samples": 2,
+        "usable": 1,
+        "bad": {"kind": 1},
+        "bad_fraction": 0.5,
+        "max_bad_fraction": 0.1,
+        "noted": {},
+    }
     sizes = {"missing_captions": 0, "width": spread, "height": spread, "captions": spread}
     bad = [{"kind": "kind", "shard": "s", "key": HOSTILE, "detail": ""}]
     check_table(counts | sizes | {"bad_samples": bad}, console)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import multiprocessing
 import os
 import signal
@@ -17,8 +16,9 @@ from PIL import Image
 
 from raychain.feed import members
 from raychain.feed.fetch import open_input
-from raychain.feed.health import NO_CAPTION, Bad, Unusable, picture, tally
+from raychain.feed.health import DEEP, NO_CAPTION, Bad, Unusable, picture, tally
 from raychain.feed.members import Wanted
+from raychain.feed.pixels import check_range, is_deep, opened
 
 SHARD = "unreadable shard"
 
@@ -30,6 +30,8 @@ class Checked:
     address: str
     usable: int = 0
     bad: list[Bad] = field(default_factory=list)
+    noted: list[Bad] = field(default_factory=list)
+    """Samples that are used and worth a word."""
     widths: Counter[int] = field(default_factory=Counter)
     heights: Counter[int] = field(default_factory=Counter)
     captions: Counter[int] = field(default_factory=Counter)
@@ -43,10 +45,12 @@ def check_shard(address: str, wanted: Wanted) -> Checked:
             for sample in members.samples(file, wanted, report=found.bad.append):
                 try:
                     captions, _ = members.annotation(sample, wanted)
-                    width, height = picture(_decoded_size, members.picture(sample))
+                    width, height, deep = picture(_decoded, members.picture(sample))
                 except Unusable as error:
                     found.bad.append(Bad(error.kind, sample["key"], error.detail))
                     continue
+                if deep:
+                    found.noted.append(Bad(DEEP, sample["key"], "scaled to 8 bits for training"))
                 found.usable += 1
                 found.widths[width] += 1
                 found.heights[height] += 1
@@ -81,9 +85,11 @@ def default_workers() -> int:
 
 def summary(found: Sequence[Checked]) -> dict[str, Any]:
     """The findings together: `shards`, `samples`, `usable`, `bad` (kind → count), `bad_fraction`, `missing_captions`,
-    `width`, `height` (pixels) and `captions` (a picture) as {min, median, max}, and every bad sample in `bad_samples`.
+    `width`, `height` (pixels) and `captions` (a picture) as {min, median, max}, and every bad sample in `bad_samples`;
+    `noted` and `noted_samples` are of those that are used and worth a word.
     """
     bad = [(shard.address, item) for shard in found for item in shard.bad]
+    noted = [(shard.address, item) for shard in found for item in shard.noted]
     usable = sum(shard.usable for shard in found)
     counts = tally(item for _, item in bad).counts
     samples = usable + len(bad)
@@ -98,6 +104,8 @@ def summary(found: Sequence[Checked]) -> dict[str, Any]:
         "height": spread(sum((shard.heights for shard in found), Counter[int]())),
         "captions": spread(sum((shard.captions for shard in found), Counter[int]())),
         "bad_samples": [{"shard": address, **item._asdict()} for address, item in bad],
+        "noted": tally(item for _, item in noted).counts,
+        "noted_samples": [{"shard": address, **item._asdict()} for address, item in noted],
     }
 
 
@@ -111,9 +119,11 @@ def spread(counts: Counter[int]) -> dict[str, int] | None:
     return None
 
 
-def _decoded_size(encoded: bytes) -> tuple[int, int]:
+def _decoded(encoded: bytes) -> tuple[int, int, bool]:
+    """Width, height, and whether it has one channel of more than 8 bits. Raises as decoding for a run does."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # large, and within Pillow's limit
-        image = Image.open(io.BytesIO(encoded))
+        image = opened(encoded)
+    check_range(image)
     image.load()
-    return image.size
+    return *image.size, is_deep(image)

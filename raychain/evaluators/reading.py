@@ -68,6 +68,7 @@ def tables(
 def _read(shard: Shard, reader: PictureReader, cache: ShardCache) -> Table:
     table: Table = cache.table(shard, reader)
     health.name(shard.address, table.bad)
+    health.note(shard.address, table.noted)
     return table
 
 

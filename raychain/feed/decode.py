@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,7 +14,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 from raychain.feed import members, shards
-from raychain.feed.health import Bad, Unusable, picture, tally
+from raychain.feed.health import DEEP, Bad, Unusable, picture, tally
+from raychain.feed.pixels import LARGE, Frame, check_range, framed, in_turn, is_deep, opened, rgb
 from raychain.feed.shards import Shard
 from raychain.feed.spec import QUALITY, STORED_BEYOND_CROP, Resizing, Spec, Tokenize
 
@@ -28,13 +28,14 @@ VECTORISED = torch.backends.cpu.get_cpu_capability().startswith("AVX")
 def decode(shard: Shard, spec: Spec, tokenize: Tokenize, bad: list[Bad]) -> Iterator[pa.RecordBatch]:
     """The decoded shard in batches of BATCH_BYTES; a batch's pictures are overwritten by those of the next one.
 
-    Samples that turn out unusable have no row and are added to `bad`. Raises OSError for a shard that cannot be read,
+    Samples that turn out unusable have no row and are added to `bad`, and so is what is used and worth a word (kinds of
+    USED), such as pictures that are clipped as open_clip clips them. Raises OSError for a shard that cannot be read,
     has changed since it was surveyed, or has no usable sample at all.
     """
     pictures = np.empty(BATCH_BYTES, np.uint8)
     rows: list[dict[str, Any]] = []
     texts: list[list[str]] = []
-    found = end = 0
+    found = lost = end = 0
     for sample in shards.read(shard, spec.wanted):
         try:
             captions, label = members.annotation(sample, spec.wanted)
@@ -45,7 +46,10 @@ def decode(shard: Shard, spec: Spec, tokenize: Tokenize, bad: list[Bad]) -> Iter
             )
         except Unusable as error:
             bad.append(Bad(error.kind, sample["key"], error.detail))
+            lost += 1
             continue
+        if spec.exactly and is_deep(members.picture(sample)):
+            bad.append(Bad(DEEP, sample["key"]))
         content = image if spec.pixels == "raw" else np.frombuffer(to_jpeg(image), np.uint8)
         if end + content.size > len(pictures):
             if rows:
@@ -59,8 +63,8 @@ def decode(shard: Shard, spec: Spec, tokenize: Tokenize, bad: list[Bad]) -> Iter
         rows.append({"key": sample["key"], "end": end, "height": height, "width": width, "label": label})
         texts.append(captions)
         found += 1
-    if found + len(bad) != shard.samples:
-        raise OSError(f"{shard.address} has changed: {shard.samples} samples were counted, {found + len(bad)} read")
+    if found + lost != shard.samples:
+        raise OSError(f"{shard.address} has changed: {shard.samples} samples were counted, {found + lost} read")
     if not found:
         raise OSError(f"{shard.address}: none of its {shard.samples} samples can be used: {tally(bad)}")
     yield _record_batch(rows, pictures, texts, tokenize)
@@ -92,27 +96,57 @@ def _tokens(texts: list[str], tokenize: Tokenize) -> pa.Array:
 
 def resize(encoded: bytes, size: int, whole: bool = False) -> np.ndarray:
     """A picture as uint8 [H, W, 3]: shorter side resized to `size` (bicubic, as open_clip's evaluation does), centre
-    cropped to a square; with `whole` the full picture, its shorter side STORED_BEYOND_CROP × `size` at most."""
+    cropped to a square; with `whole` the full picture, its shorter side STORED_BEYOND_CROP × `size` at most.
+
+    Raises Unusable for a picture that takes too much memory or whose numbers have no known range, and what Pillow
+    raises.
+    """
     short = round(size * STORED_BEYOND_CROP) if whole else size
-    pixels = _pixels(encoded, 2 * short)
-    height, width = pixels.shape[:2]
-    if whole and min(width, height) <= short:
-        return pixels
-    width, height = shorter_to(width, height, short)
-    pixels = scale(pixels, height, width)
-    if whole:
-        return pixels
-    left, top = round((width - size) / 2), round((height - size) / 2)
-    return pixels[top : top + size, left : left + size]
+    area = _jpeg_area(encoded)
+    image = None if 0 < area <= LARGE else opened(encoded)
+    with in_turn(image.width * image.height if image else area):
+        pixels = _jpeg(encoded, 2 * short) if 0 < area <= (Image.MAX_IMAGE_PIXELS or area) else None
+        if pixels is None:
+            image = image or opened(encoded)
+            check_range(image)
+            if image.width * image.height > LARGE:
+                return _resized(image, size, short, whole)
+            pixels = np.array(rgb(image))
+        return _resized(pixels, size, short, whole)
+
+
+def _resized(source: np.ndarray | Image.Image, size: int, short: int, whole: bool) -> np.ndarray:
+    """`resize` of pixels, or of a picture that is too large to be worked on as a whole."""
+    width, height = source.size if isinstance(source, Image.Image) else (source.shape[1], source.shape[0])
+    if not whole or min(width, height) > short:
+        width, height = shorter_to(width, height, short)
+    elif isinstance(source, np.ndarray):
+        return source
+    columns, rows = (_at_most(width, height), _at_most(height, width)) if whole else (size, size)
+    frame = Frame(width, height, round((width - columns) / 2), round((height - rows) / 2), columns, rows)
+    if isinstance(source, Image.Image):
+        return framed(source, frame)
+    if width * height > LARGE:
+        return framed(Image.fromarray(source), frame)
+    pixels = scale(source, height, width)
+    return pixels[frame.top : frame.top + rows, frame.left : frame.left + columns]
+
+
+def _at_most(side: int, other: int) -> int:
+    """The part of a side that is kept of a whole picture with LARGE pixels or more."""
+    return min(side, max(LARGE // other, other))
 
 
 def resize_exactly(encoded: bytes, size: int, how: Resizing) -> np.ndarray:
-    """A picture as uint8 [size, size, 3], to the bit what open_clip's evaluation sees: Pillow decodes and resizes."""
-    image = Image.open(io.BytesIO(encoded)).convert("RGB")
-    width, height = (size, size) if how.squash else shorter_to(*image.size, size)
-    resized = np.array(image.resize((width, height), Image.Resampling[how.kernel.upper()]))
-    left, top = round((width - size) / 2), round((height - size) / 2)
-    return resized[top : top + size, left : left + size]
+    """A picture as uint8 [size, size, 3], to the bit what open_clip's evaluation sees: Pillow decodes and resizes.
+
+    Raises Unusable for a picture that takes too much memory, and what Pillow raises.
+    """
+    image = opened(encoded)
+    with in_turn(image.width * image.height):
+        width, height = (size, size) if how.squash else shorter_to(*image.size, size)
+        frame = Frame(width, height, round((width - size) / 2), round((height - size) / 2), size, size)
+        return framed(image, frame, how.kernel, exactly=True)
 
 
 def shorter_to(width: int, height: int, short: int) -> tuple[int, int]:
@@ -120,24 +154,23 @@ def shorter_to(width: int, height: int, short: int) -> tuple[int, int]:
     return (short, int(short * height / width)) if width <= height else (int(short * width / height), short)
 
 
-def _pixels(encoded: bytes, least: int) -> np.ndarray:
-    """uint8 [H, W, 3]. JPEG is decoded at 1/2 or less of its size where that leaves `least` pixels a side."""
-    if encoded.startswith(b"\xff\xd8") and _is_small(encoded):
-        with contextlib.suppress(ValueError):  # four colours, or damaged: Pillow converts it, or says what is wrong
-            return simplejpeg.decode_jpeg(encoded, "RGB", min_height=least, min_width=least, min_factor=2)
-    image: Image.Image = Image.open(io.BytesIO(encoded))
-    if "transparency" in image.info:
-        image = image.convert("RGBA")  # the same colours as below, without Pillow's warning
-    return np.array(image.convert("RGB"))
-
-
-def _is_small(jpeg: bytes) -> bool:
-    """Whether Pillow would not call it a decompression bomb; False too where the header cannot be read."""
+def _jpeg_area(encoded: bytes) -> int:
+    """Pixels of a JPEG; 0 for what is none, or has a header that cannot be read."""
+    if not encoded.startswith(b"\xff\xd8"):
+        return 0
     try:
-        height, width, *_ = simplejpeg.decode_jpeg_header(jpeg)
+        height, width, *_ = simplejpeg.decode_jpeg_header(encoded)
     except ValueError:
-        return False
-    return Image.MAX_IMAGE_PIXELS is None or height * width <= Image.MAX_IMAGE_PIXELS
+        return 0
+    return int(height * width)
+
+
+def _jpeg(encoded: bytes, least: int) -> np.ndarray | None:
+    """uint8 [H, W, 3], at 1/2 or less of its size where that leaves `least` pixels a side; None for what only Pillow
+    can convert, or say what is wrong with."""
+    with contextlib.suppress(ValueError):
+        return simplejpeg.decode_jpeg(encoded, "RGB", min_height=least, min_width=least, min_factor=2)
+    return None
 
 
 def scale(pixels: np.ndarray, height: int, width: int) -> np.ndarray:

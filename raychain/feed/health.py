@@ -22,6 +22,9 @@ NO_PICTURE, EMPTY_PICTURE, UNREADABLE, BOMB = (
     "missing picture", "empty picture", "unreadable picture", "decompression bomb",
 )  # fmt: skip
 NO_CAPTION, NO_LABEL, TEXT = "missing caption", "missing label", "invalid text"
+DEEP = "grey of more than 8 bits"
+USED = (DEEP,)
+"""Kinds of samples that are used, and worth a word nevertheless."""
 STRUCTURAL = (TRUNCATED, HEADER)
 """Kinds that cost an unknown number of samples and count as one each."""
 EXAMPLES = 3
@@ -67,6 +70,11 @@ class Tally:
         """Of all kinds."""
         return sum(self.counts.values())
 
+    def part(self, used: bool) -> Tally:
+        """The kinds that are used nevertheless, or those that are not."""
+        counts = {kind: count for kind, count in self.counts.items() if (kind in USED) == used}
+        return Tally(counts, tuple(bad for bad in self.examples if bad.kind in counts))
+
     def as_dict(self) -> dict[str, Any]:
         """As JSON holds it."""
         return {"counts": dict(self.counts), "examples": [list(bad) for bad in self.examples]}
@@ -99,6 +107,12 @@ def name(address: str, bad: Tally) -> None:
         _log(f"{address}: skipped {bad}")
 
 
+def note(address: str, noted: Tally) -> None:
+    """Names pictures in the log that are used as open_clip turns them, once a process."""
+    if noted:
+        _log(f"{address}: {noted}: open_clip, and so this measurement, clips them to 8 bits, mostly to white")
+
+
 @cache
 def _log(message: str) -> None:
     log.warning("%s", message)
@@ -108,6 +122,8 @@ def picture(decoder: Callable[..., Picture], *arguments: Any) -> Picture:
     """What `decoder` returns. Raises Unusable whatever that raises: for damaged pictures Pillow raises nearly all."""
     try:
         return decoder(*arguments)
+    except Unusable:
+        raise
     except Image.DecompressionBombError as error:
         raise Unusable(BOMB, str(error)) from None
     except UnidentifiedImageError:  # whose own message holds a memory address

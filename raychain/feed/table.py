@@ -62,8 +62,9 @@ class Table:
         """Whether it holds a file, not memory."""
         self.size = data.num_rows
         notes = reader.get_batch_with_custom_metadata(reader.num_record_batches - 1).custom_metadata
-        self.bad = Tally.from_dict(json.loads(notes[BAD]))
-        """Samples that turned out unusable and have no row."""
+        found = Tally.from_dict(json.loads(notes[BAD]))
+        self.bad, self.noted = found.part(used=False), found.part(used=True)
+        """Samples that turned out unusable and have no row, and those that have one and are worth a word."""
         self._jpeg = data.schema.metadata[b"pixels"] == b"jpeg"
         captions = data.column("captions").combine_chunks()
         self.caption_offset = captions.offsets.to_numpy()

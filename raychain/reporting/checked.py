@@ -19,7 +19,8 @@ SHOWN = 3
 
 
 def check_table(result: Mapping[str, Any], console: Console | None = None) -> None:
-    """Prints the summary of checked shards on stdout: counts, then the kinds of bad samples, each with examples."""
+    """Prints the summary of checked shards on stdout: counts, then the kinds of bad samples, each with examples, and
+    those of samples that are used and worth a word."""
     console = console or make_console()
     counts = Table(box=None, show_header=False, pad_edge=False)
     bad = sum(result["bad"].values())
@@ -35,15 +36,16 @@ def check_table(result: Mapping[str, Any], console: Console | None = None) -> No
     ):
         counts.add_row(label, value)
     console.print(counts)
-    if not bad:
-        return
-    kinds = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for heading in ("bad", "count", "first examples"):
-        kinds.add_column(heading, justify="right" if heading == "count" else "left", overflow="fold")
-    for kind, count in result["bad"].items():
-        examples = [item for item in result["bad_samples"] if item["kind"] == kind][:SHOWN]
-        kinds.add_row(kind, f"{count:,}", Text("\n".join(map(_example, examples))))
-    console.print(kinds)
+    for group in ("bad", "noted"):
+        if not result[group]:
+            continue
+        kinds = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+        for heading in ("used, but" if group == "noted" else group, "count", "first examples"):
+            kinds.add_column(heading, justify="right" if heading == "count" else "left", overflow="fold")
+        for kind, count in result[group].items():
+            examples = [item for item in result[f"{group}_samples"] if item["kind"] == kind][:SHOWN]
+            kinds.add_row(kind, f"{count:,}", Text("\n".join(map(_example, examples))))
+        console.print(kinds)
 
 
 def _spread(values: Mapping[str, int] | None) -> str:
