@@ -186,7 +186,9 @@ def test_check_and_run_agree_on_what_is_too_large(tmp_path: Path) -> None:
     result = CliRunner().invoke(data, ["check", str(path), "--json", "--workers", "1"])
     found = json.loads(result.stdout)
     assert (found["usable"], found["bad"]) == (5, {health.BOMB: 1})
-    table = ShardCache(tmp_path / "cache", 10**8).table(surveyed(path), PictureReader(Spec(WANTED, SIZE, "numbers"), numbers))
+    table = ShardCache(tmp_path / "cache", 10**8).table(
+        surveyed(path), PictureReader(Spec(WANTED, SIZE, "numbers"), numbers)
+    )
     assert (table.size, table.bad.counts) == (5, {health.BOMB: 1})
 
 
