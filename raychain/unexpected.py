@@ -21,15 +21,20 @@ def describe(error: BaseException) -> str:
     Where no file can be written, and with RAYCHAIN_DEBUG=1 or --verbose, the traceback stands before them.
     """
     text = _document(error)
-    kept = keep(text)
+    kept = _keep(text)
     what = f"raychain: unexpected error: {_one_line(error)}"
     where = f"  traceback, versions and command line: {kept or 'above, as no file can be written'}"
     shown = kept is None or os.environ.get(DEBUG) == "1" or "--verbose" in sys.argv
     return "\n".join([*([text] if shown else []), what, where, f"  {ASK}"])
 
 
-def keep(text: str) -> str | None:
-    """The new file that holds `text`, in the current folder or else the one for temporary files; None without one."""
+def keep(error: BaseException) -> str | None:
+    """The new file that holds the traceback, versions and the command line; None where none can be written."""
+    return _keep(_document(error))
+
+
+def _keep(text: str) -> str | None:
+    """The new file that holds `text`, in the current folder or else the one for temporary files."""
     name = f"raychain-error-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.txt"
     for folder in (Path.cwd, lambda: Path(tempfile.gettempdir())):
         try:

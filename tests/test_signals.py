@@ -23,14 +23,14 @@ from raychain import signals
 class Program:
     """`python -m raychain.run`; what it starts is known by a mark in the environment."""
 
-    def __init__(self, folder: Path, tree: dict[str, Any], **environment: str) -> None:
+    def __init__(self, folder: Path, tree: dict[str, Any], command: str = "raychain.run", **environment: str) -> None:
         (folder / "marked.yaml").write_text(yaml.safe_dump(tree))
         self.out, self._mark = folder / "out", uuid.uuid4().hex
         self._errors = (folder / "errors").open("w+")
-        command = [sys.executable, "-m", "raychain.run", str(folder / "marked.yaml"), "--out", str(self.out)]
+        words = [sys.executable, "-m", command, str(folder / "marked.yaml"), "--out", str(self.out)]
         plain = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
         self.process = subprocess.Popen(
-            command, stderr=self._errors, env=plain | environment | {"MARK": self._mark}, start_new_session=True
+            words, stderr=self._errors, env=plain | environment | {"MARK": self._mark}, start_new_session=True
         )
 
     @property
@@ -69,8 +69,8 @@ def endless(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def program(folder: Path, tree: dict[str, Any], **environment: str) -> Iterator[Program]:
-    started = Program(folder, tree, **environment)
+def program(folder: Path, tree: dict[str, Any], command: str = "raychain.run", **environment: str) -> Iterator[Program]:
+    started = Program(folder, tree, command, **environment)
     try:
         yield started
         until = time.monotonic() + 10
@@ -123,6 +123,16 @@ def test_two_signals_while_it_trains_in_a_hostile_environment(endless, tmp_path)
 
 
 @pytest.mark.long
+def test_a_signal_to_every_process_as_systemd_and_slurm_send_it(endless, tmp_path):
+    with program(tmp_path, endless) as run:
+        run.wait_for("loss")
+        for process in (run.process.pid, *run.processes()):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGTERM)
+        assert run.ended() == (130, "interrupted")
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("group", [False, True])
 @pytest.mark.parametrize("moment", [("planned", 1.0), ("gcs_server", 0.0), ("raylet/raylet", 1.5), ("loss", 0.0)])
@@ -138,6 +148,24 @@ def test_any_signal_at_any_moment(endless, tmp_path, number, group, moment):
             time.sleep(pause)
         (os.killpg if group else os.kill)(run.process.pid, number)
         assert run.ended() == (130, "interrupted")
+
+
+@pytest.mark.long
+def test_a_search_is_interrupted_while_ray_starts_and_while_it_trains(endless, tree, tmp_path):
+    space = {"models": "CoM-micro-{S,M}", "first": "90000 steps", "grown": ["90000 steps"], "alpha": 2}
+    search = {"trials": 2, "seeds": 0, "space": space, "sampler": "grid"}
+    searched = {k: v for k, v in endless.items() if k != "chain"} | {"family": "CoM-micro-{S,M}", "search": search}
+    searched["evaluate"] = {"zero_shot": tree["evaluate"]["zero_shot"]}
+    for moment in ("raylet/raylet", "loss"):
+        folder = tmp_path / moment[:4]
+        folder.mkdir()
+        with program(folder, searched, command="raychain.search") as run:
+            run.wait_for(moment)
+            os.killpg(run.process.pid, signal.SIGTERM)
+            time.sleep(0.5)
+            run.process.send_signal(signal.SIGTERM)
+            assert run.process.wait(150) == 130
+            assert "Traceback" not in run.errors
 
 
 @pytest.fixture

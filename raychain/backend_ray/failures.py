@@ -5,6 +5,7 @@ from __future__ import annotations
 from ray.exceptions import RayActorError
 
 GONE = "its process died; it was killed, or its node was lost"
+PARTED = "lost its connection to another worker, whose process was killed or whose node was lost"
 
 
 def failure_of(error: BaseException) -> str:
@@ -16,6 +17,11 @@ def failure_of(error: BaseException) -> str:
     return _words(getattr(error, "controller_failure", None) or error)
 
 
+def is_loss(error: BaseException) -> bool:
+    """Whether the group failed because a process or a node was lost, which is nobody's error."""
+    return failure_of(error).endswith((GONE, PARTED))
+
+
 def _words(error: BaseException) -> str:
     if isinstance(error, RayActorError):
         return GONE
@@ -23,5 +29,5 @@ def _words(error: BaseException) -> str:
     if "is unavailable: RpcError" in text:  # an actor's error as text
         return GONE
     if "by peer" in text:  # gloo's and NCCL's way to say it
-        return "lost its connection to another worker, whose process was killed or whose node was lost"
+        return PARTED
     return text.splitlines()[-1] if text else type(error).__name__

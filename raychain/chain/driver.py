@@ -49,7 +49,7 @@ def run_chain(
     """
     out = Folder(task.out)
     store = StageStore(Folder(task.store)) if task.store else None
-    with contextlib.ExitStack() as stack:
+    with failing(task.out), contextlib.ExitStack() as stack:
         lease = stack.enter_context(Lease(out, LEASE))
         lease.acquire(patience(f"{task.out} is in use", _say))
         take_over(task, out, store, _say)
@@ -201,6 +201,15 @@ def _execute(groups: Groups, spoilt: Callable[[], bool]) -> bool:
             return groups.run(spoilt)
     finally:
         groups.close()
+
+
+@contextlib.contextmanager
+def failing(address: str) -> Iterator[None]:
+    """Makes errors of storage, which name what they are about but not whose it is, errors of the run at `address`."""
+    try:
+        yield
+    except OSError as error:
+        raise RunFailed(f"{address}: {error}") from error
 
 
 def _say(message: str) -> None:

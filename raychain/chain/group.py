@@ -15,13 +15,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from raychain.backend_ray import cluster
-from raychain.backend_ray.failures import failure_of
+from raychain.backend_ray.failures import failure_of, is_loss
 from raychain.backend_ray.group import Workers
 from raychain.chain.policy import FailurePolicy, MicroBatches, slower
 from raychain.chain.resolve import worker_cpus
 from raychain.errors import RunFailed
 from raychain.reporting.events import Event, event
 from raychain.training.task import ChainTask
+from raychain.unexpected import keep
 
 POLL_S = 0.2
 WATCH_S = 1.0
@@ -217,7 +218,8 @@ class Groups:
         why, pause = failure_of(error), self.policy.failed()
         if pause is None:
             times = f" ({self.policy.limit + 1} times in a row)" if self.policy.limit else ""
-            raise RunFailed(f"{why}{times}") from error
+            kept = None if is_loss(error) else keep(error)
+            raise RunFailed(f"{why}{times}{f' (traceback: {kept})' if kept else ''}") from error
         count = f"{self.policy.failures} of {self.policy.limit} in a row"
         self._tell_restart("failure", f"{why}: starting again from the last checkpoint ({count})")
         until = time.monotonic() + pause

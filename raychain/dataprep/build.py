@@ -203,6 +203,7 @@ def _claim(out: str, made_of: dict[str, Any]) -> Folder:
         if path.exists() and not path.is_dir():
             raise InputError("--out", out, "a folder; this is a file", "give another folder")
         marker = folder.read_json(MARKER)
+        marker = marker if marker is None or isinstance(marker, dict) else {}
         if marker is None and path.exists() and any(path.iterdir()):
             raise InputError("--out", out, "a new or empty folder, or one of an earlier data build of the same table",
                              "give another folder")  # fmt: skip

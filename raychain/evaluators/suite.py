@@ -117,7 +117,7 @@ class Suite:
     def _of_former(self, record: Mapping[str, Any]) -> Results:
         """The results in a record of raychain 0.1, which names the digest of all that it had been measured on."""
         metrics = record.get("metrics")
-        if not isinstance(metrics, Mapping):
+        if not isinstance(metrics, Mapping) or not metrics:
             return {}
         for measured in self._of_before:
             if record.get("evaluation") == measured.digest:

@@ -12,7 +12,7 @@ import yaml
 from raychain import records
 from raychain.backend_ray import cluster
 from raychain.backend_ray.connection import session
-from raychain.chain.driver import stop_signals
+from raychain.chain.driver import failing, stop_signals
 from raychain.chain.lease import LEASE, Lease, patience
 from raychain.chain.resolve import replan, worker_cpus
 from raychain.chain.store import STORE, StageStore
@@ -51,7 +51,7 @@ def run_search(plan: Plan, *, address: str | None = None, verbose: bool = False)
 
     Raises RunFailed where no chain could be trained, Interrupted after a signal; what was trained is kept.
     """
-    with Lease(plan.out, LEASE) as lease:
+    with failing(plan.out.address), Lease(plan.out, LEASE) as lease:
         progress = SearchProgress(plan.search.trials, plan.metric)
         lease.acquire(patience(f"{plan.out.address} is in use", progress.say))
         searcher = Searcher(plan, progress)
