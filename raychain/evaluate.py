@@ -16,6 +16,7 @@ import typer
 from raychain import command
 from raychain.errors import InputError, RunFailed, nearest
 from raychain.reporting.counting import CountingLine
+from raychain.storage import local_path
 from raychain.terminal import delivered
 
 command(__name__)
@@ -155,7 +156,7 @@ def _read(checkpoint: str, model: str | None) -> Any:
 
 def _stages(address: str) -> str:
     """Names a run folder's stages; empty if it is none."""
-    stages = Path(address).expanduser() / "stages"
+    stages = local_path(address, "CHECKPOINT") / "stages"
     names = sorted(path.name for path in stages.iterdir()) if stages.is_dir() else []
     return f"this is a run folder: give one of its stages, such as {stages / names[-1]}" if names else ""
 
@@ -204,7 +205,7 @@ def _check_captions(keys: Sequence[str]) -> None:
 
 
 def _cache_folder(cache: str) -> Path:
-    folder = Path(cache).expanduser()
+    folder = local_path(cache, "--cache")
     try:
         (folder / "counts").mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -32,7 +32,7 @@ from raychain.growth import grow as grow_modules
 from raychain.growth.drift import TowerDrift, measure_drift, random_inputs
 from raychain.growth.operators import DEFAULT_DEPTH, DEFAULT_WIDTH
 from raychain.paradigms import make_paradigm, usable_size
-from raychain.storage import resolve
+from raychain.storage import local_path, resolve
 from raychain.terminal import say
 from raychain.training.artifact import write_artifact
 
@@ -150,7 +150,7 @@ def _print(grown: Grown, data: str | None) -> None:
 
 
 def _new_folder(out: str | Path) -> Path:
-    folder = Path(out).expanduser()
+    folder = local_path(out, "--out")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError("--out", out, "a new or empty folder", "give another folder, or remove this one")
     parent = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())

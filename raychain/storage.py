@@ -138,6 +138,15 @@ def below(address: str, name: str) -> str:
     return f"{base.rstrip('/')}/{name}{options}"
 
 
+def local_path(path: str | Path, where: str) -> Path:
+    """The path with `~` expanded. Raises InputError, naming `where`, for the home of a user that is not there."""
+    given = str(path)
+    found = Path(os.path.expanduser(given))  # noqa: PTH111 - pathlib's takes `./~a` for a home
+    if given.startswith("~") and found.parts[0].startswith("~") and not Path(found.parts[0]).exists():
+        raise InputError(where, given, "a path; ~ and ~USER stand for homes", f"there is no {found.parts[0]}")
+    return found
+
+
 def resolve(address: str) -> tuple[fs.FileSystem, str]:
     """The filesystem of `address` and the path on it. Paths are made absolute; `~` is expanded.
 
@@ -146,10 +155,7 @@ def resolve(address: str) -> tuple[fs.FileSystem, str]:
     reached where an address says nothing of its region, and for the home of a user that is not there.
     """
     if "://" not in address:
-        home = Path(os.path.expanduser(address))  # noqa: PTH111 - pathlib's takes `./~a` for a home
-        if address.startswith("~") and home.parts[0].startswith("~") and not Path(home.parts[0]).exists():
-            raise InputError("address", address, "a path; ~ and ~USER stand for homes", f"there is no {home.parts[0]}")
-        return fs.LocalFileSystem(), str(home.absolute())
+        return fs.LocalFileSystem(), str(local_path(address, "address").absolute())
     scheme = address.partition("://")[0].lower()
     try:
         if "::" in address or not scheme:

@@ -22,7 +22,7 @@ from raychain.feed import fetch
 from raychain.feed.shards import expand
 from raychain.reporting import counting
 from raychain.reporting.counting import CountingLine
-from raychain.storage import Folder, answered, resolve
+from raychain.storage import Folder, answered, local_path, resolve
 
 S3 = "s3://key:secret@bucket/a?region=us-east-1&scheme=http&endpoint_override=127.0.0.1:{}"
 GS = "gs://anonymous@bucket/a?scheme=http&endpoint_override=127.0.0.1:{}"
@@ -136,6 +136,14 @@ def test_an_address_that_is_none_is_one_message(address: str, said: str) -> None
         resolve(address)
     assert said in str(caught.value)
     assert len(str(caught.value).splitlines()) == 4
+
+
+def test_the_home_of_nobody_is_named_wherever_it_is_given() -> None:
+    for where, given in (("--out", "~nosuchuser"), ("preload.cache", Path("~nosuchuser/a/b"))):
+        with pytest.raises(InputError, match=f"{where}(.|\n)*there is no ~nosuchuser"):
+            local_path(given, where)
+    assert local_path("~/a", "x") == Path.home() / "a"
+    assert local_path("./~nosuchuser", "x") == Path("~nosuchuser")
 
 
 def test_local_addresses_of_every_form_are_local() -> None:

@@ -30,7 +30,7 @@ from raychain.feed.spec import representation
 from raychain.paradigms import make_paradigm, model_size
 from raychain.planning.macs import stage_macs
 from raychain.reporting.health import DataHealth
-from raychain.storage import Folder, below, is_local
+from raychain.storage import Folder, below, is_local, local_path
 from raychain.training.stage import STAGE_RECORD
 from raychain.training.task import Before, ChainTask, Former, RateChange, StageTask
 
@@ -57,7 +57,7 @@ def make_task(
 
     `store` is the storage whose finished stages are shared.
     """
-    cache = Path(experiment.preload.cache).expanduser()
+    cache = local_path(experiment.preload.cache, "preload.cache")
     demo = experiment.data.demo
     if demo:
         try:
@@ -120,7 +120,7 @@ def epoch_samples(experiment: Experiment, data: Data, where: str = "data.train")
         return data.samples
     if demo and not is_current(Path(demo.out), names=demo.names, pictures=demo.pictures, seed=demo.seed):
         return demo.pictures
-    cache = Path(experiment.preload.cache).expanduser()
+    cache = local_path(experiment.preload.cache, "preload.cache")
     (cache / "counts").mkdir(parents=True, exist_ok=True)
     return _reading(experiment, data, cache, where).order.samples
 

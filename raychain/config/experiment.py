@@ -71,7 +71,7 @@ class Captions(Component):
     keys: OneOrMore = ("txt",)
     """Members that hold captions: `txt` (one caption), `json.KEY` (a string or a list of strings). With `|sentences`,
     as in `json.description|sentences`, every sentence of a text is a caption of its own."""
-    per_image: int = Field(1, ge=1)
+    per_image: int = Field(1, ge=1, le=1000)
     """Captions of an image in the loss. Above 1 the first key's caption is always one of them, the rest are drawn anew
     every epoch."""
 
@@ -110,7 +110,7 @@ class Data(Component):
     samples: int | None = Field(None, ge=1)
     """Samples an epoch; counted from the shards when absent."""
     captions: Captions = Captions()
-    image_size: int | None = Field(None, ge=8)
+    image_size: int | None = Field(None, ge=8, le=8192)
     """Pixels a side; the model's own when absent."""
     crop: AreaRange | None = None
     """Area range of a random resized crop a step, such as [0.9, 1.0]; centre crop when absent."""
@@ -133,7 +133,7 @@ class StageData(Component):
     train: Sources | None = None
     samples: int | None = Field(None, ge=1)
     captions: Captions | None = None
-    image_size: int | None = Field(None, ge=8)
+    image_size: int | None = Field(None, ge=8, le=8192)
     crop: AreaRange | None = None
     key_split: KeySplit | None = None
 

@@ -78,7 +78,7 @@ class Proxy(Component):
     """Share of the training shards that is read (at least one); an epoch becomes as much shorter."""
     epochs: float = Field(1.0, gt=0, le=1)
     """Share of every stage's length."""
-    image_size: int | None = Field(None, ge=8)
+    image_size: int | None = Field(None, ge=8, le=8192)
     """Pixels a side."""
     check: int = Field(3, ge=0)
     """Trials, from the best to the worst, that are trained in full too, to say whether the proxy ranks them alike."""

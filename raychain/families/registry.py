@@ -13,7 +13,6 @@ processes is the config.
 
 import difflib
 import fnmatch
-import itertools
 import re
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
@@ -25,6 +24,7 @@ import braceexpand
 import open_clip
 import timm
 
+from raychain.braces import count_alternatives
 from raychain.errors import InputError
 from raychain.families import micro_swin as micro_swin  # timm knows the model once this is imported
 from raychain.families.configs import ConfigError, check_config, read_json
@@ -134,10 +134,11 @@ def matching_models(patterns: Iterable[str]) -> list[str]:
     found: list[str] = []
     for pattern in patterns:
         try:
-            names = list(itertools.islice(braceexpand.braceexpand(pattern), _MOST_NAMES + 1))
-        except ValueError:
+            many = count_alternatives(pattern) > _MOST_NAMES
+            names = [] if many else list(braceexpand.braceexpand(pattern))
+        except (ValueError, RecursionError):
             raise ValueError(f"{pattern!r} has braces that do not close") from None
-        if len(names) > _MOST_NAMES:
+        if many:
             raise UnknownModelError(f"{pattern!r} stands for more than {_MOST_NAMES:,} names")
         for name in names:
             hits = fnmatch.filter(model_names(), name) if any(c in name for c in "*?[") else [name]

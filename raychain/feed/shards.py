@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from itertools import pairwise, repeat
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
@@ -20,6 +20,7 @@ import braceexpand
 from pyarrow import fs
 
 from raychain import records
+from raychain.braces import count_alternatives
 from raychain.errors import InputError
 from raychain.feed import health, members
 from raychain.feed.content import ChangedError, former_identity, identify, unchanged
@@ -38,9 +39,6 @@ SHOWN = 300
 """Characters of an address in a message."""
 MOST = 1_000_000
 """Shards that a pattern may name."""
-_RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)(\.\.-?\d+)?")
-_LETTERS = 52
-"""What `{a..z}` stands for at most."""
 _ESCAPED = re.compile(r"\\.")
 _ESCAPED_GLOB = re.compile("%(2a|3f|5b)", re.IGNORECASE)
 
@@ -90,33 +88,13 @@ def _alternatives(pattern: str, where: str) -> list[str]:
     """The pattern with its braces expanded, but for those of folders and files that exist as they are written."""
     known, rest = _known(_local_path(pattern), "{") if is_local(pattern) else ("", pattern)
     try:
-        if pattern and _alternatives_of(_ESCAPED.sub("", rest)) <= MOST:
+        if pattern and count_alternatives(_ESCAPED.sub("", rest)) <= MOST:
             found = [known + alternative for alternative in braceexpand.braceexpand(rest)] if rest else [known]
             return [f"file://{quote(path)}" for path in found] if pattern.startswith("file://") else found
     except (ValueError, RecursionError):
         shown = pattern[:SHOWN]
         raise InputError(where, shown, "balanced braces such as {00000..00331}", "close the brace") from None
     raise InputError(where, pattern[:SHOWN], f"the address of 1 … {MOST:,} shards", "correct it, or give a folder")
-
-
-def _alternatives_of(text: str) -> int:
-    """How many strings braces stand for at most, without making them: each group of alternatives or of numbers."""
-    total, depth, start, commas = 1, 0, 0, [0]
-    for place, character in enumerate(text):
-        if character == "{":
-            depth += 1
-            if depth == 1:
-                start, commas = place + 1, [place]
-        elif character == "," and depth == 1:
-            commas.append(place)
-        elif character == "}" and depth:
-            depth -= 1
-            if depth == 0 and (numbers := _RANGE.fullmatch(body := text[start:place])):
-                total *= abs(int(numbers[1]) - int(numbers[2])) + 1
-            elif depth == 0:
-                parts = [text[a + 1 : b] for a, b in pairwise([*commas, place])]
-                total *= sum(map(_alternatives_of, parts)) * (_LETTERS if ".." in body and len(parts) == 1 else 1)
-    return total
 
 
 def _match(address: str, pattern: str, where: str) -> list[str]:
