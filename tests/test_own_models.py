@@ -94,6 +94,14 @@ def test_workers_know_the_models_by_their_configs_alone(ray_session, tree, folde
     assert trained.visual.conv1.out_channels == 96
 
 
+def test_a_model_with_a_bias_of_siglips_trains_with_clips_loss() -> None:
+    """Every parameter that is to be trained gets a gradient: DistributedDataParallel waits for them all."""
+    clip, config = make_paradigm(Task()), SMALL | {"init_logit_bias": -10}
+    objective = clip.objective(clip.build(config, size=32, seed=0), config)
+    objective.loss(objective(clip.example(config, 32, 4)).task, 4).backward()
+    assert [n for n, p in objective.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
 def test_what_is_registered_with_open_clip_in_the_drivers_process_is_known_too(tree, folder) -> None:
     open_clip.add_model_config(folder)
     check_chain(opened(validate(with_own(tree, None, "mine-S", "mine-M"))))

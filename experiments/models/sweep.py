@@ -102,18 +102,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for number, name in enumerate(chosen, 1):
         found.append(try_name(name))
         print(f"\r{number}/{len(chosen)} {name:40}", end="", file=sys.stderr, flush=True)
+        if number % 25 == 0:
+            _write(options.out, found)  # what there is, should the rest not come
     print(file=sys.stderr)
     for result in found:
         if result.outcome != "usable":
             print(f"{result.outcome} {result.name}: {result.message}")
-    counts = Counter(f"refused: {kind(r.message)}" if r.outcome == "refused" else r.outcome for r in found)
-    for what, count in counts.most_common():
+    counts = _write(options.out, found)
+    for what, count in counts.items():
         print(f"{count:5} {what}")
+    return int("fault" in counts)
+
+
+def _write(out: Path, found: Sequence[Outcome]) -> dict[str, int]:
+    """Writes the table, and returns how many names came to what, most first."""
+    counts = Counter(f"refused: {kind(r.message)}" if r.outcome == "refused" else r.outcome for r in found)
     versions = {"open_clip": open_clip.__version__, "timm": timm.__version__}
     table = {result.name: [result.outcome, result.message] for result in found}
     document = {"versions": versions, "counts": dict(counts.most_common()), "names": table}
-    options.out.write_text(json.dumps(document, indent=1) + "\n")
-    return int(counts["fault"] > 0)
+    out.write_text(json.dumps(document, indent=1) + "\n")
+    return dict(counts.most_common())
 
 
 if __name__ == "__main__":

@@ -50,7 +50,12 @@ class ImageTextObjective(Objective):
 
 
 class ClipObjective(ImageTextObjective):
-    """The contrastive loss of a global batch (`paradigms.clip.loss`)."""
+    """The contrastive loss of a global batch (`paradigms.clip.loss`). A model's `logit_bias` has no part in it."""
+
+    def __init__(self, model: nn.Module, projector: Projector | None = None) -> None:
+        super().__init__(model, projector)
+        if self.model.logit_bias is not None:
+            self.model.logit_bias.requires_grad_(False)  # workers would wait for each other's gradients of it
 
     def loss(self, task: tuple[torch.Tensor, ...], batch: int) -> torch.Tensor:
         image_bD, text_bKD = task
