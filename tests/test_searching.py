@@ -356,7 +356,11 @@ def test_what_the_space_says_of_the_transfer_reaches_the_chain() -> None:
         ({"space": SPACE | {"ratios": [50, 60]}}, "search.space.ratios", "the nearest is"),
         ({"space": SPACE | {"lengths": [9]}}, "search.space.lengths", "set it to 3"),
         ({"space": SPACE | {"models": "CoM-micro-S"}}, "search.space.models", "add models"),
-        ({"space": SPACE | {"models": ["CoM-micro-S", "CoM-micr-L"]}}, "search.space.models", "correct the name"),
+        (
+            {"space": SPACE | {"models": ["CoM-micro-S", "CoM-micr-L"]}},
+            "search.space.models",
+            "Did you mean 'CoM-micro-L'",
+        ),
         ({"space": SPACE | {"width": ["none"], "shrink": [0.2, 1]}}, "transfer.shrink", "a random start is"),
         ({"space": SPACE | {"shrink": [2]}}, "search.space.shrink.0", "less than or equal to 1"),
         ({"space": SPACE | {"width": ["centered"]}}, "transfer.width", "did you mean centred?"),

@@ -293,7 +293,8 @@ def test_metrics_on_held_out_data_that_was_touched_are_not_taken_over(
 
 def test_unfinished_states_of_schema_2_go_on(out: Path, tree: dict[str, Any]) -> None:
     task = task_of(tree, out)
-    stage, state = task.stages[1], {"counters": {"step": 8, "wall_s": 0.1}, "files": {}}
+    counters = {"step": 8, "samples": 256, "wall_s": 0.1, "data_wait_s": 0.0, "gap_s": None}
+    stage, state = task.stages[1], {"counters": counters, "files": {}}
     folder = out / "checkpoints" / stage.folder / "0000000008"
     folder.mkdir(parents=True)
     (folder / "state.json").write_text(json.dumps(state | {"key": stage.former.key}))
