@@ -70,7 +70,7 @@ class StageRecord(Record):
     steps: Count | None = None
     samples_seen: Count | None = None
     params: Count | None = None
-    macs: Count | None = None
+    macs: Number | None = None
     wall_s: Number | None = None
     gap_s: Number | None = None
     data_wait_s: Number | None = None
