@@ -86,7 +86,7 @@ def losses(out: Path) -> dict[tuple[int, int], float]:
     return {(x["stage"], x["step"]): x["loss"] for x in lines}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_a_paradigm_of_another_package_trains_a_chain_and_survives_a_killed_worker(
     installed: Path, tmp_path: Path
