@@ -82,7 +82,7 @@ def check_command(
     found.sort(key=lambda shard: place[shard.address])
     result = summary(found) | {"max_bad_fraction": max_bad_fraction}
     if as_json:
-        print(json.dumps(result, indent=2))
+        say(json.dumps(result, indent=2), sys.stdout)
     else:
         check_table(result)
     delivered()

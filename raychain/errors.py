@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Sequence
 from difflib import get_close_matches
 
 LONGEST = 1000
 """Characters that are shown of what was given."""
+# Addresses may carry credentials (`s3://key:secret@bucket`, `?secret_key=…`), and all that is written is handed on. A
+# secret that was not escaped may hold slashes; digits behind a colon are a port.
+_USER = re.compile(r"(:/{1,2})(?:[^/\s@:'\"?]{0,300}:(?!\d+[/?])[^\s'\"]{0,300}|[^/\s'\"?]{0,300})@")
+_OPTION = re.compile(
+    r"(?i)(?<=[?&;])([\w.-]{0,40}(?:secret|token|passw|credential|key|sig)[\w.-]{0,40}=)"
+    r"(?:(?![,:;.)]+(?:\s|$))[^&\s'\"<>])+"
+)
 
 
 class InputError(Exception):
@@ -51,11 +59,17 @@ class Interrupted(Exception):  # noqa: N818 - nothing went wrong
     """The user or the cluster stopped the run (exit status 130); what was trained is kept."""
 
 
+def without_secrets(text: str) -> str:
+    """`text` with `…` for the users and passwords of addresses, and for the values of their options that are secret."""
+    return _OPTION.sub(r"\1…", _USER.sub(r"\1…@", text))
+
+
 def printable(text: str) -> str:
-    """`text` with escapes such as `\\x1b` for what a terminal would obey and nobody would see.
+    """`text` without secrets, and with escapes such as `\\x1b` for what a terminal would obey and nobody would see.
 
     These are control, format and direction characters and halves of surrogate pairs. Line ends and tabs stay.
     """
+    text = without_secrets(text)
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() or not _hidden(c) else _escape(c) for c in text)
@@ -81,7 +95,7 @@ def _escape(character: str) -> str:
 
 
 def _line(given: object) -> str:
-    text = str(given)
+    text = without_secrets(str(given))  # all of it: a part would not show where a secret ends
     return one_line(text if len(text) <= LONGEST else text[:LONGEST] + "…")
 
 

@@ -17,12 +17,11 @@ from raychain import command
 from raychain.errors import InputError, RunFailed, nearest
 from raychain.reporting.counting import CountingLine
 from raychain.storage import local_path
-from raychain.terminal import delivered
+from raychain.terminal import delivered, say
 
 command(__name__)
 
 CAPTIONS = ("txt|lines",)
-_KERNELS: dict[str, Literal["bicubic", "bilinear"]] = {"bicubic": "bicubic", "bilinear": "bilinear"}
 CACHE = "~/.cache/raychain"
 ALLOWED = "a folder or file that exists: an open_clip folder, a stage folder, a .safetensors or .pt file; s3:// too"
 
@@ -125,7 +124,7 @@ def evaluate_command(
     options: dict[str, Any] = {"device": device, "batch_size": batch_size, "cache": cache, "models": models}
     result = evaluate(checkpoint, data, model=model, captions=chosen, key_split=key_split, **options)
     if as_json:
-        print(json.dumps(result, indent=2))
+        say(json.dumps(result, indent=2), sys.stdout)
     else:
         from raychain.reporting.measured import measured_table
 
@@ -165,18 +164,14 @@ def _preprocessing(clip: Any, checkpoint: str) -> tuple[int, Any, dict[str, Any]
     """Pixels a side, how pictures get there, and open_clip's `preprocess_cfg`."""
     from open_clip.model import get_model_preprocess_cfg
 
-    from raychain.feed.spec import Resizing
+    from raychain.feed.spec import SQUARED, squared
 
     found = get_model_preprocess_cfg(clip)
-    size = found["size"]
-    height, width = (size, size) if isinstance(size, int) else size
-    mode, interpolation = found.get("resize_mode") or "shortest", found.get("interpolation") or "bicubic"
-    kernel = _KERNELS.get(interpolation)
-    if height != width or mode not in ("shortest", "squash") or kernel is None:
-        raise InputError("CHECKPOINT", f"{checkpoint}: {height} × {width} pixels, resize_mode {mode}, {interpolation}",
-                         "square pictures, resize_mode shortest or squash, bicubic or bilinear",
-                         "measure this one with clip_benchmark")  # fmt: skip
-    return height, Resizing(mode == "squash", kernel), found
+    try:
+        return *squared(found), found
+    except ValueError as error:
+        raise InputError("CHECKPOINT", f"{checkpoint}: {error}", SQUARED,
+                         "measure this one with clip_benchmark") from None  # fmt: skip
 
 
 def _show(line: CountingLine, pictures: int, seen: int) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from io import BytesIO
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -14,8 +13,6 @@ import numpy as np
 import torch
 import typer
 from open_clip.model import get_model_preprocess_cfg, set_model_preprocess_cfg
-from open_clip.transform import PreprocessCfg, image_transform_v2
-from PIL import Image, UnidentifiedImageError
 from torch import nn
 
 from raychain import command
@@ -26,7 +23,10 @@ from raychain.families.checkpoints import Checkpoint, CheckpointError, read_chec
 from raychain.families.registry import use_models
 from raychain.families.tokenizing import make_tokenizer
 from raychain.feed import members
+from raychain.feed.decode import resize_exactly
+from raychain.feed.health import Unusable, picture
 from raychain.feed.shards import expand
+from raychain.feed.spec import SQUARED, squared
 from raychain.growth import DEPTH_OPERATORS, WIDTH_OPERATORS, GrowthError, GrowthReport, check
 from raychain.growth import grow as grow_modules
 from raychain.growth.drift import TowerDrift, measure_drift, random_inputs
@@ -120,7 +120,8 @@ def grow_command(
     if as_json:
         drift = {tower: dataclasses.asdict(measured) for tower, measured in grown.drift.items()}
         inputs = data or "random"
-        print(json.dumps({"folder": str(grown.folder), **grown.report.as_dict(), "drift": drift, "inputs": inputs}))
+        result = {"folder": str(grown.folder), **grown.report.as_dict(), "drift": drift, "inputs": inputs}
+        say(json.dumps(result), sys.stdout)
     else:
         _print(grown, data)
 
@@ -195,25 +196,29 @@ def _pixels(model: Any) -> int:
 
 def _read_inputs(checkpoint: Checkpoint, data: str, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The first pictures and captions of the shards, preprocessed for the checkpoint's model."""
-    preprocessing = PreprocessCfg(**get_model_preprocess_cfg(checkpoint.model))
-    transform, tokenize = image_transform_v2(preprocessing, is_train=False), make_tokenizer(checkpoint.config)
-    images: list[torch.Tensor] = []
+    preprocessing, tokenize = get_model_preprocess_cfg(checkpoint.model), make_tokenizer(checkpoint.config)
+    try:
+        size, resizing = squared(preprocessing)
+    except ValueError as error:
+        raise InputError("SMALL", f"a model for {error}", SQUARED, "measure on random input, without --data") from None
+    images: list[np.ndarray] = []
     texts: list[str] = []
     for address in expand([data], "--data"):
         filesystem, path = resolve(address)
         with filesystem.open_input_file(path) as file:
             for sample in islice(members.samples(file, members.Wanted(CAPTION_KEYS)), count - len(images)):
                 try:
-                    picture = Image.open(BytesIO(members.picture(sample))).convert("RGB")
-                except (UnidentifiedImageError, OSError):
+                    images.append(picture(resize_exactly, members.picture(sample), size, resizing))
+                except Unusable:
                     continue
-                images.append(transform(picture))
                 texts += members.captions(sample, CAPTION_KEYS)[:1]
         if len(images) >= count:
             break
     if not images or not texts:
         raise InputError("--data", data, f"shards with {members.Wanted(CAPTION_KEYS)}", "give other shards")
-    return torch.stack(images), torch.from_numpy(np.asarray(tokenize(texts))).long()
+    mean, std = (torch.tensor(preprocessing[key]) for key in ("mean", "std"))
+    x_b3HW = ((torch.from_numpy(np.stack(images)) / 255 - mean) / std).permute(0, 3, 1, 2)
+    return x_b3HW, torch.from_numpy(np.asarray(tokenize(texts))).long()
 
 
 if __name__ == "__main__":

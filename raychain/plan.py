@@ -14,7 +14,7 @@ import typer
 from raychain import command
 from raychain.config import Experiment, opened
 from raychain.errors import InputError
-from raychain.terminal import delivered
+from raychain.terminal import delivered, say
 
 if TYPE_CHECKING:  # torch is imported by what plans, not by --help
     from raychain.planning.cost import ChainCost
@@ -87,7 +87,7 @@ def plan_command(
         models=models,
     )
     if as_json:
-        print(json.dumps(result, indent=2))
+        say(json.dumps(result, indent=2), sys.stdout)
     else:
         from raychain.reporting.plan_table import plan_table
 

@@ -51,6 +51,23 @@ class CountRecord(Record):
     former: str
 
 
+class FailureRecord(Record):
+    """A row of a table that gave no picture."""
+
+    row: Count
+    image: str
+    reason: str
+
+
+class PackedRecord(Record):
+    """What `data build` packed into a shard."""
+
+    rows: Count
+    samples: Count
+    bytes: Count
+    failed: list[FailureRecord]
+
+
 class MeasuredRecord(Record):
     """What one evaluator measured of a stage."""
 

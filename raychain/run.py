@@ -81,7 +81,7 @@ def run_command(
     with redirect_stdout(sys.stderr):  # Ray prints warnings of its nodes to stdout, which is for results
         result = run(experiment, overrides=changes, out=out, address=address, verbose=verbose, models=models)
     if as_json:
-        print(json.dumps(result, indent=2))
+        say(json.dumps(result, indent=2), sys.stdout)
     else:
         from raychain.reporting.table import result_table
 
@@ -117,7 +117,7 @@ def _dry_run(
     writable(out or below(config.storage, config.name))
     plan = dry_plan(config)
     if as_json:
-        print(json.dumps({"config": config.model_dump(mode="json"), **plan}, indent=2))
+        say(json.dumps({"config": config.model_dump(mode="json"), **plan}, indent=2), sys.stdout)
     for stage in [] if as_json else plan["stages"]:
         state = "published" if stage["published"] else f"{stage['steps']:,} steps, {stage['epochs']:g} epochs"
         name = one_line(stage["model"])

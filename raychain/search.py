@@ -12,6 +12,7 @@ import typer
 
 from raychain import command
 from raychain.config import Experiment, opened
+from raychain.terminal import say
 
 command(__name__)
 
@@ -71,7 +72,7 @@ def search_command(
     with redirect_stdout(sys.stderr):  # as `raychain run` does
         result = search(experiment, trials=trials, overrides=tuple(overrides or ()), **options)
     if as_json:
-        print(json.dumps(result, indent=2))
+        say(json.dumps(result, indent=2), sys.stdout)
     else:
         from raychain.reporting.search_table import search_table
 

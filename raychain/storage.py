@@ -21,7 +21,7 @@ from typing import Any, TypeVar, cast
 
 from pyarrow import fs
 
-from raychain.errors import InputError
+from raychain.errors import InputError, without_secrets
 
 log = logging.getLogger("raychain.storage")
 CHUNK = 2**22
@@ -332,8 +332,8 @@ class Folder:
             return None
 
     def write_json(self, name: str, value: Any) -> None:
-        """Writes `value` as JSON, atomically."""
-        self.write(name, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+        """Writes `value` as JSON, atomically, without the secrets of addresses in it."""
+        self.write(name, (without_secrets(json.dumps(value, indent=2, allow_nan=False)) + "\n").encode())
 
     def publish(self, source: Path, name: str, marker: str) -> None:
         """Copies a local folder to `name`; the file `marker` goes last and says that the folder is complete."""

@@ -15,7 +15,7 @@ import select
 import sys
 from typing import Any, TextIO
 
-from raychain.errors import RunFailed, printable
+from raychain.errors import RunFailed, printable, without_secrets
 
 PLAIN = {"–": "-", "—": "-", "─": "-", "━": "-", "·": "*", "×": "x", "→": "->", "★": "*", "…": "..."}
 """What raychain writes itself, in ASCII, for streams of other encodings; other characters become escapes."""
@@ -58,12 +58,13 @@ def report_lost() -> None:
 
 
 class LogLines(logging.Handler):
-    """Shows raychain's warnings on stderr where nothing else handles them, as `logging` would, but escaped."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
+    """Takes the secrets of addresses out of raychain's messages, before other handlers see them, and shows warnings on
+    stderr where there are none, as `logging` would, but escaped."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        record.msg, record.args = without_secrets(record.getMessage()), None
+        if record.levelno < logging.WARNING:
+            return
         if not logging.getLogger().handlers and logging.getLogger("raychain").handlers == [self]:
             say(record.getMessage())
 

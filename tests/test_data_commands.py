@@ -16,6 +16,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -29,6 +30,7 @@ from raychain.dataprep.check import spread
 from raychain.dataprep.fetch import FetchError, fetch
 from raychain.dataprep.table import open_table
 from raychain.errors import InputError
+from raychain.feed import health, pixels
 from raychain.feed.members import Wanted, captions
 from raychain.feed.shards import expand, read, survey
 from raychain.run import guarded
@@ -253,6 +255,34 @@ def test_a_build_continues_where_it_stopped(data, server, tmp_path):
     assert not list(out.glob("*.tmp"))
 
 
+STATS = [
+    b"", b"{", b"[]", b"[" * 5000, b"9" * 9000, b"{}", b'{"rows": 2, "samples": "2", "bytes": 1, "failed": []}',
+    b'{"rows": 1e999, "samples": 2, "bytes": 1, "failed": []}', b'{"rows": 2, "samples": 2, "bytes": 1, "failed": 7}',
+    b'{"rows": 2, "samples": 1, "bytes": 1, "failed": [{}]}', b'{"rows": 2, "samples": 2, "bytes": -1, "failed": []}',
+    b'{"rows": 2, "samples": 1, "bytes": 1, "failed": []}', b'{"rows": 3, "samples": 3, "bytes": 1, "failed": []}',
+    b'{"count": 2, "successes": 2, "failed_to_download": 0}', b"\xff\xfe", None,
+]  # fmt: skip
+
+
+def test_a_shard_with_odd_statistics_is_packed_again(data, tmp_path, caplog):
+    """What img2dataset writes under that name is of another kind."""
+    for n in range(2):
+        (tmp_path / f"{n}.png").write_bytes(plain(n))
+    table = table_of(tmp_path / "t.csv", [{"path": f"{n}.png", "caption": str(n)} for n in range(2)])
+    out, arguments = tmp_path / "out", ("build", table, "--out", tmp_path / "out", "--json")
+    first = json.loads(data(*arguments)[1])
+    good = (out / "00000_stats.json").read_bytes()
+    for odd in STATS:
+        caplog.clear()
+        (out / "00000_stats.json").unlink()
+        (out / "00000.tar").write_bytes(b"other")
+        (out / "00000_stats.json").mkdir() if odd is None else (out / "00000_stats.json").write_bytes(odd)
+        status, said, _ = data(*arguments)
+        assert (status, json.loads(said)) == (0, first), odd
+        assert (out / "00000_stats.json").read_bytes() == good
+        assert [m for m in caplog.messages if "00000_stats.json" in m], odd
+
+
 def test_failed_rows_are_tried_again_on_request(data, server, tmp_path):
     rows = [{"url": f"{server.base}/{'flaky' if n == 3 else 'good'}/{n}.png", "caption": str(n)} for n in range(4)]
     command = ("build", table_of(tmp_path / "t.csv", rows), "--out", tmp_path / "out", "--samples-per-shard", 2)
@@ -263,6 +293,31 @@ def test_failed_rows_are_tried_again_on_request(data, server, tmp_path):
     assert not server.calls
     assert "4 pictures" in data(*command, "--retry-failed")[1]
     assert not (tmp_path / "out" / "failed.jsonl").read_text()
+
+
+def test_no_picture_takes_much_memory_or_turns_white(data, tmp_path, monkeypatch):
+    """What a run would refuse is not packed, and what is made smaller looks as it would in a run."""
+    Image.new("L", (8000, 9000)).save(tmp_path / "huge.tif", compression="tiff_lzw")
+    Image.fromarray(np.full((40, 60), 0x4000, np.uint16)).save(tmp_path / "deep.png")
+    Image.fromarray(np.full((40, 60), 0.5, np.float32)).save(tmp_path / "float.tif")
+    noise = np.random.default_rng(0).integers(0, 256, (60, 50, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "pieces.png")
+    (tmp_path / "program.eps").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n")
+    names = ["huge.tif", "deep.png", "float.tif", "pieces.png", "program.eps"]
+    table = table_of(tmp_path / "t.csv", [{"path": name, "caption": name} for name in names])
+    monkeypatch.setattr(pixels, "MEMORY", 2**24)
+    monkeypatch.setattr(pixels, "LARGE", 2500)
+    assert data("build", table, "--out", tmp_path / "out", "--image-size", 24)[0] == 0
+    failed = [json.loads(line) for line in (tmp_path / "out" / "failed.jsonl").read_text().splitlines()]
+    assert [(row["image"], row["reason"]) for row in failed] == [
+        ("huge.tif", health.BOMB), ("float.tif", health.UNREADABLE), ("program.eps", health.UNREADABLE)
+    ]  # fmt: skip
+    files = members_of(tmp_path / "out" / "00000.tar")
+    deep = np.array(Image.open(io.BytesIO(files["000000001.jpg"])))
+    assert deep.shape == (24, 36, 3)
+    assert abs(deep.astype(int) - 0x40).max() <= 1, "the upper bits of 16"
+    whole = Image.fromarray(noise).resize((24, 29), Image.Resampling.BICUBIC)
+    assert files["000000003.jpg"] == encode(whole, "jpeg", quality=95), "in pieces"
 
 
 def test_pictures_shrink_and_other_formats_become_jpegs(data, tmp_path):

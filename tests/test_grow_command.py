@@ -10,17 +10,25 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import open_clip
 import pytest
 import torch
 from growing import perturb
+from open_clip.model import get_model_preprocess_cfg
+from open_clip.transform import PreprocessCfg, image_transform_v2
 from payload import Payload
+from PIL import Image
 from safetensors.torch import save_file
+from test_broken_shards import pair, shard_of
+from test_feed import encode
 
 import raychain
 from raychain.config.task import Task
 from raychain.families import build, model_config
-from raychain.grow import grow_command
+from raychain.families.checkpoints import read_checkpoint
+from raychain.feed import pixels
+from raychain.grow import _read_inputs, grow_command
 from raychain.growth import GrowthError
 from raychain.paradigms import make_paradigm
 from raychain.run import main
@@ -94,6 +102,37 @@ def test_the_drift_is_measured_on_real_pictures_when_shards_are_given(
     assert f"drift on {demo / 'test'}" in stdout
     assert "embed 64 → 192" in stdout
     assert "cosine 1.000000" in stdout
+
+
+def test_pictures_are_read_as_open_clip_reads_them_and_within_bounds(folder, tmp_path, monkeypatch) -> None:
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (70, 90, 3), np.uint8))
+    long, large = Image.new("RGB", (65_000, 1)), Image.new("L", (1200, 1200))
+    pictures = [pair(str(n), encode(picture), txt=b"x") for n, picture in enumerate((long, noise, large))]
+    shard, resize, areas = shard_of(tmp_path / "0.tar", *pictures), Image.Image.resize, []
+
+    def watched(image: Image.Image, size: tuple[int, int], *arguments: Any, **options: Any) -> Image.Image:
+        areas.append(size[0] * size[1])
+        return resize(image, size, *arguments, **options)
+
+    monkeypatch.setattr(Image.Image, "resize", watched)
+    monkeypatch.setattr(pixels, "MEMORY", 2**20)
+    checkpoint = read_checkpoint(folder)
+    images, tokens = _read_inputs(checkpoint, str(shard), 99)
+    assert max(areas) <= pixels.LARGE
+    assert len(images) == len(tokens) == 6, "all but the large one"
+    transform = image_transform_v2(PreprocessCfg(**get_model_preprocess_cfg(checkpoint.model)), is_train=False)
+    torch.testing.assert_close(images[3], transform(noise))
+
+
+def test_a_model_for_pictures_that_are_not_square_is_measured_on_random_input(folder, tmp_path, capsys, monkeypatch):
+    config = json.loads((folder / "open_clip_config.json").read_text())
+    config["preprocess_cfg"] = {**config.get("preprocess_cfg", {}), "resize_mode": "longest"}
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    arguments = [folder, "--to", LARGE, "--out", tmp_path / "grown"]
+    status, _, said = call(capsys, monkeypatch, *arguments, "--data", shard_of(tmp_path / "0.tar"))
+    assert status == 2
+    assert "resize_mode longest" in said
+    assert call(capsys, monkeypatch, *arguments)[0] == 0
 
 
 def test_operators_are_taken_and_embed_does_not_keep_the_function(folder, tmp_path, capsys, monkeypatch) -> None:

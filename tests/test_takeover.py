@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pyarrow import fs
 
 import raychain
 from raychain.chain import driver
@@ -28,7 +29,7 @@ from raychain.config.loading import validate
 from raychain.errors import InputError, RunFailed
 from raychain.searching.continuing import identity
 from raychain.searching.request import plan_search
-from raychain.storage import Folder
+from raychain.storage import Folder, below
 from raychain.training.task import ChainTask
 
 FILES = {"open_clip_config.json": b"{}", "open_clip_model.safetensors": b"weights"}
@@ -302,6 +303,69 @@ def test_unfinished_states_of_schema_2_go_on(out: Path, tree: dict[str, Any]) ->
     shutil.rmtree(out.parent / "store")
     take_over(task, Folder(str(out)), None, lambda _: None)
     assert json.loads((folder / "state.json").read_text()) == state | {"key": stage.key, "former": stage.former.key}
+
+
+# In object storage, at an address that holds a password
+
+
+@pytest.fixture
+def remote(tree: dict[str, Any], demo: Path, tmp_path: Path, bucket: Callable[[str], str]) -> dict[str, Any]:
+    """The experiment with a storage in a bucket, where schema 2 trained it."""
+    made = max(path.stat().st_ctime for path in demo.rglob("*.tar"))
+    while time.time() < made + 1.5:  # S3 tells whole seconds
+        time.sleep(0.1)
+    changed = tree | {"storage": bucket(f"{tmp_path.name}/runs").replace("://", "://key:hunter2@", 1)}
+    leave(tmp_path / "runs" / "tiny", task_of(tree, tmp_path / "runs" / "tiny"))
+    for name in ("tiny", "store"):
+        Folder(changed["storage"]).publish(tmp_path / "runs" / name, name, "stage.json")
+    return changed
+
+
+def objects(folder: Folder) -> dict[str, bytes]:
+    """All files below a folder of a bucket: name → content."""
+    infos = folder.fs.get_file_info(fs.FileSelector(folder.path, recursive=True))
+    files = [info.path.removeprefix(f"{folder.path}/") for info in infos if info.type == fs.FileType.File]
+    return {name: folder.read(name) or b"" for name in files}
+
+
+@pytest.mark.parametrize("name", ["tiny", "another"])
+def test_a_run_and_a_store_of_schema_2_in_a_bucket_are_done(
+    remote: dict[str, Any], name: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(driver, "_execute", None)
+    run = raychain.run(validate(remote | {"name": name}))
+    folder = Folder(remote["storage"])
+    assert [s["metrics"]["zero_shot_top1"] for s in run["stages"]] == [40.0, 41.0]
+    assert run == folder.read_json(f"{name}/run.json")
+    recorded = [folder.read_json(f"{name}/stages/{stage}/stage.json") for stage in STAGES]
+    assert [(r["key"], r["former"]) for r in recorded] == [(s["key"], s["former"]) for s in run["stages"]]
+    said = capfd.readouterr()
+    assert said.err.count("taken over as") == 2
+    assert [stage["published"] for stage in dry_plan(validate(remote | {"name": name}))["stages"]] == [True, True]
+    found = objects(folder)
+    assert f"{name}/report.html" in found
+    assert [file for file, content in found.items() if b"hunter2" in content] == []
+    assert "hunter2" not in said.out + said.err
+
+
+def test_unfinished_states_of_schema_2_in_a_bucket_go_on_unless_their_data_was_touched(
+    remote: dict[str, Any], own: Callable[[], dict[str, Any]]
+) -> None:
+    folder, touched = Folder(below(remote["storage"], "tiny")), own()
+    task = make_task(validate(remote), folder.address, store=remote["storage"])
+    counters = {"step": 8, "samples": 256, "wall_s": 0.1, "data_wait_s": 0.0, "gap_s": None}
+    stage, said = task.stages[1], list[str]()
+    folder.write_json(f"checkpoints/{stage.folder}/0000000008/state.json",
+                      {"key": stage.former.key, "counters": counters, "files": {}})  # fmt: skip
+    folder.delete(f"stages/{stage.folder}")
+    take_over(make_task(validate(touched | {"storage": remote["storage"]}), folder.address), folder, None, said.append)
+    assert re.match(r"CoM-micro-S .* is trained again: .*\.tar was touched after", said[0])
+    state = f"checkpoints/{stage.folder}/0000000008/state.json"
+    assert folder.read_json(state)["key"] == stage.former.key
+    take_over(task, folder, None, said.append)
+    assert folder.read_json(state) == {
+        "key": stage.key, "counters": counters, "files": {}, "former": stage.former.key
+    }  # fmt: skip
 
 
 # While a run reads

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import io
 import json
+import logging
 import tarfile
 import threading
 import warnings
@@ -23,12 +24,16 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
+from raychain import records
 from raychain.dataprep.fetch import FetchError, fetch
 from raychain.dataprep.table import Entry, PictureTable
-from raychain.errors import InputError
+from raychain.errors import InputError, without_secrets
+from raychain.feed import pixels
 from raychain.feed.health import Unusable, picture
+from raychain.feed.pixels import Frame, check_range, framed, opened, rgb
 from raychain.storage import Folder, is_local
 
+log = logging.getLogger("raychain.dataprep")
 MARKER, FAILED = "build.json", "failed.jsonl"
 FORMAT = 1
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
@@ -87,19 +92,21 @@ def build(
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # large, and within Pillow's limit
         for shard, first in enumerate(range(0, rows, options.samples_per_shard)):
             part = list(islice(entries, options.samples_per_shard))
-            kept = _finished(folder, shard, options.retry_failed)
+            kept = _finished(folder, shard, len(part), options.retry_failed)
             if kept is None:
                 for packed in _pack(folder, shard, first, part, fetchers):
                     failures += packed is None
                     done += 1
                     on_progress(done, rows, failures)
-                kept = folder.read_json(_stats_name(shard))
+                kept = _stats(folder, shard, len(part))
+                if kept is None:
+                    raise OSError(f"{_stats_name(shard)} is not what was written")
             else:
                 done += len(part)
                 failures += len(kept["failed"])
             stats.append(kept)
     failed = [row for shard in stats for row in shard["failed"]]
-    folder.write(FAILED, "".join(json.dumps(row) + "\n" for row in failed).encode())
+    folder.write(FAILED, without_secrets("".join(json.dumps(row) + "\n" for row in failed)).encode())
     return {
         "folder": folder.path,
         "shards": len(stats),
@@ -122,24 +129,26 @@ def pack_picture(encoded: bytes, size: int | None) -> Packed:
 
 
 def _pack_picture(encoded: bytes, size: int | None) -> Packed:
-    image: Image.Image = Image.open(io.BytesIO(encoded))
+    image = opened(encoded)
     large = _LARGE if image.width * image.height > LARGE else contextlib.nullcontext()
     with large:
         return _converted(image, encoded, size)
 
 
 def _converted(image: Image.Image, encoded: bytes, size: int | None) -> Packed:
-    extension = EXTENSIONS.get(image.format or "")
-    image.load()
-    if extension and (size is None or min(image.size) <= size):
+    extension, shrinks = EXTENSIONS.get(image.format or ""), size is not None and min(image.size) > size
+    if extension and not shrinks:
+        image.load()
         return Packed(extension, encoded, *image.size)
-    if "transparency" in image.info:
-        image = image.convert("RGBA")
-    image = image.convert("RGB")
-    if size is not None and min(image.size) > size:
-        scale = size / min(image.size)
-        width, height = (max(size, round(side * scale)) for side in image.size)
-        image = image.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=3.0)
+    check_range(image)
+    scale = size / min(image.size) if size is not None and shrinks else 1
+    width, height = (max(size or 1, round(side * scale)) if shrinks else side for side in image.size)
+    if image.width * image.height > pixels.LARGE:
+        image = Image.fromarray(framed(image, Frame(width, height, 0, 0, width, height)))
+    elif shrinks:
+        image = rgb(image).resize((width, height), Image.Resampling.BICUBIC, reducing_gap=3.0)
+    else:
+        image = rgb(image)
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=QUALITY)
     return Packed("jpg", buffer.getvalue(), *image.size)
@@ -221,10 +230,19 @@ def _stats_name(shard: int) -> str:
     return f"{shard:05d}_stats.json"
 
 
-def _finished(folder: Folder, shard: int, retry_failed: bool) -> dict[str, Any] | None:
+def _stats(folder: Folder, shard: int, rows: int) -> dict[str, Any] | None:
+    """What was written of a packed shard of so many rows; None where nothing was, or something else stands there."""
+    found = records.take(folder, _stats_name(shard), records.PackedRecord)
+    if found and (found["rows"], found["samples"] + len(found["failed"])) != (rows, rows):
+        log.warning("%s in %s is of another shard: packed again", _stats_name(shard), folder.address)
+        return None
+    return found
+
+
+def _finished(folder: Folder, shard: int, rows: int, retry_failed: bool) -> dict[str, Any] | None:
     """The statistics of a shard that need not be packed again."""
-    stats = folder.read_json(_stats_name(shard))
-    if not isinstance(stats, dict) or not folder.exists(f"{shard:05d}.tar"):
+    stats = _stats(folder, shard, rows)
+    if stats is None or not folder.exists(f"{shard:05d}.tar"):
         return None
     return None if retry_failed and stats["failed"] else stats
 
@@ -260,7 +278,7 @@ def _pack(
 def _add(tar: tarfile.TarFile, key: str, entry: Entry, packed: Packed) -> None:
     about = {
         "key": key,
-        "image": entry.image,
+        "image": without_secrets(entry.image),
         "caption": entry.captions[0],
         "captions": entry.captions,
         "width": packed.width,

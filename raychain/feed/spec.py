@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -33,6 +33,24 @@ class Resizing:
     squash: bool = False
     """Both sides, which changes the picture's proportions."""
     kernel: Literal["bicubic", "bilinear"] = "bicubic"
+
+
+def squared(preprocessing: Mapping[str, Any]) -> tuple[int, Resizing]:
+    """Pixels a side, and how pictures get there, of an open_clip `preprocess_cfg`.
+
+    Raises ValueError, which tells what it asks for, where that is something else.
+    """
+    size = preprocessing["size"]
+    height, width = (size, size) if isinstance(size, int) else size
+    mode: str = preprocessing.get("resize_mode") or "shortest"
+    kernel: Any = preprocessing.get("interpolation") or "bicubic"
+    if height != width or mode not in ("shortest", "squash") or kernel not in ("bicubic", "bilinear"):
+        raise ValueError(f"{height} × {width} pixels, resize_mode {mode}, {kernel}")
+    return height, Resizing(mode == "squash", kernel)
+
+
+SQUARED = "square pictures, resize_mode shortest or squash, bicubic or bilinear"
+"""What `squared` takes."""
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from raychain import records
+from raychain.errors import without_secrets
 from raychain.reporting import trace
 from raychain.reporting.events import Event
 from raychain.reporting.scalars import Scalars
@@ -203,10 +204,13 @@ class RunLog:
 
 
 def plain(value: Any) -> Any:
-    """`value` as JSON can hold it: numbers that are not finite become None, other types their number or their text."""
+    """`value` as a record holds it: numbers that are not finite become None, other types their number or their text,
+    and text loses the secrets of addresses."""
     match value:
-        case None | bool() | int() | str():
+        case None | bool() | int():
             return value
+        case str():
+            return without_secrets(value)
         case float():
             return value if math.isfinite(value) else None
         case Mapping():

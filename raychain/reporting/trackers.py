@@ -21,8 +21,9 @@ from typing import Any
 
 from raychain import records
 from raychain.config.experiment import Experiment, Track
-from raychain.errors import InputError
+from raychain.errors import InputError, without_secrets
 from raychain.reporting.events import Event, event
+from raychain.reporting.runlog import plain
 from raychain.reporting.scalars import STEP_SCALARS
 from raychain.storage import Folder
 
@@ -172,13 +173,13 @@ class Trackers:
             self._tell(name, f"{str(error).strip() or type(error).__name__}; nothing more is logged there")
 
     def _track(self, name: str, target: str, events: SimpleQueue[Event]) -> None:
-        file, whose = f"track-{name}.json", {"target": target, "key": self._key}
+        file, whose = f"track-{name}.json", {"target": without_secrets(target), "key": self._key}
         state = records.take(self._out, file, records.TrackRecord)
         if state is None or not whose.items() <= state.items():
             state = {"id": uuid.uuid4().hex[:12], **whose, "logged": {}}
             self._out.write_json(file, state)
         run, folder = self._out.path.rstrip("/").rpartition("/")[2], self._out.path if self._out.local else None
-        config = self._experiment.model_dump(mode="json", exclude={"track"})
+        config = plain(self._experiment.model_dump(mode="json", exclude={"track"}))
         tracker = TRACKERS[name](Subject(state["id"], target, run, folder, config, self._steps))
         while (event := events.get())["event"] != "finish":
             series, scalars = f"stage{event['stage']}", {key: event.get(key) for key in STEP_SCALARS}

@@ -19,7 +19,7 @@ from raychain.chain.store import STORE, StageStore
 from raychain.chain.takeover import take_over_in_store
 from raychain.config.durations import Duration
 from raychain.config.experiment import Experiment
-from raychain.errors import InputError, Interrupted, RunFailed
+from raychain.errors import InputError, Interrupted, RunFailed, without_secrets
 from raychain.evaluators.metrics import Definition, written_down
 from raychain.reporting.report.writing import leave_report
 from raychain.reporting.search_progress import SearchProgress
@@ -419,7 +419,7 @@ class Searcher:
     def _save(self) -> None:
         """search.json as it stands, if anything has changed; compact, as it is written often."""
         if self.unsaved:
-            self.plan.out.write(RESULT, json.dumps(self._result("running")).encode())
+            self.plan.out.write(RESULT, without_secrets(json.dumps(self._result("running"))).encode())
             self.unsaved = False
 
     def _write(self, status: str) -> dict[str, Any]:
@@ -505,7 +505,8 @@ class Searcher:
         plain = experiment.model_copy(update={"name": f"{experiment.name}-best"})
         tree = plain.model_dump(mode="json", exclude_unset=True)
         tree = {key: value for key, value in tree.items() if value is not None}
-        self.plan.out.write(BEST, yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=110).encode())
+        text = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=110)
+        self.plan.out.write(BEST, without_secrets(text).encode())
 
 
 def _slots(plan: Plan) -> int:

@@ -6,8 +6,9 @@ import html
 import re
 from collections.abc import Callable, Iterable
 
-# Addresses may carry credentials (`s3://key:secret@bucket`, `?secret_key=…`), and reports are handed on.
-_USER = re.compile(r"(?<=://)[^/\s@'\"]+@")
+from raychain.errors import without_secrets
+
+# Settings that are written out (`api_key: …`), besides addresses.
 _SECRET = re.compile(
     r"(?i)((?:secret|token(?!i)|passw|credential|api_?key|access_?key|signature)\w*[\"']?\s*[=:]\s*)[^&\s,;]+"
 )
@@ -26,7 +27,7 @@ class Markup(str):
 
 def plain_text(value: object) -> str:
     """`value` as text without credentials and without characters that no document may hold."""
-    return _UNPRINTABLE.sub("�", _SECRET.sub(r"\1…", _USER.sub("…@", str(value))))
+    return _UNPRINTABLE.sub("�", _SECRET.sub(r"\1…", without_secrets(str(value))))
 
 
 def escape(value: object) -> Markup:
