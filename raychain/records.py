@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pyarrow import fs
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from raychain.storage import Folder
+from raychain.core.storage import Folder
 
 log = logging.getLogger("raychain.records")
 

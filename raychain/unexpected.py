@@ -48,8 +48,8 @@ def _keep(text: str) -> str | None:
 
 
 def _document(error: BaseException) -> str:
-    from raychain.reporting.environment import versions
-    from raychain.reporting.report.markup import plain_text
+    from raychain.core.environment import versions
+    from raychain.pages.markup import plain_text
 
     try:
         lines = traceback.format_exception(error)
@@ -65,7 +65,7 @@ def _shown(argument: str) -> str:
 
 
 def _one_line(error: BaseException) -> str:
-    from raychain.reporting.report.markup import plain_text
+    from raychain.pages.markup import plain_text
 
     try:
         said = " ".join(str(error).split())

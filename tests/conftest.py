@@ -58,7 +58,7 @@ def bucket() -> Iterator[Callable[[str], str]]:
     """A bucket of an S3 server on this machine: makes addresses in it."""
     from moto.server import ThreadedMotoServer
 
-    from raychain.storage import resolve
+    from raychain.core.storage import resolve
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()

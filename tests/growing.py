@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from raychain.families import model_config
-from raychain.families.building import build_config
+from raychain.models import model_config
+from raychain.models.building import build_config
 
 VIT_HOPS = [("T", "C"), ("C", "S"), ("S", "M"), ("M", "B"), ("B", "BL"), ("BL", "L")]
 VIT_HOPS_ACROSS = [("T", "S"), ("S", "B"), ("B", "L")]

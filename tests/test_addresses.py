@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from test_broken_shards import shard_of
 from typer.testing import CliRunner
 
-from raychain.data import data
+from raychain.cli.data import data
+from raychain.core.storage import Folder
+from raychain.data import shards
+from raychain.data.shards import expand, is_pattern
 from raychain.errors import InputError
 from raychain.evaluators.finding import find_tasks
-from raychain.feed import shards
-from raychain.feed.shards import expand, is_pattern
-from raychain.storage import Folder
 
 FOLDERS = ["[a-z]", "photos [2024] (1)", "set {a,b}", "open {", "sp ace", "50%", "a%20b", "#1", "wh?t", "star*", "ü日",
            "back\\slash", "~nobody", "a'b\"c", "--help", "two\nlines"]  # fmt: skip

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.ray
 ROOT = Path(__file__).parent.parent
 BACKEND = ROOT / "raychain" / "backend_ray"
 PRIVATE = ("ray._private", "ray._raylet", "ray._common")
-DRIVERS = ("raychain.chain.driver", "raychain.chain.group", "raychain.searching.driver", "raychain.searching.running")
+DRIVERS = ("raychain.runs.driver", "raychain.runs.group", "raychain.searching.driver", "raychain.searching.running")
 """Modules that run chains on Ray, through `backend_ray`."""
 
 
@@ -174,7 +174,7 @@ UNCHANGED = """
 import logging
 sys.path.insert(0, {tests!r})
 import aiohttp.web, botocore.httpsession, yaml  # a run imports the first two, which add filters of warnings
-from raychain.chain import driver
+from raychain.runs import driver
 from raychain.config.loading import validate
 from test_backend_ray import of_the_process
 tree = yaml.safe_load(open(sys.argv[1]))

@@ -19,16 +19,16 @@ from hypothesis import strategies as st
 from test_feed import BUDGET, READER, SIZE, SPEC, WANTED, feed, load, numbers, plain, sample, write
 from webdataset.tariterators import base_plus_ext
 
+from raychain.data import health, members
+from raychain.data.cache import ShardCache
+from raychain.data.health import Bad, Tally, tally
+from raychain.data.members import Wanted
+from raychain.data.pictures import PictureReader
+from raychain.data.shards import Shard, read, survey
+from raychain.data.spec import Spec
+from raychain.data.tar import split_name
 from raychain.errors import InputError
 from raychain.evaluators.data import resolve_retrieval
-from raychain.feed import health, members
-from raychain.feed.cache import ShardCache
-from raychain.feed.health import Bad, Tally, tally
-from raychain.feed.members import Wanted
-from raychain.feed.pictures import PictureReader
-from raychain.feed.shards import Shard, read, survey
-from raychain.feed.spec import Spec
-from raychain.feed.tar import split_name
 
 
 def add(tar: tarfile.TarFile, name: str, content: bytes = b"", **fields: Any) -> None:
@@ -269,7 +269,7 @@ def test_a_bad_sample_is_replaced_by_one_of_its_shard_on_any_rank(tmp_path: Path
 def test_a_shard_is_named_once_over_epochs_and_loaders(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     samples = [sample(n) for n in range(8)] + [{"png": b"?", "txt": "9"}]
     found = survey([write(tmp_path / "once.tar", samples)], WANTED, tmp_path / "cache", "data.train")
-    with caplog.at_level(logging.WARNING, "raychain.feed"):
+    with caplog.at_level(logging.WARNING, "raychain.data"):
         for _ in range(2):
             load(feed(found), ShardCache(tmp_path / "cache", BUDGET), batch=9, stop=4)
     assert len(caplog.records) == 1

@@ -18,15 +18,15 @@ import torch
 import webdataset
 from PIL import Image
 
-from raychain.feed import cache as caching
-from raychain.feed.cache import ShardCache
-from raychain.feed.loader import Feed, Loader
-from raychain.feed.members import Wanted
-from raychain.feed.order import Order
-from raychain.feed.pictures import PictureReader
-from raychain.feed.room import claim
-from raychain.feed.shards import Shard, survey
-from raychain.feed.spec import RAW_BYTES, Spec, fitting, representation
+from raychain.data import cache as caching
+from raychain.data.cache import ShardCache
+from raychain.data.loader import Feed, Loader
+from raychain.data.members import Wanted
+from raychain.data.order import Order
+from raychain.data.pictures import PictureReader
+from raychain.data.room import claim
+from raychain.data.shards import Shard, survey
+from raychain.data.spec import RAW_BYTES, Spec, fitting, representation
 
 SIZE, SAMPLES, SHARDS = 32, 20, 12
 WANTED = Wanted(("txt",))

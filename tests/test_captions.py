@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raychain.config.captions import CaptionKey, caption_key
 from raychain.config.loading import validate
+from raychain.data.members import Wanted, captions
+from raychain.data.order import Rows, draw_captions
+from raychain.data.sentences import sentences
 from raychain.errors import InputError
-from raychain.feed.members import Wanted, captions
-from raychain.feed.order import Rows, draw_captions
-from raychain.feed.sentences import sentences
+from raychain.schema.captions import CaptionKey, caption_key
 
 SPLIT = {
     "A dog runs. It is brown. The end": ["A dog runs.", "It is brown.", "The end"],

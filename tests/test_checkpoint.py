@@ -11,9 +11,9 @@ import pytest
 import torch
 from payload import Payload
 
-from raychain.families import build
+from raychain.core.storage import Folder
+from raychain.models import build
 from raychain.paradigms.clip.objective import ClipObjective
-from raychain.storage import Folder
 from raychain.training.average import make_average
 from raychain.training.checkpoint import MARKER, Checkpoints
 from raychain.training.optimizer import make_optimizer

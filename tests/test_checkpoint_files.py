@@ -22,12 +22,12 @@ from safetensors.torch import save_file
 from torch.optim.swa_utils import AveragedModel
 
 import raychain
+from raychain.api.grow import grow_checkpoint
 from raychain.core.finite import FiniteScan, not_finite
 from raychain.errors import InputError, RunFailed
-from raychain.families.building import build_config
-from raychain.families.checkpoints import CheckpointError, read_checkpoint
-from raychain.families.registry import UnknownModelError
-from raychain.grow import grow_checkpoint
+from raychain.models.building import build_config
+from raychain.models.checkpoints import CheckpointError, read_checkpoint
+from raychain.models.registry import UnknownModelError
 
 CONFIG: dict[str, Any] = {
     "embed_dim": 8,

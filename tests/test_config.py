@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raychain.config import Experiment, load_experiment
-from raychain.config.durations import Duration, parse_bytes, parse_duration, parse_interval
 from raychain.config.loading import shipped_experiments, validate
 from raychain.errors import InputError
+from raychain.schema.durations import Duration, parse_bytes, parse_duration, parse_interval
 
 MINIMAL = {
     "name": "tiny",

@@ -15,15 +15,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from raychain.core.storage import Folder, resolve
+from raychain.data import content
+from raychain.data.cache import ShardCache
+from raychain.data.content import ChangedError, identify
+from raychain.data.members import Wanted
+from raychain.data.pictures import PictureReader
+from raychain.data.shards import Shard, survey
+from raychain.data.spec import Spec
 from raychain.errors import InputError
-from raychain.feed import content
-from raychain.feed.cache import ShardCache
-from raychain.feed.content import ChangedError, identify
-from raychain.feed.members import Wanted
-from raychain.feed.pictures import PictureReader
-from raychain.feed.shards import Shard, survey
-from raychain.feed.spec import Spec
-from raychain.storage import Folder, resolve
 
 WANTED = Wanted(("txt",))
 SPEC = Spec(WANTED, 16, "lengths")
@@ -107,7 +107,7 @@ def test_copies_and_moves_are_the_same_shard_and_what_was_not_touched_is_not_rea
     old()
     assert one(path, cache) == shard, "touched, so it is read again, and the same"
     monkeypatch.setattr(content, "_hash", None)
-    monkeypatch.setattr("raychain.feed.shards.open_input", None)
+    monkeypatch.setattr("raychain.data.shards.open_input", None)
     assert one(path, cache) == shard
 
 
@@ -164,7 +164,7 @@ def test_a_shard_that_is_replaced_while_it_is_decoded_is_not_cached(tmp_path: Pa
 
     # batches of one picture, so that decoding is under way when the file is replaced
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("raychain.feed.decode.BATCH_BYTES", 3 * 16 * 16)
+        patch.setattr("raychain.data.decode.BATCH_BYTES", 3 * 16 * 16)
         with pytest.raises(ChangedError):
             ShardCache(cache, 2**26).table(shard, PictureReader(SPEC, during))
     assert replaced
@@ -222,8 +222,8 @@ def test_on_object_storage_the_etag_stands_in_and_nothing_is_read_twice(
 def test_many_shards_are_counted_on_a_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("raychain.feed.shards.SILENT_S", -1)
-    monkeypatch.setattr("raychain.reporting.counting.PLAIN_EVERY_S", -1)
+    monkeypatch.setattr("raychain.data.shards.SILENT_S", -1)
+    monkeypatch.setattr("raychain.terminal.counting.PLAIN_EVERY_S", -1)
     write(tmp_path / "0.tar")
     shutil.copy(tmp_path / "0.tar", tmp_path / "1.tar")
     survey([f"{tmp_path}/{n}.tar" for n in range(2)], WANTED, tmp_path / "cache", "data.train")

@@ -9,14 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from raychain.feed.cache import ShardCache
-from raychain.feed.crops import crop_boxes
-from raychain.feed.loader import Feed, Loader
-from raychain.feed.members import Wanted
-from raychain.feed.order import Order
-from raychain.feed.pictures import PictureReader
-from raychain.feed.shards import survey
-from raychain.feed.spec import Spec
+from raychain.data.cache import ShardCache
+from raychain.data.crops import crop_boxes
+from raychain.data.loader import Feed, Loader
+from raychain.data.members import Wanted
+from raychain.data.order import Order
+from raychain.data.pictures import PictureReader
+from raychain.data.shards import survey
+from raychain.data.spec import Spec
 
 
 @given(st.integers(1, 60), st.integers(1, 60), st.floats(0.05, 1), st.integers(0, 2**64 - 1))

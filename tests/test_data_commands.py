@@ -25,15 +25,15 @@ from test_broken_shards import pair, shard_of
 from test_feed import encode, plain
 
 from raychain.cli import commands
+from raychain.cli.program import guarded
+from raychain.data import health, pixels
+from raychain.data.members import Wanted, captions
+from raychain.data.shards import expand, read, survey
 from raychain.dataprep import fetch as fetching
 from raychain.dataprep.check import spread
 from raychain.dataprep.fetch import FetchError, fetch
 from raychain.dataprep.table import open_table
 from raychain.errors import InputError
-from raychain.feed import health, pixels
-from raychain.feed.members import Wanted, captions
-from raychain.feed.shards import expand, read, survey
-from raychain.run import guarded
 
 
 def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: Any) -> tuple[int, str, str]:
@@ -121,7 +121,7 @@ def test_the_module_runs_as_a_program_too(tmp_path):
 
 
 def test_the_commands_need_neither_torch_nor_ray():
-    script = "import sys, raychain.data, raychain.dataprep.check, raychain.dataprep.build\n"
+    script = "import sys, raychain.cli.data, raychain.dataprep.check, raychain.dataprep.build\n"
     script += "assert not {'torch', 'ray'} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], timeout=60).returncode == 0
 

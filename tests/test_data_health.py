@@ -12,9 +12,9 @@ from rich.console import Console
 
 import raychain
 from raychain.config.loading import validate
+from raychain.data.health import Bad, tally
+from raychain.data.shards import Shard
 from raychain.errors import RunFailed
-from raychain.feed.health import Bad, tally
-from raychain.feed.shards import Shard
 from raychain.reporting.health import LISTED, DataHealth
 from raychain.reporting.table import result_table
 

@@ -26,13 +26,13 @@ from pyarrow import fs
 from safetensors.torch import save_file
 
 import raychain
-from raychain.config.task import Task
-from raychain.evaluate import evaluate_command
-from raychain.families import build, model_config
-from raychain.feed.decode import resize_exactly
-from raychain.feed.spec import Resizing
+from raychain.cli.evaluate import evaluate_command
+from raychain.cli.program import main
+from raychain.data.decode import resize_exactly
+from raychain.data.spec import Resizing
+from raychain.models import build, model_config
 from raychain.paradigms import make_paradigm
-from raychain.run import main
+from raychain.paradigms.task import Task
 from raychain.training.artifact import write_artifact
 
 MODEL = "CoM-micro-S"

@@ -1,12 +1,15 @@
 """Zero-shot classification and retrieval: open_clip's own numbers, at any number of ranks."""
 
 import pickle
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import open_clip
 import pytest
+import timm
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -16,16 +19,27 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import multiprocessing
 
+from raychain.data.cache import ShardCache
 from raychain.errors import InputError
+from raychain.evaluators.builtin import LinearProbe
 from raychain.evaluators.context import Context
-from raychain.evaluators.data import RetrievalData, ZeroShotData, resolve_retrieval, resolve_zero_shot
-from raychain.evaluators.evaluator import HeldOut
+from raychain.evaluators.data import (
+    LinearProbeData,
+    RetrievalData,
+    ZeroShotData,
+    resolve_linear_probe,
+    resolve_retrieval,
+    resolve_zero_shot,
+)
+from raychain.evaluators.encoding import image_features
+from raychain.evaluators.evaluator import HeldOut, Setting
+from raychain.evaluators.linear_probe import PENALTIES, Sums
 from raychain.evaluators.measure import measure as measure_one
 from raychain.evaluators.ranks import World
 from raychain.evaluators.reading import shares
 from raychain.evaluators.retrieval import recall
-from raychain.families import build
-from raychain.feed.cache import ShardCache
+from raychain.models import build, model_config
+from raychain.models.tokenizing import make_tokenizer
 
 MODEL = "CoM-micro-S"
 CLASSES = ("red", "green thing", "blue", "grey", "dark", "light", "odd one")
@@ -84,19 +98,14 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def tokenize(texts: Sequence[str]) -> np.ndarray:
-    return open_clip.get_tokenizer(MODEL)(list(texts)).numpy()
-
-
 def measure(folder: Path, model: torch.nn.Module, *tasks: HeldOut) -> dict[str, float]:
     """The metrics of all tasks, by all ranks of the process group."""
     context = Context(
         cache=ShardCache(folder / "cache", 1 << 30),
-        tokenize=tokenize,
+        tokenize=make_tokenizer(model_config(MODEL)),
         image_size=40,
         mean=open_clip.OPENAI_DATASET_MEAN,
         std=open_clip.OPENAI_DATASET_STD,
-        tokenizer_id=MODEL,
         device=torch.device("cpu"),
         world=World.group(),
         batch_size=4,
@@ -168,20 +177,22 @@ def test_broken_pictures_are_left_out(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_three_ranks_measure_what_one_does(folder: Path, tmp_path: Path) -> None:
-    alone = measure(folder, build(MODEL, seed=0), *both(folder))
-    multiprocessing.spawn(_rank, (3, folder, tmp_path, both(folder)), nprocs=3)
+    tasks = both(folder)
+    probes = probe(folder), probe(folder, "clip_benchmark")
+    alone = [measure(folder, build(MODEL, seed=0), task) for task in (*tasks, *probes)]
+    multiprocessing.spawn(_rank, (3, folder, tmp_path, (*tasks, *probes)), nprocs=3)
     for rank in range(3):
         together, joined = torch.load(tmp_path / f"{rank}.pt")
-        assert together == pytest.approx(alone)
+        assert together == [pytest.approx(metrics) for metrics in alone]
         assert joined.tolist() == [[0, 0], [0, 0], [2, 2]]
 
 
-def _rank(rank: int, world: int, folder: Path, out: Path, data: tuple[ZeroShotData, RetrievalData]) -> None:
+def _rank(rank: int, world: int, folder: Path, out: Path, data: tuple[HeldOut, ...]) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{out}/store", rank=rank, world_size=world)
     empty_on_rank_1 = [[torch.zeros(1, 2), torch.zeros(1, 2)], [], [torch.full((1, 2), 2.0)]][rank]
     joined = World.group().join(empty_on_rank_1, torch.device("cpu"))
-    measured = measure(folder, build(MODEL, seed=0), *data)
+    measured = [measure(folder, build(MODEL, seed=0), task) for task in data]
     torch.save((measured, joined), out / f"{rank}.pt")
     dist.destroy_process_group()
 
@@ -274,3 +285,90 @@ def test_shards_without_labels_or_captions_are_input_errors(folder: Path, tmp_pa
         resolve_retrieval([str(tmp_path / "*.tar")], ["txt"], tmp_path / "cache")
     with pytest.raises(InputError, match=r"(?s)^evaluate\.retrieval\n.*without a usable sample"):
         resolve_retrieval([str(folder / "retrieval")], ["txt"], tmp_path / "cache")
+
+
+def probe(folder: Path, protocol: Any = "ridge") -> LinearProbeData:
+    """A probe on the pictures of the zero-shot set, tested on the same ones."""
+    shards = [str(folder / "zero-shot" / "test")]
+    return resolve_linear_probe(shards, shards, protocol, folder / "cache", "evaluate.probe")
+
+
+def labelled_features(model: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+    """float64 features [N, D], and labels [N]."""
+    return expected_images(model, range(PICTURES)).double(), torch.tensor([label(i) for i in range(PICTURES)])
+
+
+def test_the_ridge_probe_is_least_squares_with_a_penalty(folder: Path) -> None:
+    model = build(MODEL, seed=0).eval()
+    x_ND, label_N = labelled_features(model)
+    sums = Sums(x_ND.shape[1], len(CLASSES), torch.device("cpu"))
+    sums.add(x_ND[:9].float(), label_N[:9])
+    sums.add(x_ND[9:].float(), label_N[9:])
+    [(weights_DC, bias_C)] = sums.solve((0.3,))
+    centred_ND, y_NC = x_ND - x_ND.mean(0), F.one_hot(label_N, len(CLASSES)).double()
+    penalty = 0.3 * centred_ND.square().sum() / x_ND.shape[1]  # of the mean variance, for the sum over all pictures
+    ridge_DD = centred_ND.T @ centred_ND + penalty * torch.eye(x_ND.shape[1], dtype=torch.float64)
+    expected_DC = torch.linalg.solve(ridge_DD, centred_ND.T @ (y_NC - y_NC.mean(0)))
+    assert torch.allclose(weights_DC, expected_DC, atol=1e-5)
+    assert torch.allclose(x_ND @ weights_DC + bias_C, centred_ND @ expected_DC + y_NC.mean(0), atol=1e-5)
+    measured = measure(folder, model, probe(folder))
+    assert set(measured) == {"top1", "top5", "mean_class"}
+    assert 100 / len(CLASSES) < measured["top1"] <= measured["top5"] <= 100
+
+
+def test_the_penalty_is_the_largest_of_the_best(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures of one colour each are told apart by any penalty, so the largest is taken."""
+    chosen: list[tuple[float, ...]] = []
+    solve = Sums.solve
+    monkeypatch.setattr(Sums, "solve", lambda self, penalties: chosen.append(penalties) or solve(self, penalties))
+    measure(folder, build(MODEL, seed=0).eval(), probe(folder))
+    assert [len(penalties) for penalties in chosen] == [len(PENALTIES), 1]
+    assert chosen[1][0] in PENALTIES
+
+
+def test_a_probe_on_a_timm_model_takes_what_its_classifier_gets(folder: Path) -> None:
+    model = timm.create_model("vit_tiny_patch16_224", img_size=48, patch_size=16, depth=2, num_classes=5).eval()
+    x_b3HW = torch.rand(3, 3, 48, 48)
+    found = image_features(model, x_b3HW)
+    with torch.no_grad():
+        assert torch.allclose(model.head(model.forward_head(model.forward_features(x_b3HW), True)), model(x_b3HW))
+        expected = F.normalize(model.forward_head(model.forward_features(x_b3HW), pre_logits=True), dim=-1)
+    assert torch.allclose(found, expected)
+    context = Context(
+        cache=ShardCache(folder / "cache", 1 << 30), tokenize=None, image_size=48, mean=(0.5,) * 3, std=(0.5,) * 3,
+        device=torch.device("cpu"), batch_size=8,
+    )  # fmt: skip
+    for protocol in ("ridge", "clip_benchmark"):
+        measured = measure_one(model, probe(folder, protocol), context)
+        assert measured == measure_one(model, probe(folder, protocol), context), "the same twice"
+        assert 0 < measured["top1"] <= measured["top5"] <= 100
+    with pytest.raises(ValueError, match="takes no texts"):
+        measure_one(model, both(folder)[0], context)
+
+
+def test_the_probe_leaves_the_random_numbers_of_training_alone(folder: Path) -> None:
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    measure(folder, build(MODEL, seed=0), probe(folder, "clip_benchmark"))
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_probe_needs_training_pictures_of_the_same_classes(folder: Path, tmp_path: Path) -> None:
+    setting = Setting(tmp_path / "cache", ("txt",))
+    (tmp_path / "cache" / "counts").mkdir(parents=True)
+    alone = LinearProbe(type="linear_probe", data=(str(folder / "zero-shot" / "test"),))
+    with pytest.raises(InputError, match=r"(?s)^evaluate\.p\n.*train/\*\.tar.*add evaluate\.p\.train"):
+        alone.resolve("evaluate.p", setting)
+    with pytest.raises(InputError, match=r"(?s)evaluate\.p\n.*zero-shot/train\n.*no such file"):
+        LinearProbe(type="linear_probe", data=(str(folder / "zero-shot"),)).resolve("evaluate.p", setting)
+    with webdataset.TarWriter(str(tmp_path / "few.tar")) as tar:
+        tar.write({"__key__": "a", "png": picture(1), "cls": 2})
+    fewer = LinearProbe(type="linear_probe", data=alone.data, train=(str(tmp_path / "few.tar"),))
+    with pytest.raises(InputError, match=r"label 6 in .*0 … 2, the labels of the training shards|0 … 2"):
+        fewer.resolve("evaluate.p", setting)
+    shutil.copytree(folder / "zero-shot" / "test", tmp_path / "whole" / "train")
+    shutil.copytree(folder / "zero-shot" / "test", tmp_path / "whole" / "test")
+    found = LinearProbe(type="linear_probe", data=(str(tmp_path / "whole"),)).resolve("evaluate.p", setting)
+    assert (found.samples, found.classes) == (2 * PICTURES, len(CLASSES))
+    assert found.digest == probe(folder).digest != probe(folder, "clip_benchmark").digest

@@ -7,8 +7,8 @@ import open_clip
 import pytest
 import torch
 
-from raychain.families import UnknownModelError, build, model_config, model_names, parameter_count
-from raychain.families.registry import CONFIG_FOLDER
+from raychain.models import UnknownModelError, build, model_config, model_names, parameter_count
+from raychain.models.registry import CONFIG_FOLDER
 
 OWN = sorted(path.stem for path in CONFIG_FOLDER.glob("*.json"))
 

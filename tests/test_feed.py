@@ -16,16 +16,16 @@ import torch
 import webdataset
 from PIL import Image
 
+from raychain.data import members, shards
+from raychain.data.cache import ShardCache
+from raychain.data.decode import STORED_BEYOND_CROP, resize
+from raychain.data.loader import Batch, Feed, Loader
+from raychain.data.members import Wanted
+from raychain.data.order import Order
+from raychain.data.pictures import PictureReader
+from raychain.data.shards import Shard, expand, survey
+from raychain.data.spec import Spec
 from raychain.errors import InputError
-from raychain.feed import members, shards
-from raychain.feed.cache import ShardCache
-from raychain.feed.decode import STORED_BEYOND_CROP, resize
-from raychain.feed.loader import Batch, Feed, Loader
-from raychain.feed.members import Wanted
-from raychain.feed.order import Order
-from raychain.feed.pictures import PictureReader
-from raychain.feed.shards import Shard, expand, survey
-from raychain.feed.spec import Spec
 
 SIZE, CONTEXT = 12, 4
 WANTED = Wanted(("txt", "json.more"))
@@ -281,7 +281,7 @@ def test_an_unreadable_picture_is_skipped_with_a_warning_and_the_batch_is_full(
     samples[6] |= {"json": {"more": []}, "txt": " "}
     found = survey([write(tmp_path / "x.tar", samples)], WANTED, tmp_path / "cache", "data.train")
     assert found[0].samples == 8
-    with caplog.at_level(logging.WARNING, "raychain.feed"):
+    with caplog.at_level(logging.WARNING, "raychain.data"):
         batches = load(feed(found), cache, batch=8, stop=2)
     assert [len(batch["images"]) for batch in batches] == [8, 8]
     assert set(torch.cat([b["images"] for b in batches]).unique().tolist()) <= {0, 1, 3, 7}

@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from raychain.chain.resolve import make_task, replan
 from raychain.config import load_experiment
 from raychain.config.loading import validate
+from raychain.runs.resolve import make_task, replan
 from raychain.searching.request import plan_search
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -16,10 +16,10 @@ import raychain
 from raychain.backend_ray import cluster
 from raychain.backend_ray import group as ray_train
 from raychain.backend_ray.worker import train_chain
-from raychain.chain import group
 from raychain.config.loading import validate
 from raychain.errors import RunFailed
 from raychain.paradigms.clip.objective import ClipObjective
+from raychain.runs import group
 
 pytestmark = pytest.mark.slow
 FITS = 10

@@ -24,14 +24,15 @@ from test_broken_shards import pair, shard_of
 from test_feed import encode
 
 import raychain
-from raychain.config.task import Task
-from raychain.families import build, model_config
-from raychain.families.checkpoints import read_checkpoint
-from raychain.feed import pixels
-from raychain.grow import _read_inputs, grow_command
+from raychain.api.grow import _read_inputs
+from raychain.cli.grow import grow_command
+from raychain.cli.program import main
+from raychain.data import pixels
 from raychain.growth import GrowthError
+from raychain.models import build, model_config
+from raychain.models.checkpoints import read_checkpoint
 from raychain.paradigms import make_paradigm
-from raychain.run import main
+from raychain.paradigms.task import Task
 from raychain.training.artifact import write_artifact
 
 SMALL, LARGE = "CoM-micro-S", "CoM-micro-L"
@@ -201,7 +202,7 @@ def test_modules_grow_in_place_from_python(small: Any) -> None:
 GROW_LARGE = """
 import resource, sys, time
 import torch
-from raychain.families import build
+from raychain.models import build
 import raychain
 small, large = build("ViT-B-16", seed=0), build("ViT-L-16", seed=1)
 started, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -9,9 +9,9 @@ import torch
 from growing import VIT_HOPS, VIT_HOPS_ACROSS, shortened, tiny
 from torch import nn
 
-from raychain.families import build
-from raychain.families.building import build_config
 from raychain.growth import DEPTH_OPERATORS, WIDTH_OPERATORS, GrowthError, Moments, check, grow, grow_moments
+from raychain.models import build
+from raychain.models.building import build_config
 
 
 def vit(size: str, **kwargs: Any) -> nn.Module:

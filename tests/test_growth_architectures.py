@@ -27,8 +27,8 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from raychain.families.building import build_config
 from raychain.growth import WIDTH_OPERATORS, GrowthError, check, grow
+from raychain.models.building import build_config
 from raychain.paradigms.objective import Projector
 from raychain.training.distillation import feature_distance
 

@@ -18,9 +18,9 @@ from growing import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raychain.families import build
-from raychain.families.building import build_config
 from raychain.growth import DEPTH_OPERATORS, grow
+from raychain.models import build
+from raychain.models.building import build_config
 
 EXACT = 1e-12
 

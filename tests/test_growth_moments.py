@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from growing import config, inputs, perturb, shortened, tiny
 
-from raychain.families.building import build_config
 from raychain.growth import Moments, grow, grow_moments, read_moments, write_moments
+from raychain.models.building import build_config
 
 WIDER = {"vision_width": 32, "vision_layers": 3, "text_width": 32, "text_heads": 4, "text_layers": 4}
 WIDER_UNEVEN = {"vision_width": 24, "vision_layers": 3, "text_width": 40, "text_heads": 5, "text_layers": 2}

@@ -14,15 +14,15 @@ from test_broken_shards import add, pair, shard_of, six, surveyed
 from test_feed import SIZE, WANTED, numbers, plain
 from typer.testing import CliRunner
 
-from raychain.data import data
+from raychain.cli.data import data
+from raychain.data import health, members
+from raychain.data.cache import ShardCache
+from raychain.data.health import Bad
+from raychain.data.members import Wanted
+from raychain.data.pictures import PictureReader
+from raychain.data.spec import Spec
+from raychain.data.tar import LONGEST, split_name, walk
 from raychain.evaluators.data import resolve_retrieval, resolve_zero_shot
-from raychain.feed import health, members
-from raychain.feed.cache import ShardCache
-from raychain.feed.health import Bad
-from raychain.feed.members import Wanted
-from raychain.feed.pictures import PictureReader
-from raychain.feed.spec import Spec
-from raychain.feed.tar import LONGEST, split_name, walk
 
 LAST = Wanted(("txt",), key_split="last")
 

@@ -10,7 +10,8 @@ import pytest
 import ray
 import yaml
 
-from raychain.run import main, run_command
+from raychain.cli.program import main
+from raychain.cli.run import run_command
 
 
 def status(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[int, str]:
@@ -101,9 +102,9 @@ def test_dry_run_checks_and_starts_nothing(tree, tmp_path):
 
 
 def test_every_shipped_experiment_is_valid():
-    from raychain.chain.checks import check_experiment
-    from raychain.chain.costing import with_chain
     from raychain.config.loading import load_experiment, shipped_experiments
+    from raychain.runs.checks import check_experiment
+    from raychain.runs.costing import with_chain
 
     assert {"demo", "demo-quick", "cc3m-vit-tsbl"} <= set(shipped_experiments())
     for name, path in shipped_experiments().items():

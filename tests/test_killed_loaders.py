@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from test_feed import READER, WANTED, sample, write
 
-from raychain.feed.cache import ShardCache
-from raychain.feed.loader import Feed, Loader
-from raychain.feed.order import Order
-from raychain.feed.shards import Shard, survey
+from raychain.data.cache import ShardCache
+from raychain.data.loader import Feed, Loader
+from raychain.data.order import Order
+from raychain.data.shards import Shard, survey
 
 BATCH, STEPS, KILLS = 12, 1500, 20
 SIZES = (7, 5, 9, 12, 3, 8, 11)

@@ -21,8 +21,8 @@ import pyarrow as pa
 import pytest
 from pyarrow import fs
 
-from raychain.chain.lease import Holder, Lease
-from raychain.storage import Folder
+from raychain.core.storage import Folder
+from raychain.lease import Holder, Lease
 
 spawn = multiprocessing.get_context("spawn")
 

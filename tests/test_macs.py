@@ -3,9 +3,9 @@
 import pytest
 import torchvision
 
-from raychain.config.task import Task
-from raychain.families import model_config, parameter_count
+from raychain.models import model_config, parameter_count
 from raychain.paradigms import model_size as size_of
+from raychain.paradigms.task import Task
 from raychain.planning.macs import ModelSize, PartSize, stage_macs, tower_sizes
 
 SAMPLES, ITEMS = 2_890_000, {"image": 1, "text": 7}

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from raychain.chain.checks import check_chain
 from raychain.config.loading import validate
 from raychain.errors import InputError
-from raychain.families import at_image_size, build, model_config
-from raychain.families.registry import matching_models
+from raychain.models import at_image_size, build, model_config
+from raychain.models.registry import matching_models
+from raychain.runs.checks import check_chain
 
 USABLE = [
     "RN50",

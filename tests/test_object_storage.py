@@ -14,16 +14,16 @@ import yaml
 from PIL import Image
 from pyarrow import fs
 
+from raychain.cli.run import run_command
+from raychain.core.storage import Folder, below, resolve
+from raychain.data import content, fetch
+from raychain.data import shards as feed_shards
+from raychain.data.cache import ShardCache
+from raychain.data.members import Wanted
+from raychain.data.pictures import PictureReader
+from raychain.data.shards import Shard, expand, survey
+from raychain.data.spec import Spec
 from raychain.errors import InputError
-from raychain.feed import content, fetch
-from raychain.feed import shards as feed_shards
-from raychain.feed.cache import ShardCache
-from raychain.feed.members import Wanted
-from raychain.feed.pictures import PictureReader
-from raychain.feed.shards import Shard, expand, survey
-from raychain.feed.spec import Spec
-from raychain.run import run_command
-from raychain.storage import Folder, below, resolve
 
 SAMPLES, WANTED = 20, Wanted(("txt",))
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from raychain.config.task import Task
 from raychain.paradigms import make_paradigm
+from raychain.paradigms.task import Task
 from raychain.training.optimizer import learning_rate, make_optimizer, parameter_groups
 
 

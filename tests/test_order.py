@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raychain.core.dist import rank_slice
-from raychain.feed.order import BLOCK, Mixture, Order, Rows, draw_captions
+from raychain.data.order import BLOCK, Mixture, Order, Rows, draw_captions
 
 counts = st.lists(st.integers(0, 12), min_size=1, max_size=7).filter(any).map(tuple)
 orders = st.builds(Order, counts, seed=st.integers(0, 2**63 - 1), window=st.integers(1, 4), shuffle=st.booleans())

@@ -15,20 +15,21 @@ import open_clip
 import pytest
 import yaml
 
-from raychain.chain.checks import check_chain
-from raychain.chain.driver import run_chain
-from raychain.chain.resolve import dry_plan, make_task
+from raychain.cli.evaluate import evaluate_command
+from raychain.cli.grow import grow_command
+from raychain.cli.plan import plan_command
+from raychain.cli.program import main
+from raychain.cli.run import run_command
 from raychain.config import opened
 from raychain.config.loading import validate
-from raychain.config.task import Task
 from raychain.errors import InputError
-from raychain.evaluate import evaluate_command
-from raychain.families import UnknownModelError, build, model_config, model_names
-from raychain.families.registry import own_configs, use_models
-from raychain.grow import grow_command
+from raychain.models import UnknownModelError, build, model_config, model_names
+from raychain.models.registry import own_configs, use_models
 from raychain.paradigms import make_paradigm
-from raychain.plan import plan_command
-from raychain.run import main, run_command
+from raychain.paradigms.task import Task
+from raychain.runs.checks import check_chain
+from raychain.runs.driver import run_chain
+from raychain.runs.resolve import dry_plan, make_task
 from raychain.searching.continuing import identity
 from raychain.searching.request import plan_search
 from raychain.searching.space import make_space

@@ -115,3 +115,35 @@ def test_a_paradigm_of_another_package_trains_a_chain_and_survives_a_killed_work
     assert expected[1, 10] < 0.8 * first, "the larger model starts as the smaller one"
     folder = tmp_path / "whole" / "stages" / "1-rot-M"
     assert json.loads((folder / "config.json").read_text())["config"]["embed_dim"] == 64
+
+
+@pytest.mark.slow
+def test_an_evaluator_of_another_package_measures_every_stage_and_lower_is_better(
+    installed: Path, demo: Path, tmp_path: Path
+) -> None:
+    tree: dict[str, Any] = {
+        "name": "measured",
+        "data": {"train": str(demo / "train"), "captions": {"keys": ["txt"]}},
+        "chain": [{"model": "CoM-micro-S", "epochs": "24 steps"}, {"model": "CoM-micro-M", "epochs": "16 steps"}],
+        "train": {"global_batch": 32, "warmup": "25 %", "precision": "fp32"},
+        "compute": {"workers": 2, "cpus_per_worker": 1},
+        "preload": {"cache": str(tmp_path / "cache")},
+        "evaluate": {"pairs": {"type": "caption_loss", "data": str(demo / "test")}},
+    }
+    (tmp_path / "measured.yaml").write_text(yaml.safe_dump(tree))
+    found = run(installed, tmp_path / "measured.yaml", tmp_path / "out")
+    assert found["score"] == "pairs/loss"
+    assert found["metrics"]["pairs/loss"] == {
+        "label": "pairs caption loss", "unit": "nats", "best": "low", "brief": True, "former": "",
+        "kind": "caption_loss"}  # fmt: skip
+    losses = [stage["metrics"]["pairs/loss"] for stage in found["stages"]]
+    assert all(0 < loss < 10 for loss in losses)
+    said = (tmp_path / "out.err").read_text()
+    assert f"pairs caption loss {losses[-1]:.2f} nats" in said
+    tree["evaluate"]["pairs"]["type"] = "caption_los"
+    (tmp_path / "wrong.yaml").write_text(yaml.safe_dump(tree))
+    command = [sys.executable, "-m", "raychain.run", str(tmp_path / "wrong.yaml"), "--dry-run"]
+    paths = [str(installed), str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    wrong = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert (wrong.returncode, "did you mean caption_loss?" in wrong.stderr) == (2, True), wrong.stderr

@@ -19,15 +19,15 @@ from test_broken_shards import pair, shard_of, surveyed
 from test_feed import SIZE, WANTED, numbers
 from typer.testing import CliRunner
 
-from raychain.data import data
+from raychain.cli.data import data
+from raychain.data import health, pixels
+from raychain.data.cache import ShardCache
+from raychain.data.decode import resize, resize_exactly, shorter_to
+from raychain.data.health import Unusable, picture
+from raychain.data.pictures import PictureReader
+from raychain.data.pixels import Frame, framed
+from raychain.data.spec import Resizing, Spec
 from raychain.evaluators.reading import tables
-from raychain.feed import health, pixels
-from raychain.feed.cache import ShardCache
-from raychain.feed.decode import resize, resize_exactly, shorter_to
-from raychain.feed.health import Unusable, picture
-from raychain.feed.pictures import PictureReader
-from raychain.feed.pixels import Frame, framed
-from raychain.feed.spec import Resizing, Spec
 
 pytestmark = pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning", "ignore:Palette images")
 
@@ -120,8 +120,8 @@ def test_a_long_picture_is_open_clips_to_the_bit(shape: tuple[int, int], monkeyp
 HOSTILE = """
 import io, resource, sys
 from PIL import Image
-from raychain.feed.decode import resize, resize_exactly
-from raychain.feed.spec import Resizing
+from raychain.data.decode import resize, resize_exactly
+from raychain.data.spec import Resizing
 from test_pictures import encoded, png
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for content in (
@@ -283,7 +283,7 @@ def test_measuring_says_what_it_clips_also_out_of_the_cache(tmp_path: Path, capl
         health._log.cache_clear()
         caplog.clear()
         cache = ShardCache(tmp_path / "cache", 10**8)
-        with caplog.at_level(logging.WARNING, "raychain.feed"):
+        with caplog.at_level(logging.WARNING, "raychain.data"):
             [(table, rows)] = tables([found], PictureReader(spec, numbers), cache, rank=0, world=1, threads=1)
         assert (table.size, len(rows), table.noted.counts) == (6, 6, {health.DEEP: 2})
         assert not table.bad

@@ -11,14 +11,15 @@ import pytest
 import yaml
 
 import raychain
-from raychain.chain.costing import cost_of, proposals_for, with_chain
-from raychain.chain.resolve import dry_plan
+from raychain.cli.plan import plan_command
+from raychain.cli.program import main
+from raychain.cli.run import run_command
 from raychain.config import load_experiment
 from raychain.config.loading import validate
 from raychain.errors import InputError
-from raychain.plan import plan_command
 from raychain.reporting.plan_table import plan_table
-from raychain.run import main, run_command
+from raychain.runs.costing import cost_of, proposals_for, with_chain
+from raychain.runs.resolve import dry_plan
 
 KEYS = {"stages", "macs", "baseline", "percent_of_baseline", "speedup", "family_speedup", "warnings"}
 STAGE_KEYS = {"model", "params", "forward_macs", "epochs", "macs", "share", "expansion_ratio"}

@@ -10,11 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raychain.config.allocation import Budget, parse_budget
-from raychain.config.task import Task
 from raychain.errors import InputError
 from raychain.paradigms import _measured
 from raychain.paradigms import model_size as size_of
+from raychain.paradigms.task import Task
 from raychain.planning.checks import epoch_warnings, first_warnings, ratio_warnings, warnings
 from raychain.planning.cost import Setting, StageCost, predict
 from raychain.planning.macs import ModelSize, PartSize
@@ -30,6 +29,7 @@ from raychain.planning.principles import (
 )
 from raychain.planning.proposals import Limits, Proposal, describe, enumerate_chains, propose, why
 from raychain.planning.resources import Peak, Throughput, hours, measured_rate, memory_bytes
+from raychain.schema.allocation import Budget, parse_budget
 
 CC3M = Setting(samples=2_890_000, items={"image": 1, "text": 7})
 SIZES = ("T", "C", "S", "M", "B", "BL", "L")

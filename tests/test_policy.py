@@ -6,7 +6,7 @@ import pytest
 from ray.exceptions import ActorDiedError
 
 from raychain.backend_ray.failures import GONE, failure_of
-from raychain.chain.policy import LONGEST_S, FailurePolicy, MicroBatches
+from raychain.runs.policy import LONGEST_S, FailurePolicy, MicroBatches
 
 
 def test_failures_in_a_row_are_bounded_and_wait_longer_each_time():

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 from test_feed import READER, SPEC, WANTED, numbers, sample, write
 
-from raychain.feed.cache import ShardCache
-from raychain.feed.loader import Feed, Loader
-from raychain.feed.order import Mixture, Order, extend
-from raychain.feed.pictures import PictureReader
-from raychain.feed.preload import Item, Preloader, Source, first_windows, wanted
-from raychain.feed.shards import Shard, survey
+from raychain.data.cache import ShardCache
+from raychain.data.loader import Feed, Loader
+from raychain.data.order import Mixture, Order, extend
+from raychain.data.pictures import PictureReader
+from raychain.data.preload import Item, Preloader, Source, first_windows, wanted
+from raychain.data.shards import Shard, survey
 
 BATCH, SHARDS, SAMPLES, WINDOW = 4, 12, 5, 2
 NEXT = dataclasses.replace(SPEC, image_size=20)

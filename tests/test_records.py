@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 import raychain
 from raychain import records
 from raychain.backend_ray import connection
-from raychain.chain.lease import LEASE, Lease, is_abandoned
 from raychain.config.loading import validate
+from raychain.core.storage import Folder
 from raychain.errors import InputError
-from raychain.storage import Folder
+from raychain.lease import LEASE, Lease, is_abandoned
 from raychain.training.checkpoint import Checkpoints
 
 ODD = [0, -1, 2.5, True, None, "", "\ud800", "x" * 300, [], {}, [[1]], {"a": {"b": 1}}, 10**30, 1e300, -0.0]
@@ -97,7 +97,7 @@ def test_a_finished_run_is_still_finished_whatever_its_records_hold(data, finish
     good = file.read_bytes()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(connection.ray, "init", None)
-        patch.setattr("raychain.chain.driver._execute", lambda *_: True)  # what is measured once more
+        patch.setattr("raychain.runs.driver._execute", lambda *_: True)  # what is measured once more
         file.write_bytes(data.draw(odd(good.splitlines()[0] if file.suffix == ".jsonl" else good)))
         run = raychain.run(validate(tree))
     assert run["status"] == "succeeded"

@@ -24,11 +24,11 @@ from test_checkpoint import follow_on, state, step
 import raychain
 from raychain.backend_ray import group
 from raychain.backend_ray.worker import train_chain
-from raychain.chain.policy import slower
-from raychain.chain.resolve import make_task
 from raychain.config.loading import validate
+from raychain.core.storage import Folder
 from raychain.errors import Diverged, InputError, RunFailed
-from raychain.storage import Folder
+from raychain.runs.policy import slower
+from raychain.runs.resolve import make_task
 from raychain.training.checkpoint import MARKER, OPTIMIZER, WEIGHTS, Checkpoints, _digest
 from raychain.training.loop import StageLoop
 from raychain.training.state import TrainState, all_finite

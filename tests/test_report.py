@@ -14,14 +14,14 @@ from typer.testing import CliRunner
 
 import raychain
 from raychain.cli import commands
+from raychain.core.storage import Folder
 from raychain.errors import InputError
-from raychain.reporting.report import scales, searched, timeline
-from raychain.reporting.report.loading import read
-from raychain.reporting.report.markup import NARROW, WIDE, escape, plain_text, text_width
-from raychain.reporting.report.page import page
-from raychain.reporting.report.plot import shortened, spread
-from raychain.reporting.report.writing import leave_report
-from raychain.storage import Folder
+from raychain.pages import scales, searched, timeline
+from raychain.pages.loading import read
+from raychain.pages.markup import NARROW, WIDE, escape, plain_text, text_width
+from raychain.pages.page import page
+from raychain.pages.plot import shortened, spread
+from raychain.pages.writing import leave_report
 
 T0 = 1_700_000_000.0
 DISTILL = {"width": "centred", "depth": "identity", "distill": {"alpha": 2.0, "cap": True}}

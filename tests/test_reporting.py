@@ -17,13 +17,15 @@ import pytest
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from raychain.reporting import counting, runlog, wording
-from raychain.reporting.environment import environment
+from raychain.core import wording
+from raychain.core.environment import environment
+from raychain.core.storage import Folder
+from raychain.reporting import runlog
 from raychain.reporting.events import CATEGORIES, event
 from raychain.reporting.progress import Progress
 from raychain.reporting.runlog import RunLog
 from raychain.reporting.table import result_table
-from raychain.storage import Folder
+from raychain.terminal import counting
 
 HEADER = {"name": "demo", "config": {"train": {"lr": 1e-3}}, "environment": {"python": "3.11"}}
 RECORD = {

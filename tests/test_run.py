@@ -17,11 +17,11 @@ import yaml
 from safetensors.torch import load_file
 
 import raychain
-from raychain.chain import driver
 from raychain.config.loading import validate
+from raychain.data import members
+from raychain.data.shards import expand, read, survey
 from raychain.errors import RunFailed
-from raychain.feed import members
-from raychain.feed.shards import expand, read, survey
+from raychain.runs import driver
 
 pytestmark = pytest.mark.slow
 

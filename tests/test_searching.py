@@ -18,11 +18,11 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from raychain.cli.program import main
+from raychain.cli.search import search_command
 from raychain.config.loading import validate
 from raychain.errors import InputError
 from raychain.evaluators.metrics import Definition
-from raychain.run import main
-from raychain.search import search_command
 from raychain.searching.campaign import Campaign, Job, JobEnded, StageDone, Trial, ratio
 from raychain.searching.halving import Halving, Point, Verdict
 from raychain.searching.outcome import best_chain, comparisons, pareto, rank_correlation
@@ -331,7 +331,7 @@ def test_the_space_has_every_chain_up_to_the_largest_model() -> None:
 
 
 def test_the_macs_of_a_choice_are_those_of_its_plan() -> None:
-    from raychain.chain.costing import cost_of
+    from raychain.runs.costing import cost_of
 
     space = make_space(experiment(space=SPACE | {"alpha": [0, 2], "width": ["centred", "embed"]}))
     for params in list(space.points())[::17]:

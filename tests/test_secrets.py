@@ -15,11 +15,11 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from raychain.cli import commands
+from raychain.cli.program import guarded
+from raychain.core.storage import Folder
 from raychain.errors import InputError, one_line, without_secrets
-from raychain.reporting.report.markup import plain_text
+from raychain.pages.markup import plain_text
 from raychain.reporting.runlog import RunLog, plain
-from raychain.run import guarded
-from raychain.storage import Folder
 
 SECRET = "hunter2"
 SHOWN = {

@@ -133,7 +133,7 @@ def test_a_chain_trains_grows_continues_and_reports(ray_session: None, tree: dic
 
 def test_the_loss_is_part_of_a_stages_key_and_options_are_checked(tree: dict[str, Any]) -> None:
     def key(**task: object) -> str:
-        from raychain.chain.resolve import dry_plan
+        from raychain.runs.resolve import dry_plan
 
         return str(dry_plan(validate(tree | ({"task": task} if task else {})))["stages"][0]["key"])
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from raychain.core.storage import Folder
 from raychain.errors import InputError
-from raychain.storage import Folder
 
 
 @pytest.fixture(params=["path", "file://", "memory://"])

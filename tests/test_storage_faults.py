@@ -16,7 +16,7 @@ from urllib.parse import quote
 import pytest
 import yaml
 
-from raychain.storage import Folder, resolve
+from raychain.core.storage import Folder, resolve
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
 

@@ -16,10 +16,10 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from raychain.chain import store as store_module
-from raychain.chain.lease import Lease
-from raychain.chain.store import ForeignStageError, StageStore, UnusableStageError, set_aside, verify
-from raychain.storage import Folder
+from raychain.core.storage import Folder
+from raychain.lease import Lease
+from raychain.runs import store as store_module
+from raychain.runs.store import ForeignStageError, StageStore, UnusableStageError, set_aside, verify
 
 KEY, OTHER = "0123456789abcdef", "fedcba9876543210"
 CONFIG, WEIGHTS, OPTIMIZER = "open_clip_config.json", "open_clip_model.safetensors", "optimizer.safetensors"
@@ -61,7 +61,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[str], Fol
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leases without long pauses."""
-    from raychain.chain import lease
+    from raychain import lease
 
     monkeypatch.setattr(lease, "SETTLE_S", (0.01, 0.02))
     monkeypatch.setattr(lease, "POLL_S", (0.01, 0.05))
@@ -132,7 +132,7 @@ def test_damage_is_described_and_the_folder_kept_aside(
     before = {name: folder.read(f"{STAGE}/{name}") for name in folder.list(STAGE)}
     with pytest.raises(UnusableStageError, match=words) as caught:
         verify(folder, STAGE, KEY)
-    with caplog.at_level(logging.WARNING, "raychain.chain"):
+    with caplog.at_level(logging.WARNING, "raychain.runs"):
         assert set_aside(folder, STAGE, caught.value) == f"{STAGE}.damaged-1"
     assert words in caplog.text
     assert f"{STAGE}.damaged-1" in caplog.text

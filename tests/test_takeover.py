@@ -20,16 +20,16 @@ from hypothesis import strategies as st
 from pyarrow import fs
 
 import raychain
-from raychain.chain import driver
-from raychain.chain.checks import check_compute
-from raychain.chain.resolve import dry_plan, make_task
-from raychain.chain.store import StageStore
-from raychain.chain.takeover import take_over
 from raychain.config.loading import validate
+from raychain.core.storage import Folder, below
 from raychain.errors import InputError, RunFailed
+from raychain.runs import driver
+from raychain.runs.checks import check_compute
+from raychain.runs.resolve import dry_plan, make_task
+from raychain.runs.store import StageStore
+from raychain.runs.takeover import take_over
 from raychain.searching.continuing import identity
 from raychain.searching.request import plan_search
-from raychain.storage import Folder, below
 from raychain.training.task import ChainTask
 
 FILES = {"open_clip_config.json": b"{}", "open_clip_model.safetensors": b"weights"}

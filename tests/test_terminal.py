@@ -21,8 +21,8 @@ from rich.console import Console
 from test_broken_shards import pair, shard_of
 
 from raychain.errors import InputError, one_line, printable
-from raychain.reporting.console import make_console
 from raychain.reporting.progress import Progress
+from raychain.terminal.console import make_console
 
 HOSTILE = "\x1b]0;title\x07\x1b[31mred\x9b2J\u202egpj\nraychain: all is well [bold]x[/] [/nothing] :smile:"
 

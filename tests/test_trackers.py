@@ -13,15 +13,15 @@ from test_config import MINIMAL
 from wandb.proto.wandb_internal_pb2 import Record
 
 import raychain
-from raychain.chain.resolve import Reading, resolve_stages
 from raychain.config.loading import validate
+from raychain.core.storage import Folder
+from raychain.data.order import Order
 from raychain.errors import InputError
-from raychain.feed.order import Order
 from raychain.reporting import trackers
 from raychain.reporting.events import event
 from raychain.reporting.scalars import STEP_SCALARS
 from raychain.reporting.trackers import Trackers, check_trackers
-from raychain.storage import Folder
+from raychain.runs.resolve import Reading, resolve_stages
 
 BATCH = 1024  # the default
 STEPS = (8, 200)

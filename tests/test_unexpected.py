@@ -11,7 +11,7 @@ import pytest
 
 PROGRAM = """
 import sys, typer
-from raychain.run import guarded
+from raychain.cli.program import guarded
 app = typer.Typer(pretty_exceptions_enable=False)
 
 @app.command()

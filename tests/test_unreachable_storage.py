@@ -16,13 +16,13 @@ from typing import Any
 import pytest
 from pyarrow import fs
 
-from raychain import storage
+from raychain.core import storage
+from raychain.core.storage import Folder, answered, local_path, resolve
+from raychain.data import fetch
+from raychain.data.shards import expand
 from raychain.errors import InputError
-from raychain.feed import fetch
-from raychain.feed.shards import expand
-from raychain.reporting import counting
-from raychain.reporting.counting import CountingLine
-from raychain.storage import Folder, answered, local_path, resolve
+from raychain.terminal import counting
+from raychain.terminal.counting import CountingLine
 
 S3 = "s3://key:secret@bucket/a?region=us-east-1&scheme=http&endpoint_override=127.0.0.1:{}"
 GS = "gs://anonymous@bucket/a?scheme=http&endpoint_override=127.0.0.1:{}"
@@ -175,7 +175,7 @@ def test_a_count_that_stands_still_is_repeated(
 
 
 def test_waiting_is_said_in_a_process_without_logging() -> None:
-    script = "import time; from raychain import storage; storage.WORD_S = 0.1\n"
+    script = "import time; from raychain.core import storage; storage.WORD_S = 0.1\n"
     script += "storage.answered(lambda: time.sleep(0.5), 'the moon', 5)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert done.stderr == "waiting for the moon\n"

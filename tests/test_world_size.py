@@ -12,13 +12,13 @@ import torch.distributed as dist
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
-from raychain.chain.resolve import make_task
 from raychain.config.experiment import Distill
 from raychain.config.loading import validate
 from raychain.core.dist import mean_over_ranks, rank_slice
-from raychain.families import build
+from raychain.models import build
 from raychain.paradigms.clip.objective import ClipObjective
 from raychain.paradigms.objective import Projector
+from raychain.runs.resolve import make_task
 from raychain.training.stage import ChainWorker
 from raychain.training.step import forward_backward
 

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raychain.config import load_experiment
-from raychain.config.yaml_text import MOST, YamlError, read_yaml
 from raychain.errors import InputError
+from raychain.schema.yaml_text import MOST, YamlError, read_yaml
 
 TEXT = """name: tiny
 data: {train: shards}

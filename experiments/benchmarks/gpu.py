@@ -33,10 +33,10 @@ from torch.profiler import ProfilerActivity, profile
 import raychain
 from raychain.config.experiment import Distill
 from raychain.config.loading import validate
-from raychain.config.task import Task
-from raychain.families import build, model_config
 from raychain.growth import grow
+from raychain.models import build, model_config
 from raychain.paradigms import make_paradigm, model_size
+from raychain.paradigms.task import Task
 from raychain.planning.macs import stage_macs
 from raychain.training.optimizer import make_optimizer
 from raychain.training.step import forward_backward

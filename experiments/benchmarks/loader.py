@@ -32,13 +32,13 @@ import torchvision.transforms as T
 import webdataset
 from PIL import Image
 
-from raychain.feed.cache import ShardCache
-from raychain.feed.loader import Feed, Loader
-from raychain.feed.members import Wanted
-from raychain.feed.order import Order
-from raychain.feed.pictures import PictureReader
-from raychain.feed.shards import Shard, survey
-from raychain.feed.spec import Representation, Spec
+from raychain.data.cache import ShardCache
+from raychain.data.loader import Feed, Loader
+from raychain.data.members import Wanted
+from raychain.data.order import Order
+from raychain.data.pictures import PictureReader
+from raychain.data.shards import Shard, survey
+from raychain.data.spec import Representation, Spec
 
 SIZE, BATCH, CONTEXT = 224, 64, 77
 CROP = (0.9, 1.0)

@@ -85,7 +85,7 @@ OPEN_CLIP = """from functools import partial
 import torch
 import open_clip_train.data as data
 from open_clip_train.main import main
-import raychain.families
+import raychain.models
 # open_clip_train 3.3 names a device, which torch refuses for models on the CPU, and reads webdataset 1.0's marks
 # between shards as samples.
 wrap = torch.nn.parallel.DistributedDataParallel.__init__
@@ -149,7 +149,7 @@ def plain(job: Job, out: Path) -> None:
     import open_clip
     from torch.distributed.nn.functional import all_gather
 
-    import raychain.families  # noqa: F401 - registers the models
+    import raychain.models  # noqa: F401 - registers the models
 
     dist.init_process_group("gloo")
     rank, share = dist.get_rank(), job.batch // WORKERS

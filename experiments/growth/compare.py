@@ -18,7 +18,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,15 +26,16 @@ from typing import Any, NamedTuple
 import open_clip
 import torch
 
-from raychain.chain.checks import check_experiment
-from raychain.chain.resolve import make_task
 from raychain.config import Experiment
-from raychain.config.evaluate import Evaluate
 from raychain.config.loading import validate
 from raychain.demo import make_demo
+from raychain.evaluators.config import Evaluate
 from raychain.evaluators.evaluator import Setting
-from raychain.evaluators.suite import Results, resolve_suite
-from raychain.training.stage import STAGE_RECORD, ChainWorker
+from raychain.evaluators.suite import Evaluation, Results, resolve_suite
+from raychain.runs.checks import check_experiment
+from raychain.runs.resolve import make_task
+from raychain.training.finished import STAGE_RECORD
+from raychain.training.stage import ChainWorker
 from raychain.training.task import ChainTask, StageTask
 
 HERE = Path(__file__).resolve().parent
@@ -117,11 +118,17 @@ class Probe(ChainWorker):
         self.splits, self.chain_task = splits, task
         self.measures: dict[str, dict[int, dict[str, float]]] = {split: {} for split in splits}
 
-    def evaluate(self, stage: StageTask, model: torch.nn.Module, step: int) -> Results:
+    def measure(
+        self,
+        stage: StageTask,
+        model: torch.nn.Module,
+        step: int,
+        evaluations: Sequence[Evaluation],  # noqa: ARG002
+    ) -> Results:
         found: Results = {}
         for split, task in self.splits.items() if step in MEASURED or step == stage.steps else ():
             self.task = task
-            found = super().evaluate(stage, model, step)
+            found = super().measure(stage, model, step, task.suite.evaluations)
             self.measures[split][step] = task.suite.metrics(found)
         self.task = self.chain_task
         return found

@@ -24,9 +24,9 @@ from typing import Any, NamedTuple, NoReturn
 import open_clip
 import timm
 
-from raychain.chain.checks import check_chain
 from raychain.config.loading import validate
 from raychain.errors import InputError
+from raychain.runs.checks import check_chain
 
 HERE = Path(__file__).parent
 

@@ -28,10 +28,9 @@ from raychain import signals
 from raychain.backend_ray import internals
 from raychain.backend_ray.address import Cluster, check_answers, cluster
 from raychain.backend_ray.environment import absent, changes, environment, restore
-from raychain.chain.resolve import worker_cpus
 from raychain.errors import InputError, RunFailed
-from raychain.reporting.report.markup import plain_text
-from raychain.training.task import ChainTask
+from raychain.pages.markup import plain_text
+from raychain.training.task import ChainTask, worker_cpus
 
 WARNINGS = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 """Without it Ray warns that it will once leave a process without GPUs those it sees."""

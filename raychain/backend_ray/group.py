@@ -17,8 +17,8 @@ from raychain.backend_ray import placement
 from raychain.backend_ray.cluster import Resources
 from raychain.backend_ray.environment import environment
 from raychain.backend_ray.worker import Mailbox, train_chain
+from raychain.core.storage import Folder
 from raychain.reporting.events import Event
-from raychain.storage import Folder
 from raychain.training.task import ChainTask
 
 SETTINGS = {

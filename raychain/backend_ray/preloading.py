@@ -1,4 +1,6 @@
-"""A preloader a node: a Ray actor beside the workers, told by one of them where the training loop is."""
+"""A helper process a node: a Ray actor beside the workers, which decodes ahead, told by one of them where the training
+loop is, and measures finished models.
+"""
 
 from __future__ import annotations
 
@@ -20,29 +22,40 @@ REPORT_S = 0.5
 
 
 class PreloadActor:
-    """A node's Preloader in a process of its own, which runs when no other wants the core.
+    """A node's Preloader and Measurer in a process of their own, which runs when no other wants the core.
 
     That begins with its imports, for which a starting worker would wait otherwise: `task` is a reference in a list, as
     Ray would import what the task is made of before this is called.
     """
 
     def __init__(self, task: list[ray.ObjectRef]) -> None:
-        _run_when_idle()
-        from raychain.feed.cache import ShardCache
-        from raychain.feed.preload import Preloader, Source
+        run_when_idle()
+        from raychain.backend_ray.measuring import Measurer
+        from raychain.data.cache import ShardCache
+        from raychain.data.preload import Preloader, Source
 
         chain: ChainTask = ray.get(task[0])
+        self.measurer = Measurer(chain)
+        self.preloader = None
         preload = chain.experiment.preload
+        if preload.cpus == 0:
+            return
         cpus = preload.cpus if preload.cpus is not None else max(1.0, (os.cpu_count() or 1) / 4)
         sources = [Source(stage.feed, chain.experiment.train.global_batch) for stage in chain.stages]
         self.preloader = Preloader(sources, ShardCache(preload.cache, preload.budget), cpus)
 
     def report(self, stage: int, step: int, waiting: float) -> list[dict[str, Any]]:
         """See Preloader.report."""
-        return self.preloader.report(stage, step, waiting)
+        run_when_idle()
+        return self.preloader.report(stage, step, waiting) if self.preloader else []
+
+    def measure(self, stage: int, weights: list[ray.ObjectRef], name: str) -> dict[str, float]:
+        """See Measurer.measure."""
+        run_when_idle()
+        return self.measurer.measure(stage, weights, name)
 
 
-def _run_when_idle() -> None:
+def run_when_idle() -> None:
     """Lowest priority for this thread and those it starts. Ray's workers themselves run at nice 15, next to which 19
     would be no difference; Linux has a class below.
     """
@@ -53,7 +66,7 @@ def _run_when_idle() -> None:
 
 
 class PreloadLink:
-    """Starts this node's preloader and keeps it informed from a thread of the worker.
+    """Starts this node's helper process and keeps its preloader informed from a thread of the worker.
 
     If the actor is lost, the loaders fetch for themselves.
     """
@@ -61,7 +74,8 @@ class PreloadLink:
     def __init__(self, task: ChainTask, worker: ChainWorker, emit: Callable[[dict[str, Any]], None]) -> None:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         actor: Any = ray.remote(num_cpus=0)(PreloadActor)
-        self._actor = actor.options(scheduling_strategy=here).remote([ray.put(task)])
+        # two at once: a report does not wait for a measurement
+        self.actor = actor.options(scheduling_strategy=here, max_concurrency=2).remote([ray.put(task)])
         self._worker, self._emit = worker, emit
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._work, name="preload-link", daemon=True)
@@ -71,7 +85,7 @@ class PreloadLink:
         """Ends the actor."""
         self._closed.set()
         self._thread.join(REPORT_S)
-        ray.kill(self._actor)
+        ray.kill(self.actor)
 
     def _work(self) -> None:
         last: tuple[int, float, float] = (-1, time.monotonic(), 0.0)
@@ -83,7 +97,7 @@ class PreloadLink:
             fraction = (waited - last[2]) / (now - last[1]) if stage == last[0] else 0.0
             last = (stage, now, waited)
             try:
-                spans = ray.get(self._actor.report.remote(stage, step, fraction))
+                spans = ray.get(self.actor.report.remote(stage, step, fraction))
             except ray.exceptions.RayError:
                 if not self._closed.is_set():
                     self._emit({"event": "warning", "message": "a preloader died; the loaders fetch for themselves"})
@@ -96,10 +110,11 @@ class PreloadLink:
 
 def preloading(
     task: ChainTask, worker: ChainWorker, emit: Callable[[dict[str, Any]], None]
-) -> contextlib.AbstractContextManager[Any]:
-    """The link of the one worker of each node that keeps the node's preloader; a null context for the others."""
+) -> contextlib.AbstractContextManager[PreloadLink | None]:
+    """The link of the one worker of each node that keeps the node's helper; a null context for the others."""
     import ray.train
 
-    if task.experiment.preload.cpus == 0 or ray.train.get_context().get_local_rank():
+    measures = worker.rank == 0 and worker.device.type == "cpu" and bool(task.suite.evaluations)
+    if ray.train.get_context().get_local_rank() or not (task.experiment.preload.cpus != 0 or measures):
         return contextlib.nullcontext()
     return contextlib.closing(PreloadLink(task, worker, emit))

@@ -19,6 +19,9 @@ import ray
 from raychain.errors import Diverged, InputError
 
 if TYPE_CHECKING:
+    from raychain.backend_ray.measuring import OnRay
+    from raychain.backend_ray.preloading import PreloadLink
+    from raychain.training.stage import ChainWorker
     from raychain.training.task import ChainTask
 
 PUSH_S = 0.2
@@ -112,7 +115,8 @@ def train_chain(config: dict[str, Any]) -> bool:
 
     from raychain.backend_ray.preloading import preloading
     from raychain.core.dist import rank
-    from raychain.feed.content import ChangedError
+    from raychain.data.content import ChangedError
+    from raychain.training.measuring import Beside
     from raychain.training.stage import ChainWorker
 
     task: ChainTask = ray.get(config["task"])
@@ -132,9 +136,12 @@ def train_chain(config: dict[str, Any]) -> bool:
         preloading=task.experiment.preload.cpus != 0,
         micro_batches=config["micro_batch"],
         until=config["until"],
+        beside=True,
     )
     try:
-        with preloading(task, worker, link.emit):
+        with preloading(task, worker, link.emit) as helper:
+            if worker.rank == 0 and task.suite.evaluations:
+                worker.beside = Beside(_place(task, worker, helper), worker.measured_beside)
             return worker.run()
     except (FloatingPointError, InputError, ChangedError) as error:
         known = {"stage": error.stage, "step": error.step} if isinstance(error, Diverged) else {}
@@ -147,3 +154,13 @@ def train_chain(config: dict[str, Any]) -> bool:
     finally:
         logging.getLogger("raychain").removeHandler(handler)
         link.close()
+
+
+def _place(task: ChainTask, worker: ChainWorker, helper: PreloadLink | None) -> OnRay:
+    """Where rank 0 has models measured beside the training."""
+    from raychain.backend_ray.measuring import OnRay
+    from raychain.training.measuring import InThread
+
+    if worker.device.type == "cpu":
+        return OnRay(task, helper=helper.actor if helper else None)
+    return OnRay(task, thread=InThread(worker.paradigm, worker.cache, worker.device, worker.settled.is_set))

@@ -14,16 +14,15 @@ from pydantic import (
     model_validator,
 )
 
-from raychain.config.allocation import EpochRule, MacsBudget, RatioBounds
-from raychain.config.captions import caption_key
-from raychain.config.component import Component, OneOrMore, Seed
-from raychain.config.durations import Bytes, Duration, Epochs, Every, Horizon, Interval, Warmup
-from raychain.config.evaluate import Evaluate
 from raychain.config.search import Search
-from raychain.config.task import AnyTask, Task
+from raychain.evaluators.config import Evaluate
+from raychain.paradigms.task import AnyTask, Task
+from raychain.schema.allocation import EpochRule, MacsBudget, RatioBounds
+from raychain.schema.captions import KeySplit, caption_key
+from raychain.schema.component import Component, OneOrMore, Seed
+from raychain.schema.durations import Bytes, Duration, Epochs, Every, Horizon, Interval, Warmup
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
-KeySplit = Literal["first", "last"]
 
 
 def _area_range(crop: tuple[float, float]) -> tuple[float, float]:

@@ -11,10 +11,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from raychain.config.experiment import Experiment
-from raychain.config.problems import WHERE, explain
-from raychain.config.yaml_text import LARGEST, YamlError, read_yaml
+from raychain.core.storage import regular_file
 from raychain.errors import InputError, nearest
-from raychain.storage import regular_file
+from raychain.schema.problems import WHERE, explain
+from raychain.schema.yaml_text import LARGEST, YamlError, read_yaml
 
 _EXPONENT = re.compile(r"[+-]?[0-9]+(\.[0-9]*)?[eE][+-]?[0-9]+")
 SHOWN = 10
@@ -73,7 +73,7 @@ def opened(experiment: str | Experiment, overrides: Sequence[str] = (), models: 
 
     `models` takes the place of the experiment's. Raises InputError.
     """
-    from raychain.families.registry import use_models  # torch is not imported for --help
+    from raychain.models.registry import use_models  # torch is not imported for --help
 
     config = experiment if isinstance(experiment, Experiment) else load_experiment(experiment, overrides)
     if models is not None:

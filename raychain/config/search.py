@@ -6,9 +6,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, NonNegativeFloat, PositiveInt, model_validator
 
-from raychain.config.allocation import Budget, EpochRule, MacsBudget, RatioBounds
-from raychain.config.component import Component, OneOrMore, Seed
-from raychain.config.durations import Epochs, Warmup
+from raychain.schema.allocation import Budget, EpochRule, MacsBudget, RatioBounds
+from raychain.schema.component import Component, OneOrMore, Seed
+from raychain.schema.durations import Epochs, Warmup
 
 MOST_CHOICES = 1000
 """Of one range."""

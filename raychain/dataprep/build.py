@@ -25,13 +25,13 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from raychain import records
+from raychain.core.storage import Folder, is_local
+from raychain.data import pixels
+from raychain.data.health import Unusable, picture
+from raychain.data.pixels import Frame, check_range, framed, opened, rgb
 from raychain.dataprep.fetch import FetchError, fetch
 from raychain.dataprep.table import Entry, PictureTable
 from raychain.errors import InputError, without_secrets
-from raychain.feed import pixels
-from raychain.feed.health import Unusable, picture
-from raychain.feed.pixels import Frame, check_range, framed, opened, rgb
-from raychain.storage import Folder, is_local
 
 log = logging.getLogger("raychain.dataprep")
 MARKER, FAILED = "build.json", "failed.jsonl"

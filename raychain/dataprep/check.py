@@ -14,11 +14,11 @@ from typing import Any
 
 from PIL import Image
 
-from raychain.feed import members
-from raychain.feed.fetch import open_input
-from raychain.feed.health import DEEP, NO_CAPTION, Bad, Unusable, picture, tally
-from raychain.feed.members import Wanted
-from raychain.feed.pixels import check_range, is_deep, opened
+from raychain.data import members
+from raychain.data.fetch import open_input
+from raychain.data.health import DEEP, NO_CAPTION, Bad, Unusable, picture, tally
+from raychain.data.members import Wanted
+from raychain.data.pixels import check_range, is_deep, opened
 
 SHARD = "unreadable shard"
 

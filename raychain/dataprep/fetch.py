@@ -15,8 +15,8 @@ from typing import Any
 
 from pyarrow import fs
 
+from raychain.core.storage import answered, is_local, regular_file, resolve
 from raychain.errors import InputError
-from raychain.storage import answered, is_local, regular_file, resolve
 
 LARGEST = 2**26
 """Bytes; what is larger is no picture for training."""

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 from pyarrow import fs, parquet
 
+from raychain.core.storage import regular_file, resolve
+from raychain.data.fetch import patiently
 from raychain.errors import InputError
-from raychain.feed.fetch import patiently
-from raychain.storage import regular_file, resolve
 
 FORMATS = ("csv", "tsv", "parquet", "jsonl", "ndjson")
 HEADERLESS = ("caption", "url")

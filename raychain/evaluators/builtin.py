@@ -6,16 +6,18 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from raychain.config.captions import caption_key
-from raychain.config.component import OneOrMore
+from raychain.errors import InputError
 from raychain.evaluators.evaluator import Evaluator, HeldOut, Setting
 from raychain.evaluators.metrics import RETRIEVAL, ZERO_SHOT, Metric
+from raychain.schema.captions import caption_key
+from raychain.schema.component import OneOrMore
 
 
 class ZeroShot(Evaluator):
     """Zero-shot classification with prompt ensembles."""
 
     metrics: ClassVar[tuple[Metric, ...]] = ZERO_SHOT
+    needs: ClassVar[frozenset[str]] = frozenset({"pictures", "texts"})
     type: Literal["zero_shot"]
     data: str = Field(min_length=1)
     """Folder in clip_benchmark's webdataset layout: `classnames.txt`, `zeroshot_classification_templates.txt`,
@@ -31,6 +33,7 @@ class Retrieval(Evaluator):
     """Retrieval of captions by pictures and of pictures by captions."""
 
     metrics: ClassVar[tuple[Metric, ...]] = RETRIEVAL
+    needs: ClassVar[frozenset[str]] = frozenset({"pictures", "texts"})
     type: Literal["retrieval"]
     data: OneOrMore
     """Shards of pictures with captions, or a folder in clip_benchmark's layout (`test/*.tar`)."""
@@ -52,3 +55,33 @@ class Retrieval(Evaluator):
         shards = [shards_of(address, where) for address in self.data]
         captions = self.captions or setting.captions
         return resolve_retrieval(shards, captions, setting.cache, where, setting.key_split)
+
+
+class LinearProbe(Evaluator):
+    """A linear classifier on the frozen features of pictures; see `raychain/evaluators/linear_probe.py`."""
+
+    metrics: ClassVar[tuple[Metric, ...]] = (
+        Metric("top1", "linear top-1", "%", "high"),
+        Metric("top5", "linear top-5", "%", "high", brief=False),
+        Metric("mean_class", "linear mean of classes", "%", "high", brief=False),
+    )
+    needs: ClassVar[frozenset[str]] = frozenset({"pictures"})
+    type: Literal["linear_probe"]
+    data: OneOrMore
+    """Shards of labelled pictures (`.cls`) for the test, or a folder with `test/*.tar` and `train/*.tar`."""
+    train: OneOrMore | None = None
+    """Shards of labelled pictures on which the classifier is fitted. Absent: `train/*.tar` of the folder `data`."""
+    protocol: Literal["ridge", "clip_benchmark"] = "ridge"
+    """Least squares with a penalty chosen on a fifth of the training pictures, or clip_benchmark's AdamW."""
+
+    def resolve(self, where: str, setting: Setting) -> HeldOut:
+        from raychain.core.storage import below
+        from raychain.evaluators.data import resolve_linear_probe
+        from raychain.evaluators.finding import shards_of
+
+        test = [shards_of(address, where) for address in self.data]
+        if self.train is None and test == list(self.data):
+            allowed = f"a folder with test/*.tar and train/*.tar, or {where}.train beside it"
+            raise InputError(where, ", ".join(self.data), allowed, f"add {where}.train: SHARDS")
+        train = [shards_of(a, where, "train") for a in self.train or ()] or [below(a, "train") for a in self.data]
+        return resolve_linear_probe(train, test, self.protocol, setting.cache, where, setting.key_split)

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from raychain.data.cache import ShardCache
+from raychain.data.spec import Resizing, Tokenizer
 from raychain.evaluators.encoding import Encoder
 from raychain.evaluators.ranks import World
-from raychain.feed.cache import ShardCache
-from raychain.feed.spec import Resizing, Tokenize
 
 
 @dataclass(frozen=True)
@@ -20,10 +20,8 @@ class Context:
 
     cache: ShardCache
     """Decoded pictures, on this node."""
-    tokenize: Tokenize
-    """Texts to token ids [n, L]."""
-    tokenizer_id: str
-    """Names the tokeniser in the cache."""
+    tokenize: Tokenizer | None
+    """Texts to token ids [n, L]; None: the model takes none."""
     image_size: int
     """Pixels a side."""
     mean: tuple[float, ...]
@@ -45,7 +43,6 @@ class Context:
             model,
             self.cache,
             self.tokenize,
-            tokenizer_id=self.tokenizer_id,
             image_size=self.image_size,
             mean=self.mean,
             std=self.std,

@@ -9,25 +9,26 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from raychain.config.experiment import KeySplit
+from raychain.core.storage import Folder, below
+from raychain.data import shards
+from raychain.data.content import unchanged
+from raychain.data.fetch import open_input
+from raychain.data.health import STRUCTURAL
+from raychain.data.members import LARGEST, Wanted
+from raychain.data.shards import Shard
+from raychain.data.tar import split_name, walk
 from raychain.errors import InputError
-from raychain.feed import shards
-from raychain.feed.content import unchanged
-from raychain.feed.fetch import open_input
-from raychain.feed.health import STRUCTURAL
-from raychain.feed.members import LARGEST, Wanted
-from raychain.feed.shards import Shard
-from raychain.feed.tar import split_name, walk
 from raychain.records import document
-from raychain.storage import Folder, below
+from raychain.schema.captions import KeySplit
 
 if TYPE_CHECKING:
     from torch import nn
 
     from raychain.evaluators.context import Context
 
+Protocol = Literal["ridge", "clip_benchmark"]
 ZERO_SHOT, RETRIEVAL = "evaluate.zero_shot", "evaluate.retrieval"
 CLASSES, TEMPLATES = "classnames.txt", "zeroshot_classification_templates.txt"
 SPLIT = "test"
@@ -116,6 +117,40 @@ class RetrievalData:
         return retrieval(context.encoder(model), self)
 
 
+@dataclass(frozen=True)
+class LinearProbeData:
+    """Labelled pictures to fit a classifier on frozen features, and others to test it."""
+
+    classes: int
+    train: tuple[Shard, ...]
+    test: tuple[Shard, ...]
+    protocol: Protocol
+    key_split: KeySplit = "first"
+
+    @property
+    def wanted(self) -> Wanted:
+        """What a sample must hold."""
+        return Wanted(label=True, key_split=self.key_split)
+
+    @property
+    def digest(self) -> str:
+        """Identity of what is measured: the pictures' content and the protocol; not where they lie."""
+        train, test = ([shard.identity for shard in shards] for shards in (self.train, self.test))
+        # in the protocol of clip_benchmark the order of the shards matters
+        return _digest("linear-probe", test, (self.protocol, self.classes, train), self.key_split)
+
+    @property
+    def samples(self) -> int:
+        """Pictures."""
+        return sum(shard.samples for shard in (*self.train, *self.test))
+
+    def run(self, model: nn.Module, context: Context) -> dict[str, float]:
+        """See `evaluators.linear_probe`."""
+        from raychain.evaluators.linear_probe import linear_probe
+
+        return linear_probe(context.encoder(model), self)
+
+
 def resolve_zero_shot(
     address: str, cache_dir: str | Path, where: str = ZERO_SHOT, key_split: KeySplit = "first"
 ) -> ZeroShotData:
@@ -142,12 +177,8 @@ def resolve_zero_shot(
                              f"templates with {SLOT} where the class name belongs", f"add {SLOT} to it")  # fmt: skip
     wanted = Wanted(label=True, key_split=key_split)
     found = _survey([below(address, SPLIT)], wanted, cache_dir, where)
-    with ThreadPoolExecutor(16) as pool:
-        labels = list(pool.map(lambda shard: _labels(shard, wanted, Path(cache_dir).expanduser(), where), found))
-    for shard, (low, high) in zip(found, labels, strict=True):
-        if low < 0 or high >= len(classes):
-            raise InputError(where, f"label {low if low < 0 else high} in {shard.address}",
-                             f"0 … {len(classes) - 1}, the lines of {CLASSES}", f"complete {CLASSES}")  # fmt: skip
+    allowed = f"0 … {len(classes) - 1}, the lines of {CLASSES}"
+    _check_labels(found, wanted, cache_dir, where, len(classes), allowed, f"complete {CLASSES}")
     return ZeroShotData(tuple(classes), templates, found, key_split)
 
 
@@ -167,6 +198,46 @@ def resolve_retrieval(
     """
     keys = tuple(caption_keys)
     return RetrievalData(keys, _survey(patterns, Wanted(keys, key_split=key_split), cache_dir, where), key_split)
+
+
+def resolve_linear_probe(
+    train: Sequence[str],
+    test: Sequence[str],
+    protocol: Protocol,
+    cache_dir: str | Path,
+    where: str,
+    key_split: KeySplit = "first",
+) -> LinearProbeData:
+    """The linear probe of a classifier that is fitted on the shards of `train` and tested on those of `test`.
+
+    Raises InputError for patterns that match nothing, for shards that are damaged or hold no labelled picture, and for
+    labels that training does not show.
+    """
+    wanted = Wanted(label=True, key_split=key_split)
+    fitted, tested = (_survey(patterns, wanted, cache_dir, where) for patterns in (train, test))
+    classes = _check_labels(fitted, wanted, cache_dir, where, None, "labels from 0 on", "correct the .cls members")
+    allowed = f"0 … {classes - 1}, the labels of the training shards"
+    _check_labels(tested, wanted, cache_dir, where, classes, allowed, "give shards of the same classes")
+    return LinearProbeData(classes, fitted, tested, protocol, key_split)
+
+
+def _check_labels(
+    found: Sequence[Shard],
+    wanted: Wanted,
+    cache_dir: str | Path,
+    where: str,
+    classes: int | None,
+    allowed: str,
+    fix: str,
+) -> int:
+    """How many classes the shards have, up to the largest label. Raises InputError for labels outside of `classes`."""
+    cache = Path(cache_dir).expanduser()
+    with ThreadPoolExecutor(16) as pool:
+        labels = list(pool.map(lambda shard: _labels(shard, wanted, cache, where), found))
+    for shard, (low, high) in zip(found, labels, strict=True):
+        if low < 0 or (classes is not None and high >= classes):
+            raise InputError(where, f"label {low if low < 0 else high} in {shard.address}", allowed, fix)
+    return max(high for _, high in labels) + 1
 
 
 def _survey(patterns: Sequence[str], wanted: Wanted, cache_dir: str | Path, where: str) -> tuple[Shard, ...]:

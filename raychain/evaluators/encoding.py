@@ -7,16 +7,17 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 
+from raychain.data.cache import ShardCache
+from raychain.data.members import Wanted
+from raychain.data.pictures import PictureReader
+from raychain.data.shards import Shard
+from raychain.data.spec import Resizing, Spec, Tokenizer
+from raychain.data.table import Table
 from raychain.evaluators.ranks import World
 from raychain.evaluators.reading import tables
-from raychain.feed.cache import ShardCache
-from raychain.feed.members import Wanted
-from raychain.feed.pictures import PictureReader
-from raychain.feed.shards import Shard
-from raychain.feed.spec import Resizing, Spec, Tokenize
-from raychain.feed.table import Table
 
 
 class Encoder:
@@ -29,9 +30,8 @@ class Encoder:
         self,
         model: nn.Module,
         cache: ShardCache,
-        tokenize: Tokenize,
+        tokenize: Tokenizer | None,
         *,
-        tokenizer_id: str,
         image_size: int,
         mean: Sequence[float],
         std: Sequence[float],
@@ -42,7 +42,7 @@ class Encoder:
         progress: Callable[[int], None],
     ) -> None:
         self.model: Any = model
-        self.cache, self.tokenize, self.tokenizer_id = cache, tokenize, tokenizer_id
+        self.cache, self._tokenize = cache, tokenize
         self.image_size, self.device, self.world, self.batch_size = image_size, device, world, batch_size
         self.resizing, self.progress, self.seen = resizing, progress, 0
         self._mean = torch.tensor(mean, dtype=torch.float32, device=device).view(3, 1, 1)
@@ -52,15 +52,22 @@ class Encoder:
 
     def tables(self, shards: Sequence[Shard], wanted: Wanted) -> Iterator[tuple[Table, range]]:
         """This rank's part of the shards: each table with the rows that are its own."""
-        tokenizer = self.tokenizer_id if wanted.captions else ""  # pictures alone are one file for all tokenisers
+        # pictures alone are one file for all tokenisers
+        tokenizer = self._tokenize.identity if wanted.captions and self._tokenize else ""
         return tables(
             shards,
-            PictureReader(Spec(wanted, self.image_size, tokenizer, exactly=self.resizing), self.tokenize),
+            PictureReader(Spec(wanted, self.image_size, tokenizer, exactly=self.resizing), self._tokenize),
             self.cache,
             rank=self.world.rank,
             world=self.world.size,
             threads=max(1, torch.get_num_threads()),
         )
+
+    def tokenize(self, texts: Sequence[str]) -> np.ndarray:
+        """Token ids [n, L]. Raises ValueError where the model takes no texts."""
+        if self._tokenize is None:
+            raise ValueError("the model takes no texts")
+        return self._tokenize(texts)
 
     def batches(self, rows: range) -> Iterator[range]:
         """The rows in runs of `batch_size` at most."""
@@ -79,7 +86,7 @@ class Encoder:
         x_b3HW.div_(255).sub_(self._mean).div_(self._std)
         self.seen += len(rows)
         self.progress(self.seen)
-        return _finite(self.model.encode_image(x_b3HW, normalize=True).float(), "pictures")
+        return _finite(image_features(self.model, x_b3HW), "pictures")
 
     def texts(self, tokens: np.ndarray) -> torch.Tensor:
         """Normalised features [n, D] of token ids [n, L], n ≥ 1, encoded `batch_size` at a time."""
@@ -88,6 +95,14 @@ class Encoder:
             ids = torch.from_numpy(tokens[batch.start : batch.stop].astype(np.int64)).to(self.device)
             parts.append(self.model.encode_text(ids, normalize=True).float())
         return _finite(torch.cat(parts), "texts")
+
+
+def image_features(model: Any, x_b3HW: torch.Tensor) -> torch.Tensor:
+    """Normalised fp32 features [b, D] of pictures: open_clip's embedding, or what a timm model's classifier gets."""
+    if hasattr(model, "encode_image"):
+        found: torch.Tensor = model.encode_image(x_b3HW, normalize=True)
+        return found.float()
+    return F.normalize(model.forward_head(model.forward_features(x_b3HW), pre_logits=True).float(), dim=-1)
 
 
 def _finite(features: torch.Tensor, of: str) -> torch.Tensor:

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
-from raychain.config.component import Component
 from raychain.evaluators.metrics import Metric
+from raychain.schema.component import Component
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from raychain.config.experiment import KeySplit
     from raychain.evaluators.context import Context
+    from raychain.schema.captions import KeySplit
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,8 @@ class Evaluator(Component):
 
     metrics: ClassVar[tuple[Metric, ...]]
     """What it measures. The first one is the chain's score if it is the first evaluator."""
+    needs: ClassVar[frozenset[str]] = frozenset()
+    """What a model must turn into features: `pictures`, `texts`."""
 
     type: str
     """Which evaluator it is."""

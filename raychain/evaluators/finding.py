@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from raychain.config.experiment import KeySplit
+from raychain.core.storage import Folder, below
+from raychain.data.shards import is_pattern
 from raychain.errors import InputError
 from raychain.evaluators.data import CLASSES, SPLIT, RetrievalData, ZeroShotData, resolve_retrieval, resolve_zero_shot
-from raychain.feed.shards import is_pattern
-from raychain.storage import Folder, below
+from raychain.schema.captions import KeySplit
 
 KIND, RETRIEVAL = "dataset_type.txt", "retrieval"
 
@@ -35,9 +35,9 @@ def find_tasks(
     return tasks
 
 
-def shards_of(address: str, where: str) -> str:
-    """The address itself, or `test` below it where a folder is laid out as clip_benchmark does. Raises InputError."""
-    return _look(address, where).shards
+def shards_of(address: str, where: str, split: str = SPLIT) -> str:
+    """The address itself, or `split` below it where a folder is laid out as clip_benchmark does. Raises InputError."""
+    return _look(address, where, split).shards
 
 
 class _Found(NamedTuple):
@@ -48,15 +48,15 @@ class _Found(NamedTuple):
     shards: str
 
 
-def _look(address: str, where: str) -> _Found:
+def _look(address: str, where: str, split: str = SPLIT) -> _Found:
     if is_pattern(address):
         return _Found(False, False, address)
     folder = Folder(address)
     try:
         names = folder.list() if not address.endswith(".tar") else []
         kind = (folder.read(KIND) or b"").decode(errors="replace").strip().lower() if KIND in names else ""
-        split = any(name.endswith(".tar") for name in folder.list(SPLIT)) if SPLIT in names else False
+        below_it = split in names and any(name.endswith(".tar") for name in folder.list(split))
     except OSError as error:
         raise InputError(where, address, "a folder or shards that can be read", str(error)) from None
-    inside = split and (kind == RETRIEVAL or not any(name.endswith(".tar") for name in names))
-    return _Found(CLASSES in names, kind == RETRIEVAL, below(address, SPLIT) if inside else address)
+    inside = below_it and (kind == RETRIEVAL or not any(name.endswith(".tar") for name in names))
+    return _Found(CLASSES in names, kind == RETRIEVAL, below(address, split) if inside else address)

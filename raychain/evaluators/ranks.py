@@ -61,6 +61,10 @@ class World:
         dist.all_reduce(summed)
         return summed.to(device)
 
+    def most(self, value: int) -> int:
+        """The largest of the ranks' values."""
+        return max(self.total(torch.eye(self.size, dtype=torch.int64)[self.rank] * value))
+
     def total(self, counts: torch.Tensor) -> list[int]:
         """The sum over the ranks of each integer count."""
         return [int(count) for count in self.sum(counts).tolist()]

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from raychain.core.dist import rank_slice
-from raychain.feed import health
-from raychain.feed.cache import ShardCache
-from raychain.feed.pictures import PictureReader
-from raychain.feed.shards import Shard
-from raychain.feed.table import Table
+from raychain.data import health
+from raychain.data.cache import ShardCache
+from raychain.data.pictures import PictureReader
+from raychain.data.shards import Shard
+from raychain.data.table import Table
 
 
 @dataclass(frozen=True)

@@ -8,19 +8,26 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from raychain.config.problems import Problem, ProblemsError, explain
 from raychain.errors import nearest
 from raychain.evaluators.evaluator import Evaluator
+from raychain.schema.problems import Problem, ProblemsError, explain
 
 GROUP = "raychain.evaluators"
 _MODULE = "raychain.evaluators.builtin"
-OWN = {"zero_shot": f"{_MODULE}:ZeroShot", "retrieval": f"{_MODULE}:Retrieval"}
+OWN = {"zero_shot": f"{_MODULE}:ZeroShot", "retrieval": f"{_MODULE}:Retrieval",
+       "linear_probe": f"{_MODULE}:LinearProbe"}  # fmt: skip
 
 
 def available() -> dict[str, EntryPoint]:
     """Every evaluator by its type. A package cannot take the name of one of raychain's own."""
     own = {name: EntryPoint(name, target, GROUP) for name, target in OWN.items()}
     return {found.name: found for found in entry_points(group=GROUP)} | own
+
+
+def own() -> dict[str, type[Evaluator]]:
+    """raychain's own evaluators."""
+    known = available()
+    return {name: _load(known[name]) for name in OWN}
 
 
 def make(name: str, value: Any) -> Evaluator:

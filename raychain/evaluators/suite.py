@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from raychain.config.evaluate import Evaluate
+from raychain.evaluators.config import Evaluate
 from raychain.evaluators.data import RetrievalData, ZeroShotData
 from raychain.evaluators.evaluator import HeldOut, Setting
 from raychain.evaluators.metrics import Definition, define

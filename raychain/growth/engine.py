@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from raychain.families.architectures import describe
-from raychain.families.axes import Layer, Parameter
 from raychain.growth.plan import Describe, GrowthPlan, Match, TowerGrowth, plan_growth
 from raychain.growth.width import Cell
+from raychain.models.architectures import describe
+from raychain.models.axes import Layer, Parameter
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from raychain.families.architectures import describe
 from raychain.growth.engine import cells
 from raychain.growth.plan import Describe, plan_growth
+from raychain.models.architectures import describe
 
 
 @dataclass(frozen=True)

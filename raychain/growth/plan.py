@@ -7,12 +7,12 @@ from typing import TypeVar
 
 from torch import nn
 
-from raychain.families.architectures import ModelDescription, describe
-from raychain.families.architectures.model import UndescribedTower
-from raychain.families.axes import Layer, Parameter, Tower, UndescribedError
 from raychain.growth.depth import DepthOperator, LayerSource, layer_sources
 from raychain.growth.operators import DEPTH_OPERATORS, WIDTH_OPERATORS
 from raychain.growth.width import AxisGrowth, WidthOperator
+from raychain.models.architectures import ModelDescription, describe
+from raychain.models.architectures.model import UndescribedTower
+from raychain.models.axes import Layer, Parameter, Tower, UndescribedError
 
 Operator = TypeVar("Operator")
 

@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from raychain.families.axes import Parameter, Side, Space, SpaceKind
+from raychain.models.axes import Parameter, Side, Space, SpaceKind
 
 
 class AxisGrowth(NamedTuple):

@@ -9,8 +9,8 @@ from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING
 
-from raychain.config.task import Task
 from raychain.errors import InputError, nearest
+from raychain.paradigms.task import Task
 
 if TYPE_CHECKING:
     from raychain.paradigms.base import Paradigm
@@ -76,7 +76,7 @@ def usable_size(task: Task, model: str, size: int | None, where: str) -> ModelSi
     """`model_size` of a model that a user named at `where`. Raises InputError if it cannot be trained on inputs of that
     size, or not at all.
     """
-    from raychain.families import UnknownModelError
+    from raychain.models import UnknownModelError
 
     try:
         return model_size(task, model, size)
@@ -99,9 +99,9 @@ def usable_size(task: Task, model: str, size: int | None, where: str) -> ModelSi
 
 def unknown_model(model: str, error: Exception, where: str) -> InputError:
     """What to tell a user who named, at `where`, a model that is unknown or refused, as the error says."""
-    from raychain.families import model_names
+    from raychain.models import model_names
 
-    fix = nearest(model[:100], model_names(), "python -c 'import raychain.families as f; print(f.model_names())'")
+    fix = nearest(model[:100], model_names(), "python -c 'import raychain.models as f; print(f.model_names())'")
     return InputError(where, model if len(model) <= 100 else f"{model[:97]}...", str(error), fix)
 
 

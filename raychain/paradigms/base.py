@@ -16,15 +16,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from raychain.config.task import Task
-from raychain.families.building import initialised
+from raychain.models.building import initialised
 from raychain.paradigms.objective import Columns, Objective
+from raychain.paradigms.task import Task
 
 if TYPE_CHECKING:
     from raychain.config.experiment import Data
-    from raychain.families.architectures import ModelDescription
-    from raychain.feed.reader import Reader
-    from raychain.feed.shards import Shard
+    from raychain.data.reader import Reader
+    from raychain.data.shards import Shard
+    from raychain.data.spec import Tokenizer
+    from raychain.models.architectures import ModelDescription
     from raychain.planning.macs import ModelSize
 
 Config = Mapping[str, Any]
@@ -43,6 +44,8 @@ class Paradigm(ABC):
     """The model of `task:` with its own options."""
     samples: ClassVar[str] = "samples"
     """What its samples are called in messages, in the plural."""
+    takes: ClassVar[frozenset[str]] = frozenset({"pictures"})
+    """What its models turn into features, of which evaluators may be made: `pictures`, `texts`."""
     files: ClassVar[tuple[str, ...]] = ("config.json", "model.safetensors")
     """Files that a complete stage folder has; `save` writes them."""
 
@@ -91,7 +94,7 @@ class Paradigm(ABC):
 
     def describe(self, model: nn.Module) -> ModelDescription:
         """The axes of every parameter, which growth follows. Raises UndescribedError for unknown architectures."""
-        from raychain.families.architectures import describe
+        from raychain.models.architectures import describe
 
         return describe(model)
 
@@ -109,6 +112,14 @@ class Paradigm(ABC):
     def items(self, data: Data) -> dict[str, float]:  # noqa: ARG002 - for subclasses
         """How many inputs of each part (`ModelSize.parts`) a sample has."""
         return {"model": 1}
+
+    def normalisation(self, model: nn.Module) -> tuple[Sequence[float], Sequence[float]]:  # noqa: ARG002
+        """Mean and standard deviation by which a picture's channels, 0 … 1, are normalised when it is evaluated."""
+        return (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+
+    def tokenizer(self, config: Config) -> Tokenizer | None:  # noqa: ARG002 - for subclasses
+        """What turns texts into the model's token ids; None for models without texts."""
+        return None
 
     def adam(self, config: Config) -> tuple[tuple[float, float], float]:  # noqa: ARG002 - for subclasses
         """AdamW's betas and eps where the recipe has none."""

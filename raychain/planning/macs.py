@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from raychain.families.building import build_config, encode_one
+from raychain.models.building import build_config, encode_one
 
 Items = Mapping[str, float]
 """How many inputs of each part a sample has: {"image": 1, "text": captions in the loss}."""

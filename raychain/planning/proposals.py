@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from raychain.config.allocation import Budget
 from raychain.errors import InputError
 from raychain.planning import checks
 from raychain.planning.cost import ChainCost, Setting, predict
@@ -21,6 +20,7 @@ from raychain.planning.principles import (
     smallest_model,
     smallest_size,
 )
+from raychain.schema.allocation import Budget
 
 MOST_MODELS = 16
 """Of a family: chains double with every model."""

@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from raychain.core.wording import MISSING
 from raychain.errors import one_line
-from raychain.reporting.console import make_console
-from raychain.reporting.wording import MISSING
+from raychain.terminal.console import make_console
 
 SHOWN = 3
 """Examples of each kind."""

@@ -16,10 +16,12 @@ span         Something that took time; a bar of trace.json.
     name, category (one of CATEGORIES), start, end (wall clock seconds), stage (None: no particular one)
 evaluation   Measurements on held-out data.
     stage, step (optimiser steps done when measured), metrics (name → float; accuracies and recalls in percent)
+measured     A finished stage has metrics that its record did not have.
+    stage, record (the stage's entry in run.json)
 stage_end    A stage is over, whatever its status.
     stage, record (the stage's entry in run.json)
 shared       A stage that ended is in the store, if there is one and it could be copied there.
-    stage, record (as in stage_end)
+    stage, record (as in stage_end); told again when the store has its metrics
 bad_samples  A shard of the training data that was read lacks samples; told again by every rank, stage and epoch.
     shard (address), identity, bad (as Tally.as_dict gives it)
 worker       A worker has started.
@@ -46,8 +48,8 @@ from typing import Any, Literal
 
 Event = dict[str, Any]
 Kind = Literal[
-    "stage_start", "step", "span", "evaluation", "stage_end", "shared", "bad_samples", "worker", "saved", "trunk",
-    "stopped", "failure", "restart", "warning",
+    "stage_start", "step", "span", "evaluation", "stage_end", "measured", "shared", "bad_samples", "worker", "saved",
+    "trunk", "stopped", "failure", "restart", "warning",
 ]  # fmt: skip
 
 CATEGORIES = ("stage", "build", "preload", "evaluation", "checkpoint", "export", "restart")

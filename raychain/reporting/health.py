@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from raychain.feed.health import Tally, kinds
-from raychain.feed.shards import Shard
+from raychain.data.health import Tally, kinds
+from raychain.data.shards import Shard
 from raychain.reporting.events import Event
 
 LISTED = 20

@@ -11,14 +11,14 @@ from rich.table import Table
 from rich.text import Text
 
 from raychain.errors import one_line
-from raychain.reporting.console import make_console
+from raychain.terminal.console import make_console
 
 HEADINGS = ("task", "data", "pictures", "result (%)")
 LABELS = {"zero_shot": "zero-shot", "retrieval": "retrieval"}
 
 
 def measured_table(result: Mapping[str, Any], console: Console | None = None) -> None:
-    """Prints the result of `raychain.evaluate.evaluate` on stdout: a row for each task, percentages to two decimals."""
+    """Prints the result of `raychain.evaluate` on stdout: a row for each task, percentages to two decimals."""
     console = console or make_console()
     console.print(
         f"{one_line(str(result['checkpoint']))}: {result['params'] / 1e6:.2f} M parameters, {result['image_size']} px, "

@@ -10,9 +10,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from raychain.core.wording import MISSING, about, clock, macs, number
 from raychain.evaluators.metrics import Definition
-from raychain.reporting.console import make_console
-from raychain.reporting.wording import MISSING, about, clock, macs, number
+from raychain.terminal.console import make_console
 
 HEADINGS = ("model", "image\nparams", "ratio", "all\nparams", "forward\nMACs", "epochs", "MACs", "share", "memory")
 GIB = 2**30

@@ -15,12 +15,12 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from raychain.core.wording import clock, number
+from raychain.data.health import Tally
 from raychain.errors import one_line
 from raychain.evaluators.metrics import FORMER, Definition
-from raychain.feed.health import Tally
-from raychain.reporting.console import make_console
 from raychain.reporting.events import Event
-from raychain.reporting.wording import clock, number
+from raychain.terminal.console import make_console
 
 PLAIN_EVERY_S = 10.0
 SHOWN = 6

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from raychain import records
+from raychain.core.storage import Folder, patiently
 from raychain.errors import without_secrets
 from raychain.reporting import trace
 from raychain.reporting.events import Event
 from raychain.reporting.scalars import Scalars
-from raychain.storage import Folder, patiently
 
 log = logging.getLogger("raychain.reporting")
 SCHEMA = 1
@@ -105,8 +105,7 @@ class RunLog:
             case "span":
                 self._bars.append(trace.bar(event))
             case "evaluation":
-                measured = {k: event[k] for k in ("time", "stage", "step", "metrics")}
-                self._run["evaluations"].append(measured)
+                self._add_evaluation({k: event[k] for k in ("time", "stage", "step", "metrics")})
                 self._write_run()
                 with self._later(TENSORBOARD):
                     self._scalars.evaluation(event)
@@ -114,12 +113,24 @@ class RunLog:
                 self._restart = dict(event)
                 self._run["restarts"].append({k: event[k] for k in ("time", "reason", "workers", "message")})
                 self._write_run()
+            case "measured":
+                self._stages[event["stage"]] = event["record"]
+                self._write_run()
             case "stage_end":
                 self._stages[event["stage"]] = event["record"]
                 with self._later(TENSORBOARD):
                     self._scalars.flush()
                 self._write_run()
                 self._write_trace()
+
+    def _add_evaluation(self, measured: dict[str, Any]) -> None:
+        """Measurements come when they are done; they stand in the order of the steps."""
+        place = measured["stage"], measured["step"]
+        others = [e for e in self._run["evaluations"] if (e.get("stage"), e.get("step")) != place]
+        for known in self._run["evaluations"]:
+            if (known.get("stage"), known.get("step")) == place:  # by other evaluators, or before an interruption
+                measured["metrics"] = {**(known.get("metrics") or {}), **measured["metrics"]}
+        self._run["evaluations"] = sorted([*others, measured], key=lambda e: (e.get("stage") or 0, e.get("step") or 0))
 
     def note(self, key: str, value: Any) -> None:
         """Sets a top-level key of run.json, which is written with the next record."""

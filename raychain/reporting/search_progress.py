@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Protocol
 
+from raychain.core.wording import clock, macs, number
 from raychain.errors import one_line
 from raychain.evaluators.metrics import Definition
 from raychain.reporting.events import Event
-from raychain.reporting.wording import clock, macs, number
 from raychain.terminal import say
 
 STEP_EVERY_S = 60.0
@@ -116,6 +116,11 @@ class SearchProgress:
                 measured = f" · {self.metric.label} {self.metric.written(value)}" if value is not None else ""
                 took = f" in {clock(record.get('wall_s'))}"
                 self.say(f"{title}: {record['model']} {record['epochs']:.4g} epochs {record['status']}{took}{measured}")
+            case "measured":
+                value = self.metric.value(event["record"]["metrics"])
+                if value is not None:
+                    measured = f"{self.metric.label} {self.metric.written(value)}"
+                    self.say(f"{title}: {event['record']['model']} {event['record']['epochs']:.4g} epochs: {measured}")
             case "restart":
                 self.say(f"{title}: {event['message']}")
             case "warning" if event["message"] not in self._warned:

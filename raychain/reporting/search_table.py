@@ -12,10 +12,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from raychain.core.wording import macs, number
 from raychain.evaluators.metrics import Definition, find, read_back
-from raychain.reporting.console import make_console
 from raychain.reporting.search_progress import describe
-from raychain.reporting.wording import macs, number
+from raychain.terminal.console import make_console
 
 SHOWN = 30
 """Trials, the best ones."""

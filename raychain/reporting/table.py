@@ -10,10 +10,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from raychain.core.wording import MISSING, macs, number, percent
+from raychain.data.health import kinds
 from raychain.evaluators.metrics import FORMER, Definition, means, read_back
-from raychain.feed.health import kinds
-from raychain.reporting.console import make_console
-from raychain.reporting.wording import MISSING, macs, number, percent
+from raychain.terminal.console import make_console
 
 STATUS_STYLES = {"trained": "green", "reused": "cyan", "failed": "red"}
 HEADINGS = ("stage", "model", "status", "params\n(M)", "epochs", "MACs")

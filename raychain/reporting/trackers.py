@@ -21,11 +21,11 @@ from typing import Any
 
 from raychain import records
 from raychain.config.experiment import Experiment, Track
+from raychain.core.storage import Folder
 from raychain.errors import InputError, without_secrets
 from raychain.reporting.events import Event, event
 from raychain.reporting.runlog import plain
 from raychain.reporting.scalars import STEP_SCALARS
-from raychain.storage import Folder
 
 DISTRIBUTIONS = {"wandb": "wandb", "mlflow": "mlflow-skinny"}
 FINISH_S = 60.0  # how long a run that is over waits for its trackers

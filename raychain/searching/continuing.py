@@ -12,7 +12,7 @@ from raychain import records
 from raychain.config.experiment import Experiment
 from raychain.config.loading import validate
 from raychain.errors import InputError
-from raychain.families.registry import own_configs
+from raychain.models.registry import own_configs
 from raychain.searching.request import Plan, judged_by
 from raychain.training.task import ChainTask
 

@@ -12,18 +12,19 @@ import yaml
 from raychain import records
 from raychain.backend_ray import cluster
 from raychain.backend_ray.connection import session
-from raychain.chain.driver import failing, stop_signals
-from raychain.chain.lease import LEASE, Lease, patience
-from raychain.chain.resolve import replan, worker_cpus
-from raychain.chain.store import STORE, StageStore
-from raychain.chain.takeover import take_over_in_store
-from raychain.config.durations import Duration
 from raychain.config.experiment import Experiment
+from raychain.core.storage import Folder, below
+from raychain.core.wording import macs
 from raychain.errors import InputError, Interrupted, RunFailed, without_secrets
 from raychain.evaluators.metrics import Definition, written_down
-from raychain.reporting.report.writing import leave_report
+from raychain.lease import LEASE, Lease, patience
+from raychain.pages.writing import leave_report
 from raychain.reporting.search_progress import SearchProgress
-from raychain.reporting.wording import macs
+from raychain.runs.driver import failing, stop_signals
+from raychain.runs.resolve import replan
+from raychain.runs.store import STORE, StageStore
+from raychain.runs.takeover import take_over_in_store
+from raychain.schema.durations import Duration
 from raychain.searching.campaign import Campaign, Job, Kind, Measured, Record, Step, Trial, ratio
 from raychain.searching.continuing import RESULT, SCHEMA, earlier, identity
 from raychain.searching.halving import Halving, Point, Verdict
@@ -32,10 +33,9 @@ from raychain.searching.request import Plan
 from raychain.searching.running import RayRunner
 from raychain.searching.sampling import Sampler, make_sampler
 from raychain.searching.space import CHAIN, Params, proxied, with_stages
-from raychain.storage import Folder, below
-from raychain.training.stage import STAGE_RECORD
+from raychain.training.finished import STAGE_RECORD
 from raychain.training.states import trunk_states
-from raychain.training.task import ChainTask
+from raychain.training.task import ChainTask, worker_cpus
 
 BEST = "best.yaml"
 PROBE = "1000000000 steps"

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from raychain.chain.resolve import make_task
 from raychain.config.experiment import Experiment
 from raychain.config.search import Search
+from raychain.core.storage import Folder
+from raychain.data.shards import expand
 from raychain.errors import InputError
 from raychain.evaluators.metrics import Definition, find
-from raychain.feed.shards import expand
+from raychain.runs.resolve import make_task
 from raychain.searching.space import Space, make_space, proxied, with_stages
-from raychain.storage import Folder
 from raychain.training.task import ChainTask
 
 

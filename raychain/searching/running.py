@@ -7,9 +7,9 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 
-from raychain.chain.driver import Watch, run_chain
 from raychain.errors import InputError, Interrupted, RunFailed
 from raychain.reporting.events import Event
+from raychain.runs.driver import Watch, run_chain
 from raychain.searching.campaign import Job, JobEnded, Measured, Notice, StageDone, trunk_key
 
 ShowEvent = Callable[[Job, Event], None]
@@ -50,7 +50,8 @@ class RayRunner:
 
     def _work(self, job: Job) -> None:
         def handle(found: Event) -> None:
-            if found["event"] == "shared":  # and not before: it has to be there for the other worker groups
+            # and not before: it has to be there for the other worker groups, and its metrics for those who judge it
+            if found["event"] == "shared" and job.trial.task.measured(found["record"]):
                 self._notices.put(StageDone(job, found["record"]["key"], found["record"]))
             elif found["event"] == "trunk":
                 key = trunk_key(found["trunk"], found["step"])

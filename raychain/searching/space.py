@@ -8,17 +8,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from raychain.chain.checks import check_chain
-from raychain.chain.costing import proposals_for
-from raychain.chain.resolve import Others, epoch_samples
-from raychain.config.durations import Duration
 from raychain.config.experiment import Baseline, Distill, Experiment, Stage
 from raychain.config.search import Proxy, Search
 from raychain.errors import InputError
-from raychain.families import UnknownModelError, matching_models
+from raychain.models import UnknownModelError, matching_models
 from raychain.paradigms import make_paradigm, model_size, usable_size
 from raychain.planning.macs import ModelSize, stage_macs
 from raychain.planning.principles import alone_epochs, default_rules, linear_epochs, ratio_excess
+from raychain.runs.checks import check_chain
+from raychain.runs.costing import proposals_for
+from raychain.runs.resolve import Others, epoch_samples
+from raychain.schema.durations import Duration
 
 Params = dict[str, Any]
 """Choice by dimension: plain text and numbers."""

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from raychain import records
-from raychain.storage import Folder
+from raychain.core.storage import Folder
 from raychain.training.state import Snapshot, TrainState, all_finite
 
 log = logging.getLogger("raychain.training")

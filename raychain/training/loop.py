@@ -15,8 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from raychain.config.experiment import Distill, Train
 from raychain.core.dist import mean_over_ranks, rank, world_size
-from raychain.feed.loader import Loader
-from raychain.feed.order import mix
+from raychain.data.loader import Loader
+from raychain.data.order import mix
 from raychain.paradigms.objective import Columns, Objective
 from raychain.training.control import Control, Wish
 from raychain.training.optimizer import learning_rate

@@ -1,91 +1,202 @@
-"""A stage's metrics: measured by its worker group, or apart from it on resources that nothing else uses."""
+"""A stage's metrics: measured by its workers, or beside the training of the next steps from a copy of the weights."""
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import logging
-from collections.abc import Callable, Iterable, Mapping
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import Any, Protocol
 
-import ray
 import torch
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch import nn
 
+from raychain.data.cache import ShardCache
 from raychain.evaluators.context import Context
 from raychain.evaluators.measure import measure
 from raychain.evaluators.ranks import World
 from raychain.evaluators.suite import Evaluation, Results
-from raychain.families.building import preprocessing_of
-from raychain.families.tokenizing import make_tokenizer
-from raychain.feed.cache import ShardCache
-from raychain.training.task import ChainTask, StageTask
+from raychain.paradigms.base import Paradigm
+from raychain.training.task import StageTask
 
 log = logging.getLogger("raychain.training")
 
-APART_FROM = 10_000
-"""Held-out pictures from which the next stage does not wait; fewer are measured while a process would start."""
+MOST = 2
+"""Models of an unfinished stage that may be held to be measured; with more, training waits for the next one."""
+LAST_S = 20.0
+"""How long measuring at the lowest priority is waited for when training is over: it has the cores for itself then."""
+ROOM = 6 * 2**30
+"""Bytes that a GPU must have left for the activations of a batch, as at most a ViT-L needs them."""
 POLL_S = 0.2
 
 
 def measured(
-    stage: StageTask, model: nn.Module, evaluations: Iterable[Evaluation], cache: ShardCache, device: torch.device
+    paradigm: Paradigm,
+    stage: StageTask,
+    model: nn.Module,
+    evaluations: Iterable[Evaluation],
+    cache: ShardCache,
+    device: torch.device,
+    world: World,
 ) -> Results:
-    """The stage's model on what it is to be measured on; every rank of a process group calls it."""
-    tokenize = make_tokenizer(stage.config)
-    preprocessing = preprocessing_of(model)
+    """The stage's model on what it is to be measured on; every rank of `world` calls it."""
+    tokenize = paradigm.tokenizer(stage.config)
+    mean, std = paradigm.normalisation(model)
     context = Context(
         cache=cache,
         tokenize=tokenize,
-        tokenizer_id=tokenize.identity,
         image_size=stage.size,
-        mean=tuple(preprocessing["mean"]),
-        std=tuple(preprocessing["std"]),
+        mean=tuple(mean),
+        std=tuple(std),
         device=device,
-        world=World.group(),
+        world=world,
     )
     return {found.digest: measure(model, found.held_out, context) for found in evaluations}
 
 
-def free_node(task: ChainTask) -> str | None:
-    """A node that could hold this worker once more, if measuring takes long enough to be done there."""
-    if task.suite.samples < APART_FROM:
+class Place(Protocol):
+    """Somewhere beside the training where a copy of a model is measured."""
+
+    @property
+    def patient(self) -> bool:
+        """It is worth waiting for once training is over; if not, the workers do better to measure what is left."""
+
+    @property
+    def lost(self) -> bool:
+        """Nothing can be measured there any more."""
+
+    def copy(self, stage: StageTask, model: nn.Module) -> Any:
+        """The model as it is now, for `measure`; training may change it meanwhile. None: it cannot be measured."""
+
+    def measure(
+        self, stage: StageTask, model: Any, evaluation: Evaluation, given_up: Callable[[], bool]
+    ) -> dict[str, float] | None:
+        """The metrics of a copy; None if that failed, or `given_up` while it was measured."""
+
+    def release(self, model: Any) -> None:
+        """The copy is needed no more."""
+
+
+Done = Callable[[StageTask, int, Results, float], None]
+
+
+class Beside:
+    """Measures a stage's models one after the other, in a thread of rank 0's worker.
+
+    `done` hears of each with the stage, its step, what was measured of it, and when that began.
+    """
+
+    def __init__(self, place: Place, done: Done) -> None:
+        self._place, self._done = place, done
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="measure")
+        self._jobs: list[Future[None]] = []
+        self._closed = threading.Event()
+
+    def has_room(self) -> bool:
+        """Whether another model can be taken on while its stage goes on."""
+        self._jobs = [job for job in self._jobs if not job.done()]
+        return not self._place.lost and len(self._jobs) < MOST
+
+    def submit(
+        self, stage: StageTask, step: int, model: nn.Module, evaluations: Sequence[Evaluation], *, changing: bool
+    ) -> None:
+        """Measures the model as it is now, after `step` steps; returns at once, or once one that is `changing` is
+        copied.
+        """
+        held = self._place.copy(stage, model) if changing and not self._place.lost else None
+        if held is not None or not changing:
+            self._jobs.append(self._pool.submit(self._run, stage, step, model, held, evaluations))
+
+    def wait(self, seconds: float | None) -> None:
+        """Waits for what was submitted, at most so long."""
+        wait(self._jobs, seconds)
+
+    def finish(self) -> None:
+        """Training is over: waits as long as the place is worth it, then gives up the rest."""
+        self.wait(None if self._place.patient else LAST_S)
+        self.close()
+
+    def close(self) -> None:
+        """Gives up what is not measured yet."""
+        self._closed.set()
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _run(self, stage: StageTask, step: int, model: nn.Module, held: Any, evaluations: Sequence[Evaluation]) -> None:
+        started, results = time.time(), {}
+        if held is None and not self._place.lost and not self._closed.is_set():
+            held = self._place.copy(stage, model)
+        if held is None:
+            return
+        try:
+            for evaluation in evaluations:
+                found = self._place.measure(stage, held, evaluation, self._closed.is_set)
+                if found is None:
+                    break
+                results[evaluation.digest] = found
+        finally:
+            self._place.release(held)
+        if results:
+            self._done(stage, step, results, started)
+
+
+class InThread:
+    """Measures in a thread of the worker on the worker's device, on a GPU in a stream of its own, which shares it with
+    training's (no stream ranks below the one that training uses).
+
+    It begins once `settled` says that training has taken the memory that it needs. Where a GPU has too little left
+    then, nothing is measured here, and the workers do it when training is over.
+    """
+
+    patient = True
+
+    def __init__(
+        self, paradigm: Paradigm, cache: ShardCache, device: torch.device, settled: Callable[[], bool]
+    ) -> None:
+        self._paradigm, self._cache, self._device, self._settled = paradigm, cache, device, settled
+        self.lost = False
+
+    def copy(self, stage: StageTask, model: nn.Module) -> nn.Module | None:  # noqa: ARG002 - of the protocol
+        """See Place."""
+        try:
+            return copy.deepcopy(model).eval().requires_grad_(False)
+        except torch.OutOfMemoryError:
+            self.lost = True
+            return None
+
+    def measure(
+        self, stage: StageTask, model: nn.Module, evaluation: Evaluation, given_up: Callable[[], bool]
+    ) -> dict[str, float] | None:
+        """See Place."""
+        while not self._settled() and not given_up():
+            time.sleep(POLL_S)
+        self.lost = self.lost or not self._has_room(model)
+        if self.lost or given_up():
+            return None
+        try:
+            with self._stream():
+                found = measured(self._paradigm, stage, model, [evaluation], self._cache, self._device, World())
+            return found[evaluation.digest]
+        except torch.OutOfMemoryError:
+            self.lost = True
+        except OSError as error:
+            log.warning("%s will be measured again: %s", stage.model, error)
         return None
-    from raychain.backend_ray import cluster  # a second of imports, which most runs need not
 
-    return cluster.free_node(_resources())
+    def release(self, model: nn.Module) -> None:
+        """See Place: the memory goes with the last reference."""
 
+    def _stream(self) -> contextlib.AbstractContextManager[object]:
+        if self._device.type != "cuda":
+            return contextlib.nullcontext()
+        stream = torch.cuda.Stream(self._device)
+        stream.wait_stream(torch.cuda.default_stream(self._device))
+        return torch.cuda.stream(stream)
 
-def measured_apart(
-    task: ChainTask, stage: StageTask, model: nn.Module, node: str, given_up: Callable[[], bool]
-) -> Results | None:
-    """`measured`, by a Ray task on `node` with this worker's resources; None if it was lost there, or `given_up`."""
-    own = _resources()
-    place = NodeAffinitySchedulingStrategy(node, soft=False, _fail_on_unavailable=True)
-    work = ray.remote(_measure).options(
-        num_cpus=own.get("CPU", 0), num_gpus=own.get("GPU", 0), max_retries=0, scheduling_strategy=place
-    )
-    asked = work.remote(task, stage, {name: value.detach().cpu() for name, value in model.state_dict().items()})
-    try:
-        while not ray.wait([asked], timeout=POLL_S)[0]:
-            if given_up():
-                ray.cancel(asked, force=True)
-                return None
-        results: Results = ray.get(asked)
-    except ray.exceptions.RayError as error:
-        log.warning("%s will be measured again: %s", stage.model, str(error).strip().splitlines()[-1])
-        return None
-    return results
-
-
-def _measure(task: ChainTask, stage: StageTask, weights: Mapping[str, torch.Tensor]) -> Results:
-    torch.set_num_threads(task.threads)
-    device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
-    model = task.paradigm.build(stage.config, size=stage.size, seed=0)
-    model.load_state_dict(weights)
-    preload = task.experiment.preload
-    cache = ShardCache(preload.cache, preload.budget)
-    return measured(stage, model.to(device), task.suite.evaluations, cache, device)
-
-
-def _resources() -> dict[str, float]:
-    found: dict[str, float] = ray.get_runtime_context().get_assigned_resources()
-    return {name: found[name] for name in ("CPU", "GPU") if found.get(name)}
+    def _has_room(self, model: nn.Module) -> bool:
+        if self._device.type != "cuda":
+            return True
+        free, _ = torch.cuda.mem_get_info(self._device)
+        return free > ROOM + sum(value.numel() * value.element_size() for value in model.parameters())

@@ -3,55 +3,45 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from raychain import records
 from raychain.core.dist import rank, rank_slice, world_size
-from raychain.core.finite import not_finite
+from raychain.data.cache import ShardCache
+from raychain.data.health import Tally
+from raychain.data.loader import Loader
+from raychain.data.preload import first_windows
+from raychain.data.shards import Shard
 from raychain.errors import Diverged
+from raychain.evaluators.ranks import World
 from raychain.evaluators.suite import Evaluation, Results
-from raychain.feed.cache import ShardCache
-from raychain.feed.health import Tally
-from raychain.feed.loader import Loader
-from raychain.feed.preload import first_windows
-from raychain.feed.shards import Shard
 from raychain.growth import Moments, grow, grow_moments, read_moments, write_moments
 from raychain.paradigms.objective import Objective
-from raychain.storage import Folder, patiently
-from raychain.training.artifact import load_moments, write_artifact
 from raychain.training.average import make_average
 from raychain.training.control import Control, Wish
+from raychain.training.finished import FinishedStages, Trained
 from raychain.training.loop import StageLoop
-from raychain.training.measuring import free_node, measured, measured_apart
+from raychain.training.measuring import Beside, measured
 from raychain.training.optimizer import make_optimizer
-from raychain.training.state import Counters, TrainState, all_finite
+from raychain.training.state import Counters, TrainState
 from raychain.training.states import Resumed, StageStates
 from raychain.training.task import ChainTask, StageTask
 
-STAGE_RECORD = "stage.json"
 POLL_S = 0.2
 """How often the next stage looks whether its shards are there."""
+SETTLED = 3
+"""Steps after which a stage's training takes no more memory."""
+STOP_S = 3.0
+"""How long a stage that was stopped waits for what is being measured of it."""
 HANDOVER_S = 1.0
 """How long a finished stage's files wait for the next stage's first step, which they would slow down."""
-
-
-class Trained(NamedTuple):
-    """A finished stage's model, and AdamW's moments at its end."""
-
-    model: nn.Module
-    moments: Moments | None
 
 
 class ChainWorker:
@@ -67,13 +57,14 @@ class ChainWorker:
         preloading: bool = False,
         micro_batches: Mapping[int, int | None] | None = None,
         until: int | None = None,
+        beside: bool = False,
     ) -> None:
         self.task, self.device, self.stopping = task, device, stopping
         self.rank = rank()
         self.emit = emit if self.rank == 0 else lambda _: None
         self.emit_from_any = emit
         self.experiment, self.paradigm = task.experiment, task.paradigm
-        self.out = Folder(task.out)
+        self.finished = FinishedStages(task)
         self.cache = ShardCache(self.experiment.preload.cache, self.experiment.preload.budget)
         self.control = Control()
         self.last_step: float | None = None
@@ -88,8 +79,14 @@ class ChainWorker:
         self._ready: Future[tuple[nn.Module, Loader]] | None = None
         self._publishing: Future[None] | None = None
         self._handed_over = threading.Event()
-        self._ending = threading.Event()
-        """The group is to end: what is measured apart is waited for no longer."""
+        self._published_as: dict[int, Future[None]] = {}
+        """The publication of each stage that this worker has trained."""
+        self.measures_beside = beside
+        """Rank 0 has somewhere to measure finished stages while the next one trains."""
+        self.beside: Beside | None = None
+        """That place, on rank 0."""
+        self.settled = threading.Event()
+        """Training has made its first steps, and has the memory that it needs."""
         self._running: tuple[StageTask, TrainState, Loader] | None = None
 
     @property
@@ -109,14 +106,15 @@ class ChainWorker:
 
     def run(self) -> bool:
         """Trains every stage up to `until` that is not published; True when all are, False when it was stopped."""
-        for stage in self.stages:
-            self._measure_again(stage)
-        previous: Trained | None = None
         todo = [stage for stage in self.stages if not self._published(stage)]
+        previous: Trained | None = None
         try:
+            for stage in self.stages:
+                if stage not in todo:
+                    self._measure_missing(stage, beside=bool(todo))
             for stage in todo:
                 if stage.index and previous is None:
-                    previous = self._load(self.task.stages[stage.index - 1])
+                    previous = self.finished.load(self.task.stages[stage.index - 1], self.device)
                 following = next((s for s in todo if s.index == stage.index + 1), None)
                 ready, self._ready = self._ready, None
                 states = StageStates(self.task, stage, self.emit)
@@ -132,37 +130,60 @@ class ChainWorker:
                 if previous is None:
                     return False
             self._wait_for_publication()
-            for stage in todo:
-                self._measure_again(stage)
+            if self.stages[-1].index + 1 == len(self.task.stages):  # else the next group measures what is missing
+                self._finish_measuring()
             return True
         finally:
-            self._ending.set()
+            self.settled.set()
             self.hurry.set()
             self._handed_over.set()
             if self._ready and not self._ready.cancel():
                 with contextlib.suppress(Exception):
                     self._ready.result()[1].close()
+            if self.beside:
+                self.beside.close()
             self._wait_for_publication()
 
     def _published(self, stage: StageTask) -> bool:
-        record = records.read(self.out, f"stages/{stage.folder}/{STAGE_RECORD}", records.StageRecord, quiet=True)
-        return self._agree(record is not None and record["key"] == stage.key)
+        return self._agree(self.finished.record(stage) is not None)
 
-    def _measure_again(self, stage: StageTask) -> None:
-        """Measures a finished stage that has no metrics, or those of other held-out data."""
-        name = f"stages/{stage.folder}/{STAGE_RECORD}"
-        found = records.read(self.out, name, records.StageRecord, quiet=True) if self.rank == 0 else None
-        record: dict[str, Any] | None = self._agree(found)
-        if record is None or record["key"] != stage.key or self.task.measured(record):
+    def _measure_missing(self, stage: StageTask, *, beside: bool) -> None:
+        """Measures a finished stage by the evaluators of which its record has nothing; `beside` the training that
+        follows, where there is a place for it.
+        """
+        record = self._agree(self.finished.record(stage) if self.rank == 0 else None)
+        missing = self.task.suite.missing(record) if record else ()
+        if not missing:
             return
-        missing = self.task.suite.missing(record)
-        results = self.task.suite.results(record) | self._measure(stage, self._load(stage).model, stage.steps, missing)
-        if self.rank == 0:
-            record |= self.task.suite.recorded(results)
-            self.out.write_json(name, record)
-            shown = {key: value for key, value in record.items() if key != "files"}
-            status = "reused" if stage.published else "trained"
-            self.emit({"event": "stage_end", "stage": stage.index, "record": shown | {"status": status}})
+        if not (beside and self.measures_beside):
+            results = self.measure(stage, self.finished.load(stage, self.device).model, stage.steps, missing)
+            self._add_results(stage, results)
+        elif self.beside:
+            self.beside.submit(
+                stage, stage.steps, self.finished.load(stage, self.device).model, missing, changing=False
+            )
+
+    def _finish_measuring(self) -> None:
+        """Has every stage measured, now that training is over."""
+        self.settled.set()
+        if self.beside:
+            self.beside.finish()
+        for stage in self.stages:
+            self._measure_missing(stage, beside=False)
+
+    def _add_results(self, stage: StageTask, results: Results) -> None:
+        """Adds what was measured to the record of a finished stage."""
+        record = self.finished.add(stage, results) if self.rank == 0 else None
+        if record:
+            self.emit({"event": "measured", "stage": stage.index, "record": record})
+
+    def measured_beside(self, stage: StageTask, step: int, results: Results, started: float) -> None:
+        """Takes what was measured beside the training."""
+        self._tell_metrics(stage, step, results, started)
+        if step == stage.steps:
+            if publication := self._published_as.get(stage.index):
+                publication.result()
+            self._add_results(stage, results)
 
     def _agree(self, value: Any) -> Any:
         """Rank 0's value on every rank."""
@@ -171,24 +192,6 @@ class ChainWorker:
         box = [value]
         dist.broadcast_object_list(box, 0, device=self.device)
         return box[0]
-
-    def _load(self, stage: StageTask) -> Trained:
-        """A finished stage. Raises FloatingPointError if it is not finite, as versions before checked none."""
-        with tempfile.TemporaryDirectory(prefix="raychain-") as scratch:
-            folder = self.out.fetch(f"stages/{stage.folder}", Path(scratch) / "stage")
-            model, moments = self.paradigm.load(folder), load_moments(folder)
-            if (problem := not_finite(model.state_dict())) is not None:
-                raise FloatingPointError(f"stages/{stage.folder} cannot be gone on from: {problem}")
-        found = list(model.state_dict().values())
-        if moments:
-            found += [*moments.exp_avg.values(), *moments.exp_avg_sq.values()]
-        if not all_finite(found):
-            shared = f" and store/{stage.key} in {self.task.store}" if self.task.store else ""
-            raise FloatingPointError(
-                f"{stage.model} is finished, but its weights or AdamW's moments are not finite. "
-                f"Remove stages/{stage.folder} in {self.out.address}{shared} to train it again."
-            )
-        return Trained(model.to(self.device), moments)
 
     def _adapt(self, previous: Trained, stage: StageTask) -> Trained:
         """The stage before, for inputs of this stage's size. Interpolated position embeddings have no moments."""
@@ -289,6 +292,8 @@ class ChainWorker:
 
         def wishes(step: int) -> Wish:
             self._handed_over.set()
+            if step >= loader.start + SETTLED:
+                self.settled.set()
             every = self.experiment.checkpoint.every
             due = step % every.amount == 0 if every.unit == "steps" else time.monotonic() - saved[0] >= every.amount
             saved[0] = time.monotonic() if due else saved[0]
@@ -303,6 +308,8 @@ class ChainWorker:
                 states.save(state, last=last)
                 self._span(f"checkpoint {state.counters.step}", "checkpoint", begun, stage)
             if last and not states.broken:
+                if self.beside:
+                    self.beside.wait(STOP_S)
                 self.emit({"event": "stopped", "stage": stage.index, "step": state.counters.step})
 
         def share() -> None:
@@ -336,18 +343,28 @@ class ChainWorker:
         self._span(stage.model, "stage", started, stage)
         if not complete:
             return None
-        node = self._agree(free_node(self.task) if self.rank == 0 and following else None)
-        measure = partial(self._measure_apart, stage, state.model, node)
-        if node is None:
-            results = self.evaluate(stage, state.model, state.counters.step)
-            measure = partial(dict, results)
+        # Nothing changes the stage's tensors any more, so the next one can train while they are written and measured.
         moments = read_moments(state.student.model, state.optimizer)
         if self.rank == 0:
             self._wait_for_publication()
-            # Nothing changes the stage's tensors any more, so the next one can train while they are written.
-            self._handed_over.clear()
-            self._publishing = self._background.submit(self._publish, stage, state, moments, measure, states)
+            self.settled.clear()
+            if following:
+                self._handed_over.clear()
+            self._publishing = self._background.submit(self._publish, stage, state, moments, states)
+            self._published_as[stage.index] = self._publishing
+        self._measure_finished(stage, state.model, following)
         return Trained(state.model, moments)
+
+    def _measure_finished(self, stage: StageTask, model: nn.Module, following: StageTask | None) -> None:
+        """Measures a stage at its end: beside the next one if the chain goes on, else by all ranks."""
+        evaluations = self.task.suite.evaluations
+        if self.measures_beside and stage.index + 1 < len(self.task.stages):
+            if self.beside and following:  # else the next group measures it
+                self.beside.submit(stage, stage.steps, model, evaluations, changing=False)
+        elif results := self.measure(stage, model, stage.steps, evaluations):
+            if self._publishing:
+                self._publishing.result()
+            self._add_results(stage, results)
 
     def _diverged(self, stage: StageTask, states: StageStates, loop: StageLoop, error: FloatingPointError) -> Diverged:
         """The error, with the last state from which the loss was finite; every rank calls it."""
@@ -369,24 +386,22 @@ class ChainWorker:
         if publishing:
             publishing.result()
 
-    def evaluate(self, stage: StageTask, model: nn.Module, step: int) -> Results:
-        """What the stage's model reaches after `step` steps; every rank calls it."""
-        return self._measure(stage, model, step, self.task.suite.evaluations)
+    def evaluate(self, stage: StageTask, model: nn.Module, step: int) -> None:
+        """Measures the stage's model after `step` steps, beside the training if possible; every rank calls it."""
+        evaluations = self.task.suite.evaluations
+        if self.measures_beside and self._agree(self.beside is not None and self.beside.has_room()):
+            if self.beside:
+                self.beside.submit(stage, step, model, evaluations, changing=True)
+        else:
+            self.measure(stage, model, step, evaluations)
 
-    def _measure(self, stage: StageTask, model: nn.Module, step: int, evaluations: Sequence[Evaluation]) -> Results:
+    def measure(self, stage: StageTask, model: nn.Module, step: int, evaluations: Sequence[Evaluation]) -> Results:
+        """What the stage's model reaches after `step` steps; every rank calls it."""
         if not evaluations:
             return {}
         started = time.time()
-        results = measured(stage, model, evaluations, self.cache, self.device)
+        results = measured(self.paradigm, stage, model, evaluations, self.cache, self.device, World.group())
         self._tell_metrics(stage, step, results, started)
-        return results
-
-    def _measure_apart(self, stage: StageTask, model: nn.Module, node: str) -> Results | None:
-        """The metrics, from a process of its own beside the next stage's training; None: `_measure_again` has to."""
-        started = time.time()
-        results = measured_apart(self.task, stage, model, node, self._ending.is_set)
-        if results is not None:
-            self._tell_metrics(stage, stage.steps, results, started)
         return results
 
     def _tell_metrics(self, stage: StageTask, step: int, results: Results, started: float) -> None:
@@ -394,50 +409,10 @@ class ChainWorker:
         self.emit({"event": "evaluation", "stage": stage.index, "step": step, "metrics": metrics})
         self._span(f"evaluate {stage.model}", "evaluation", started, stage)
 
-    def _publish(
-        self,
-        stage: StageTask,
-        state: TrainState,
-        moments: Moments,
-        measure: Callable[[], Results | None],
-        states: StageStates,
-    ) -> None:
+    def _publish(self, stage: StageTask, state: TrainState, moments: Moments, states: StageStates) -> None:
         self._handed_over.wait(HANDOVER_S)
-        results = measure() or {}
-        started, counters, transfer = time.time(), state.counters, self.experiment.transfer
-        record = {
-            "index": stage.index,
-            "model": stage.model,
-            "key": stage.key,
-            "status": "trained",
-            "epochs": stage.epochs,
-            "steps": counters.step,
-            "samples_seen": counters.samples,
-            "params": stage.params,
-            "macs": stage.macs,
-            "wall_s": round(counters.wall_s, 3),
-            "gap_s": None if counters.gap_s is None else round(counters.gap_s, 3),
-            "data_wait_s": round(counters.data_wait_s, 3),
-            "lr": stage.lr,
-            "changes": [{"step": change.step, "lr": change.lr} for change in stage.changes],
-            "transfer": transfer.model_dump(mode="json") if stage.index else None,
-            "checkpoint": f"stages/{stage.folder}",
-            **self.task.suite.recorded(results),
-            "published": round(time.time(), 3),
-        }
-        with tempfile.TemporaryDirectory(prefix="raychain-") as scratch:
-            files = write_artifact(
-                Path(scratch),
-                self.paradigm,
-                state.model,
-                stage.config,
-                stage.size,
-                projector=state.student.projector,
-                moments=moments,
-            )
-            (Path(scratch) / STAGE_RECORD).write_text(json.dumps({**record, "files": files}, indent=2) + "\n")
-            name = f"stages/{stage.folder}"
-            patiently(lambda: self.out.publish(Path(scratch), name, STAGE_RECORD), f"{self.out.address}/{name}")
+        started = time.time()
+        record = self.finished.publish(stage, state, moments)
         states.clear()
         self._span(f"export {stage.model}", "export", started, stage)
         self.emit({"event": "stage_end", "stage": stage.index, "record": record})

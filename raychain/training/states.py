@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from raychain.storage import Folder
+from raychain.core.storage import Folder
 from raychain.training.checkpoint import Checkpoints
 from raychain.training.state import TrainState
 from raychain.training.task import ChainTask, StageTask

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from raychain.config.experiment import Experiment
+from raychain.data.loader import Feed
+from raychain.data.shards import Shard
 from raychain.evaluators.suite import Suite
-from raychain.feed.loader import Feed
-from raychain.feed.shards import Shard
 from raychain.paradigms import make_paradigm
 from raychain.paradigms.base import Config, Paradigm
 
@@ -137,3 +138,9 @@ class ChainTask:
     def shards(self) -> tuple[Shard, ...]:
         """The training shards of all stages, each once."""
         return tuple({shard.identity: shard for stage in self.stages for shard in stage.feed.shards}.values())
+
+
+def worker_cpus(experiment: Experiment) -> float:
+    """CPUs of a worker: as configured, else this machine's cores shared out among the workers."""
+    given = experiment.compute.cpus_per_worker
+    return given if given is not None else max(1, (os.cpu_count() or 1) // experiment.most_workers)

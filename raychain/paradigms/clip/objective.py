@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from raychain.families.building import preprocessing_of
+from raychain.models.building import preprocessing_of
 from raychain.paradigms.clip.loss import contrastive_loss
 from raychain.paradigms.objective import Columns, Encoded, Objective, Projector
 

@@ -12,14 +12,14 @@ from open_clip.model import set_model_preprocess_cfg
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from raychain.families import at_image_size, model_config
-from raychain.families.building import build_config, preprocessing_of
-from raychain.families.registry import native_size
-from raychain.families.tokenizing import check_tokenizer, make_tokenizer
-from raychain.feed.members import Wanted
-from raychain.feed.pictures import PictureReader
-from raychain.feed.shards import Shard, survey
-from raychain.feed.spec import Spec, fitting
+from raychain.data.members import Wanted
+from raychain.data.pictures import PictureReader
+from raychain.data.shards import Shard, survey
+from raychain.data.spec import Spec, Tokenizer, fitting
+from raychain.models import at_image_size, model_config
+from raychain.models.building import build_config, preprocessing_of
+from raychain.models.registry import native_size
+from raychain.models.tokenizing import check_tokenizer, make_tokenizer
 from raychain.paradigms.base import Config, Paradigm, plain
 from raychain.paradigms.clip.objective import ClipObjective, ImageTextObjective
 from raychain.paradigms.objective import Objective, Projector
@@ -36,6 +36,7 @@ class ImageTextParadigm(Paradigm):
     """Pictures and their captions in one embedding space; subclasses choose the loss."""
 
     samples = "pairs"
+    takes = frozenset({"pictures", "texts"})
     files = (CONFIG, WEIGHTS)
     objective_class: ClassVar[type[ImageTextObjective]]
 
@@ -51,6 +52,13 @@ class ImageTextParadigm(Paradigm):
     def adapt(self, model: nn.Module, config: Config, size: int) -> nn.Module:
         """The model with position embeddings interpolated to pictures of `size` pixels a side."""
         return at_image_size(model, dict(config), size)
+
+    def normalisation(self, model: nn.Module) -> tuple[Sequence[float], Sequence[float]]:
+        found = preprocessing_of(model)
+        return found["mean"], found["std"]
+
+    def tokenizer(self, config: Config) -> Tokenizer:
+        return make_tokenizer(config)
 
     def objective(self, model: nn.Module, config: Config, teacher: Config | None = None) -> Objective:
         projector = None

@@ -9,14 +9,14 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from raychain.config.experiment import Data
-from raychain.config.task import Task
-from raychain.families import UnknownModelError
-from raychain.feed.members import Wanted
-from raychain.feed.pictures import PictureReader
-from raychain.feed.shards import Shard, survey
-from raychain.feed.spec import Spec, fitting
+from raychain.data.members import Wanted
+from raychain.data.pictures import PictureReader
+from raychain.data.shards import Shard, survey
+from raychain.data.spec import Spec, fitting
+from raychain.models import UnknownModelError
 from raychain.paradigms.base import Config, Paradigm, initialised
 from raychain.paradigms.objective import Columns, Encoded, Objective, Projector
+from raychain.paradigms.task import Task
 
 MODELS = {
     "rot-S": {"embed_dim": 32, "depth": 1, "num_heads": 1},

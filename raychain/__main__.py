@@ -1,0 +1,6 @@
+"""`python -m raychain` is `raychain`."""
+
+from raychain.cli import app
+
+if __name__ == "__main__":
+    app()

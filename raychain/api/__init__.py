@@ -1,0 +1,1 @@
+"""The functions that `import raychain` offers, one a module."""

@@ -1,0 +1,183 @@
+"""`raychain.evaluate`: zero-shot classification and retrieval of one checkpoint, with clip_benchmark's numbers."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from raychain.core.storage import local_path
+from raychain.errors import InputError, RunFailed, nearest
+from raychain.terminal.counting import CountingLine
+
+CAPTIONS = ("txt|lines",)
+
+
+CACHE = "~/.cache/raychain"
+
+
+ALLOWED = "a folder or file that exists: an open_clip folder, a stage folder, a .safetensors or .pt file; s3:// too"
+
+
+def evaluate(
+    checkpoint: str,
+    data: str | Sequence[str],
+    *,
+    model: str | None = None,
+    captions: Sequence[str] = CAPTIONS,
+    key_split: Literal["first", "last"] = "first",
+    device: str | None = None,
+    batch_size: int = 256,
+    cache: str = CACHE,
+    budget: int | None = None,
+    models: str | None = None,
+) -> dict[str, Any]:
+    """Measures a checkpoint in fp32 on each of the addresses `data`; returns what `--json` prints.
+
+    `checkpoint` is what `read_checkpoint` takes, also on object storage; `model` names the architecture of a weights
+    file, whose names the folder of model configs `models` may add to. Which tasks an address holds,
+    `raychain.evaluators.finding` tells; `captions` and `key_split` are as `data.captions.keys` and `data.key_split` of
+    a run. Decoded pictures are kept in `cache`, at most `budget` bytes (default 64 GiB).
+
+    Returns {`checkpoint`, `model`, `params`, `image_size`, `device`, `seconds`, `results`: [{`data`, `task`,
+    `pictures`, …, `metrics`: {`zero_shot_top1`, …, `i2t_r1`, …} in percent}]}.
+
+    Raises InputError for wrong arguments, RunFailed where a shard cannot be read or features are not finite.
+    """
+    from raychain.data.cache import ShardCache
+    from raychain.evaluators.context import Context
+    from raychain.evaluators.finding import find_tasks
+    from raychain.evaluators.measure import measure
+    from raychain.evaluators.metrics import FORMER
+    from raychain.models.registry import use_models
+    from raychain.models.tokenizing import make_tokenizer
+
+    started, addresses = time.monotonic(), [data] if isinstance(data, str) else list(data)
+    where = _device(device)
+    _check_captions(captions)
+    use_models(models, "--models")
+    read = _read(checkpoint, model)
+    size, resizing, preprocessing = _preprocessing(read.model, checkpoint)
+    folder = _cache_folder(cache)
+    tasks = [(a, task) for a in addresses for task in find_tasks(a, captions, folder, "--data", key_split)]
+    tokenize = make_tokenizer(read.config)
+    clip, results = read.model.to(where), []
+    for address, task in tasks:
+        described = _described(task)
+        try:
+            with CountingLine(f"{described['task']}, pictures") as line:
+                context = Context(
+                    cache=ShardCache(folder, budget or 64 * 2**30),
+                    tokenize=tokenize,
+                    image_size=size,
+                    mean=tuple(preprocessing["mean"]),
+                    std=tuple(preprocessing["std"]),
+                    device=where,
+                    batch_size=batch_size,
+                    resizing=resizing,
+                    progress=partial(_show, line, described["pictures"]),
+                )
+                found = measure(clip, task, context)
+                former = [d for d in FORMER if d.name.startswith(described["task"])]
+                metrics = {d.former: found[d.name.partition("/")[2]] for d in former}
+        except (OSError, FloatingPointError) as error:
+            raise RunFailed(str(error)) from None
+        results.append({"data": address, **described, "metrics": metrics})
+    return {
+        "checkpoint": checkpoint,
+        "model": model,
+        "params": sum(parameter.numel() for parameter in clip.parameters()),
+        "image_size": size,
+        "device": str(where),
+        "seconds": round(time.monotonic() - started, 2),
+        "results": results,
+    }
+
+
+def _read(checkpoint: str, model: str | None) -> Any:
+    """The `Checkpoint`. Raises InputError; nothing is downloaded but what the user's own address names."""
+    from raychain.models import UnknownModelError, model_names
+    from raychain.models.checkpoints import CheckpointError, read_checkpoint
+    from raychain.models.remote import local_checkpoint
+
+    address = checkpoint.removeprefix("local-dir:")
+    fix = "check the file" if model else "name the file's architecture with --model, if it has no open_clip_config.json"
+    if address.startswith(("hf-hub:", "hf_hub:")) or (address in model_names() and not Path(address).exists()):
+        raise InputError("CHECKPOINT", f"{checkpoint}, a name", ALLOWED, "nothing is downloaded here: save the weights "
+                         "yourself, and give their file with --model NAME")  # fmt: skip
+    try:
+        with tempfile.TemporaryDirectory(prefix="raychain-") as scratch:
+            return read_checkpoint(local_checkpoint(address, Path(scratch)), model)
+    except UnknownModelError as error:
+        raise InputError("--model" if model else "CHECKPOINT", model or checkpoint, str(error),
+                         nearest(model or "", model_names(), "give another one")) from None  # fmt: skip
+    except CheckpointError as error:
+        raise InputError("CHECKPOINT", checkpoint, ALLOWED, f"{error}; {_stages(address) or fix}") from None
+
+
+def _stages(address: str) -> str:
+    """Names a run folder's stages; empty if it is none."""
+    stages = local_path(address, "CHECKPOINT") / "stages"
+    names = sorted(path.name for path in stages.iterdir()) if stages.is_dir() else []
+    return f"this is a run folder: give one of its stages, such as {stages / names[-1]}" if names else ""
+
+
+def _preprocessing(clip: Any, checkpoint: str) -> tuple[int, Any, dict[str, Any]]:
+    """Pixels a side, how pictures get there, and open_clip's `preprocess_cfg`."""
+    from open_clip.model import get_model_preprocess_cfg
+
+    from raychain.data.spec import SQUARED, squared
+
+    found = get_model_preprocess_cfg(clip)
+    try:
+        return *squared(found), found
+    except ValueError as error:
+        raise InputError("CHECKPOINT", f"{checkpoint}: {error}", SQUARED,
+                         "measure this one with clip_benchmark") from None  # fmt: skip
+
+
+def _show(line: CountingLine, pictures: int, seen: int) -> None:
+    line.show(seen, pictures)
+
+
+def _device(name: str | None) -> Any:
+    import torch
+
+    chosen = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=chosen).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError("--device", chosen, "cpu, or a device that torch finds here", reason) from None
+
+
+def _check_captions(keys: Sequence[str]) -> None:
+    from raychain.schema.captions import caption_key
+
+    for key in keys:
+        try:
+            caption_key(key)
+        except ValueError as error:
+            raise InputError("--captions", key, str(error), "correct the key") from None
+
+
+def _cache_folder(cache: str) -> Path:
+    folder = local_path(cache, "--cache")
+    try:
+        (folder / "counts").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError("--cache", cache, f"a folder that can be written ({error})", "give another folder") from None
+    return folder
+
+
+def _described(task: Any) -> dict[str, Any]:
+    from raychain.evaluators.data import ZeroShotData
+
+    pictures = sum(shard.samples for shard in task.shards)
+    if isinstance(task, ZeroShotData):
+        return {"task": "zero_shot", "pictures": pictures, "classes": len(task.classes),
+                "templates": len(task.templates)}  # fmt: skip
+    return {"task": "retrieval", "pictures": pictures, "captions": list(task.caption_keys)}

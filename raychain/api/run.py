@@ -1,0 +1,66 @@
+"""`raychain.run`: trains the chain of an experiment; the same command again continues it."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from raychain.config import Experiment, opened
+from raychain.errors import RunFailed
+from raychain.terminal import say
+
+
+def run(
+    experiment: str | Experiment = "demo",
+    *,
+    overrides: tuple[str, ...] = (),
+    out: str | None = None,
+    address: str | None = None,
+    verbose: bool = False,
+    models: str | None = None,
+) -> dict[str, Any]:
+    """Trains a chain and returns the content of its run.json.
+
+    `experiment` is a YAML path, a shipped experiment's name, or an Experiment; `overrides` are "dotted.key=value";
+    `models` is a folder of model configs in place of the experiment's. With a family instead of a chain, the planner's
+    first proposal is trained; run.json shows it.
+    Raises InputError before any work, RunFailed or Interrupted during it; what was trained is kept. Where training
+    diverged, RunFailed has the `overrides` with which it goes on from the last good state at half the learning rate.
+    """
+    from raychain.core.storage import below
+    from raychain.runs.checks import check_experiment, writable
+    from raychain.runs.driver import run_chain
+    from raychain.runs.resolve import make_task
+
+    given = opened(experiment, overrides, models)
+    config = resolved(given)
+    check_experiment(config, address)
+    folder = out or below(config.storage, config.name)
+    writable(folder)
+    # A folder given on its own may be anywhere, so nothing is written outside of it unless the experiment says where.
+    shared = out is None or "storage" in config.model_fields_set
+    store = writable(config.storage, "storage").address if shared else None
+    task = make_task(config, folder, store=store)
+    try:
+        return run_chain(task, address=address, verbose=verbose)
+    except RunFailed as error:
+        if error.overrides and given.family:
+            error.overrides = (*_as_overrides(config), *error.overrides)
+        raise
+
+
+def resolved(experiment: Experiment) -> Experiment:
+    """The experiment with a chain; the planner's first proposal where it has a family instead."""
+    from raychain.runs.costing import with_chain
+
+    resolved = with_chain(experiment)
+    if resolved is not experiment:
+        chain = " → ".join(f"{stage.model} {stage.epochs}" for stage in resolved.chain)
+        say(f"planned: {chain} (raychain plan says why)")
+    return resolved
+
+
+def _as_overrides(planned: Experiment) -> tuple[str, ...]:
+    """What turns an experiment with a family into the one that the planner made of it."""
+    chain = ", ".join(f"{{model: {json.dumps(stage.model)}, epochs: {stage.epochs}}}" for stage in planned.chain)
+    return ("family=null", "allocation=null", f"chain=[{chain}]")

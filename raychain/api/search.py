@@ -1,0 +1,47 @@
+"""`raychain.search`: finds a better chain by measurement, training each stage that trials share once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from raychain.config import Experiment, opened
+
+
+def search(
+    experiment: str | Experiment,
+    *,
+    trials: int | None = None,
+    overrides: tuple[str, ...] = (),
+    out: str | None = None,
+    address: str | None = None,
+    verbose: bool = False,
+    models: str | None = None,
+) -> dict[str, Any]:
+    """Tries chains as the experiment's `search` says and returns the content of search.json.
+
+    `trials` replaces `search.trials`, `models` the experiment's folder of model configs. The same call again continues,
+    with more trials too. The folder `out`, by default STORAGE/NAME-search, gets search.json and best.yaml, the best
+    chain as an experiment.
+    Raises InputError before any work, RunFailed or Interrupted during it; what was trained is kept.
+    """
+    from raychain.config.search import Search
+    from raychain.core.storage import below
+    from raychain.reporting.trackers import check_trackers
+    from raychain.runs.checks import check_compute, writable
+    from raychain.searching.driver import run_search
+    from raychain.searching.request import plan_search
+
+    config = opened(experiment, overrides, models)
+    settings = config.search or Search()
+    if trials is not None:
+        settings = settings.model_copy(update={"trials": trials})
+    config = config.model_copy(update={"search": settings})
+    check_compute(config, address)
+    check_trackers(config.track)
+    folder = out or below(config.storage, f"{config.name}-search")
+    # As for a run: with a folder of its own nothing is written outside of it, unless the experiment says where.
+    shared = out is None or "storage" in config.model_fields_set
+    plan = plan_search(
+        config, writable(folder).address, writable(config.storage, "storage").address if shared else folder
+    )
+    return run_search(plan, address=address, verbose=verbose)

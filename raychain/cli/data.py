@@ -1,0 +1,138 @@
+"""`raychain data`: makes demo shards, checks shards, packs tables of pictures and captions into shards."""
+
+from __future__ import annotations
+
+import json
+import sys
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from raychain.errors import InputError, Interrupted, RunFailed
+from raychain.terminal import delivered, say
+
+data = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Make, check and pack data."
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")]
+
+
+@data.command("demo")
+def demo_command(
+    out: Annotated[Path, typer.Argument(help="Folder to make.")],
+    names: Annotated[int, typer.Option(help="Emoji names (classes).")] = 240,
+    pictures: Annotated[int, typer.Option(help="Training pictures.")] = 16_000,
+    seed: Annotated[int, typer.Option(help="Seed of everything drawn.")] = 0,
+) -> None:
+    """Render OpenMoji pictures with captions as webdataset shards."""
+    from raychain.demo import DemoError, make_demo
+
+    try:
+        summary = make_demo(out, names=names, pictures=pictures, seed=seed)
+    except DemoError as error:
+        raise InputError("raychain data demo", out, "a new folder and drawable numbers", str(error)) from None
+    counts = ", ".join(f"{folder} {count:,}" for folder, count in summary.counts.items())
+    say(f"{summary.folder}: {counts} pictures of {names} names ({summary.bytes / 2**20:.0f} MiB)", sys.stdout)
+
+
+@data.command("check")
+def check_command(
+    shards: Annotated[list[str], typer.Argument(help="Shard addresses: paths, s3://, globs, braces, folders.")],
+    captions: Annotated[
+        list[str] | None, typer.Option("--captions", help="As data.captions.keys; may be repeated. Default txt.")
+    ] = None,
+    key_split: Annotated[
+        Literal["first", "last"], typer.Option(help="As data.key_split: at which dot extensions begin.")
+    ] = "first",
+    max_bad_fraction: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of unusable samples up to which the exit status is 0.")
+    ] = 0.01,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; default one a core.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Read SHARDS whole, decode every picture, and tell what is wrong; exit status 1 if too much is."""
+    from raychain.data.members import Wanted
+    from raychain.data.shards import expand
+    from raychain.dataprep.check import check_shards, default_workers, summary
+    from raychain.reporting.checked import check_table
+    from raychain.schema.captions import caption_key
+    from raychain.terminal.counting import CountingLine
+
+    keys = tuple(captions or ("txt",))
+    for key in keys:
+        try:
+            caption_key(key)
+        except ValueError as error:
+            raise InputError("--captions", key, str(error), "correct the key") from None
+    wanted = Wanted(keys, key_split=key_split)
+    addresses, found = expand(shards, "SHARDS"), []
+    try:
+        with CountingLine("shards checked") as line:
+            for checked in check_shards(addresses, wanted, workers or default_workers()):
+                found.append(checked)
+                bad = sum(len(shard.bad) for shard in found)
+                line.show(len(found), len(addresses), f"{bad:,} bad samples" if bad else "")
+    except BrokenProcessPool:
+        raise RunFailed("a checking process was killed, for want of memory perhaps: try fewer --workers") from None
+    place = {address: i for i, address in enumerate(addresses)}
+    found.sort(key=lambda shard: place[shard.address])
+    result = summary(found) | {"max_bad_fraction": max_bad_fraction}
+    if as_json:
+        say(json.dumps(result, indent=2), sys.stdout)
+    else:
+        check_table(result)
+    delivered()
+    if result["bad_fraction"] > max_bad_fraction:
+        raise typer.Exit(1)
+
+
+@data.command("build")
+def build_command(
+    table: Annotated[str, typer.Argument(help="CSV, TSV, parquet or JSONL of picture paths or URLs and captions.")],
+    out: Annotated[str, typer.Option("--out", help="Folder of the shards; the same command again continues.")],
+    image_column: Annotated[str | None, typer.Option(help="Column of paths or URLs; default: recognised.")] = None,
+    caption_column: Annotated[
+        list[str] | None, typer.Option(help="Column of captions; may be repeated. Default: recognised.")
+    ] = None,
+    samples_per_shard: Annotated[int, typer.Option(min=1, help="Rows of the table a shard.")] = 10_000,
+    image_size: Annotated[
+        int | None, typer.Option(min=8, help="Shrink the shorter side to this; default: original bytes.")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Pictures fetched at once.")] = 16,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds to wait for an answer.")] = 10.0,
+    retries: Annotated[int, typer.Option(min=0, help="Tries after a failed download that may be temporary.")] = 3,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Pack shards with failures again.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Pack a TABLE of pictures and captions into shards that `raychain run` reads."""
+    from raychain.dataprep.build import FAILED, Options, build
+    from raychain.dataprep.table import open_table
+    from raychain.terminal.counting import CountingLine
+
+    options = Options(samples_per_shard, image_size, workers, timeout, retries, retry_failed)
+    opened = open_table(table, image_column, caption_column or ())
+    try:
+        with CountingLine("rows") as line:
+            result = build(opened, out, options, lambda n, of, bad: line.show(n, of, f"{bad:,} failed" if bad else ""))
+    except KeyboardInterrupt:  # Typer's own answer would not say that the work is kept
+        raise Interrupted from None
+    except OSError as error:
+        raise RunFailed(f"{out} cannot be written: {error}") from None
+    say(json.dumps(result, indent=2) if as_json else _built(result, FAILED), sys.stdout)
+    if not result["samples"]:
+        raise RunFailed(f"none of the {result['rows']:,} rows gave a picture; --retry-failed tries them again")
+
+
+def _built(result: dict[str, Any], listed: str) -> str:
+    failed = sum(result["failed"].values())
+    pictures = f"{result['samples']:,} pictures of {result['rows']:,} rows"
+    text = f"{result['folder']}: {result['shards']:,} shards, {pictures} ({result['bytes'] / 2**20:,.1f} MiB)"
+    if result["lines"] != result["rows"]:
+        text += f"\nthe rows take {result['lines']:,} lines of the table: captions in quotes span several"
+    if failed:
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in list(result["failed"].items())[:5])
+        text += f"\n{failed:,} of {result['rows']:,} rows failed, listed in {listed}: {reasons}"
+    return text

@@ -1,0 +1,46 @@
+"""`raychain evaluate`: zero-shot classification and retrieval of one checkpoint, with clip_benchmark's numbers."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Annotated, Any, Literal
+
+import typer
+
+from raychain.api.evaluate import (
+    CACHE,
+    CAPTIONS,
+    evaluate,
+)
+from raychain.terminal import delivered, say
+
+
+def evaluate_command(
+    checkpoint: Annotated[str, typer.Argument(help="open_clip or stage folder, .safetensors or .pt file; s3:// too.")],
+    data: Annotated[
+        list[str], typer.Option("--data", help="clip_benchmark folder, folder of shards, or pattern; may be repeated.")
+    ],
+    model: Annotated[str | None, typer.Option(help="Architecture of a weights file that does not say it.")] = None,
+    captions: Annotated[
+        list[str] | None,
+        typer.Option("--captions", help="As data.captions.keys, for retrieval; may be repeated. Default txt|lines."),
+    ] = None,
+    key_split: Annotated[Literal["first", "last"], typer.Option(help="As data.key_split.")] = "first",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …; default cuda where there is one.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures or texts encoded at a time.")] = 256,
+    cache: Annotated[str, typer.Option(help="Folder for decoded pictures, as preload.cache.")] = CACHE,
+    models: Annotated[str | None, typer.Option(help="Folder of open_clip model configs: NAME.json.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")] = False,
+) -> None:
+    """Measure zero-shot classification and retrieval of CHECKPOINT, as clip_benchmark does, in fp32."""
+    chosen = tuple(captions or CAPTIONS)
+    options: dict[str, Any] = {"device": device, "batch_size": batch_size, "cache": cache, "models": models}
+    result = evaluate(checkpoint, data, model=model, captions=chosen, key_split=key_split, **options)
+    if as_json:
+        say(json.dumps(result, indent=2), sys.stdout)
+    else:
+        from raychain.reporting.measured import measured_table
+
+        measured_table(result)
+    delivered()

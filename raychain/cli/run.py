@@ -1,0 +1,62 @@
+"""`raychain run`: trains the chain of an experiment; the same command again continues it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from contextlib import redirect_stdout
+from typing import Annotated
+
+import typer
+
+from raychain.api.run import resolved, run
+from raychain.config import opened
+from raychain.errors import one_line
+from raychain.terminal import delivered, say
+
+
+def run_command(
+    experiment: Annotated[str, typer.Argument(help="YAML file, or the name of a shipped experiment.")] = "demo",
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="dotted.key=value; may be repeated.")] = None,
+    out: Annotated[str | None, typer.Option(help="Run folder; default STORAGE/NAME of the experiment.")] = None,
+    address: Annotated[str | None, typer.Option(help="Ray cluster; default RAY_ADDRESS, else this machine.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, print the plan, start nothing.")
+    ] = False,
+    models: Annotated[str | None, typer.Option(help="Folder of open_clip model configs: NAME.json.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print run.json (or the plan) to stdout.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Show Ray's own messages.")] = False,
+) -> None:
+    """Train the chain of EXPERIMENT; the same command again continues it."""
+    if dry_run:
+        _dry_run(experiment, tuple(overrides or ()), out, address, models, as_json)
+        return
+    changes = tuple(overrides or ())
+    with redirect_stdout(sys.stderr):  # Ray prints warnings of its nodes to stdout, which is for results
+        result = run(experiment, overrides=changes, out=out, address=address, verbose=verbose, models=models)
+    if as_json:
+        say(json.dumps(result, indent=2), sys.stdout)
+    else:
+        from raychain.reporting.table import result_table
+
+        result_table(result)
+
+
+def _dry_run(
+    experiment: str, overrides: tuple[str, ...], out: str | None, address: str | None, models: str | None, as_json: bool
+) -> None:
+    from raychain.core.storage import below
+    from raychain.runs.checks import check_experiment, writable
+    from raychain.runs.resolve import dry_plan
+
+    config = resolved(opened(experiment, overrides, models))
+    check_experiment(config, address)
+    writable(out or below(config.storage, config.name))
+    plan = dry_plan(config)
+    if as_json:
+        say(json.dumps({"config": config.model_dump(mode="json"), **plan}, indent=2), sys.stdout)
+    for stage in [] if as_json else plan["stages"]:
+        state = "published" if stage["published"] else f"{stage['steps']:,} steps, {stage['epochs']:g} epochs"
+        name = one_line(stage["model"])
+        say(f"{name:20} {stage['params'] / 1e6:9.2f} M parameters  {stage['macs']:.3g} MACs  {state}", sys.stdout)
+    delivered()

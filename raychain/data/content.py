@@ -1,0 +1,225 @@
+"""What a shard is: its content, hashed in full; on object storage the ETag that is changed with it stands in.
+
+A hash is taken once and remembered by what tells that a file was touched: path, device, inode, size, and the times of
+the last change to content and inode. None of these is part of an identity, so copies and moves stay the same shard.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from functools import cache
+from typing import Any, BinaryIO, NamedTuple, Protocol
+
+import xxhash
+from pyarrow import fs
+
+from raychain.core.storage import CHUNK, Folder, is_local, resolve
+from raychain.data.fetch import open_input, patiently
+
+log = logging.getLogger("raychain.data")
+
+FRESH_NS = 2 * 10**9
+"""A file changed so shortly before it is hashed may be changed again without another time stamp: those of some file
+systems tick every two seconds."""
+TRIES = 3
+"""How often a file that changes while it is hashed is hashed again."""
+TAGS = ("md5hash", "etag", "blob_id")
+"""What object storage tells of a content, the best first: a hash of it on GCS and Hugging Face, elsewhere the ETag."""
+PROBE = 65_536
+
+
+class Content(NamedTuple):
+    """What identifies a file, and what tells that it was touched."""
+
+    identity: str
+    """32 hexadecimal digits."""
+    size: int
+    version: str
+    """Changes whenever a local file is touched; empty where that cannot be relied on."""
+    changed: float
+    """When it was last touched, seconds since 1970; infinite where nothing tells."""
+
+
+class Identified(Protocol):
+    """A file as it was when it was identified."""
+
+    @property
+    def address(self) -> str:
+        """Where it lies."""
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+
+    @property
+    def identity(self) -> str:
+        """As `Content.identity`."""
+
+    @property
+    def version(self) -> str:
+        """As `Content.version`."""
+
+
+class ChangedError(OSError):
+    """A file is no longer the one that was identified: trying again does not mend it."""
+
+
+def identify(address: str, notes: Folder | None = None) -> Content:
+    """The identity of a file as it is now. Hashes of local files are kept in `notes`, and taken from there.
+
+    Raises OSError for a file that cannot be read or is being written.
+    """
+    return _local(resolve(address)[1], notes) if is_local(address) else _remote(address)
+
+
+@contextlib.contextmanager
+def unchanged(file: Identified) -> Iterator[None]:
+    """Whatever is read inside is what was identified. Raises ChangedError where it is not, at the latest at the end.
+
+    A local file whose time stamps are others (a copy on another node, a file touched) is hashed once more.
+    """
+    before = _touched(file.address)
+    if before.size != file.size or (before.identity and before.identity != file.identity):
+        raise _changed(file)
+    yield
+    after = _touched(file.address)
+    if before.version != after.version or (after.identity and after.identity != file.identity):
+        raise _changed(file)
+    trusted = after.identity or (after.version and after.version == file.version)
+    if not trusted and identify(file.address).identity != file.identity:
+        raise _changed(file)
+
+
+def former_identity(file: BinaryIO, size: int) -> str:
+    """The identity that schema 2 gave a shard: its size and three probes of its content, which miss most changes."""
+    probe = hashlib.blake2b(str(size).encode(), digest_size=16)
+    for offset in (0, max(0, size // 2), max(0, size - PROBE)):
+        file.seek(offset)
+        probe.update(file.read(PROBE))
+    return probe.hexdigest()
+
+
+def _changed(file: Identified) -> ChangedError:
+    return ChangedError(
+        f"{file.address} has changed since it was counted, and must not while it is in use. The same command again "
+        "takes it as it is now, as other data: stages that read it are trained again"
+    )
+
+
+def _local(path: str, notes: Folder | None) -> Content:
+    stat = os.stat(path)  # noqa: PTH116 - a plain string of the filesystem
+    noted = notes.read_json(_note(path, stat)) if notes else None
+    if isinstance(noted, dict) and isinstance(noted.get("identity"), str):
+        return _content(noted["identity"], stat, _stamp(stat))
+    for _ in range(TRIES):
+        began = time.time_ns()
+        with open(path, "rb", buffering=0) as file:  # noqa: PTH123
+            before = os.fstat(file.fileno())
+            identity = _hash(file)
+            stat = os.fstat(file.fileno())
+        if _stamp(before) == _stamp(stat):
+            break
+    else:
+        raise ChangedError("it is being written")
+    if _fresh(stat, began):
+        return _content(identity, stat, "")
+    if notes:
+        with contextlib.suppress(OSError):  # it is hashed again then
+            notes.write_json(_note(path, stat), {"identity": identity})
+    return _content(identity, stat, _stamp(stat))
+
+
+def _content(identity: str, stat: os.stat_result, version: str) -> Content:
+    return Content(identity, stat.st_size, version, max(stat.st_mtime, stat.st_ctime))
+
+
+def _fresh(stat: os.stat_result, now: int) -> bool:
+    """Whether a change after `now` might leave the time stamps as they are. Only the inode's cannot be set at will."""
+    return stat.st_ctime_ns > now - FRESH_NS or 0 <= now - stat.st_mtime_ns < FRESH_NS
+
+
+def _note(path: str, stat: os.stat_result) -> str:
+    """Name under which the hash of a file is kept until the file is touched."""
+    return f"{_hex(f'{path}|{stat.st_dev}|{_stamp(stat)}')}.hash.json"
+
+
+def _stamp(stat: os.stat_result) -> str:
+    return f"{stat.st_ino}-{stat.st_size}-{stat.st_mtime_ns}-{stat.st_ctime_ns}"
+
+
+def _hash(file: Any) -> str:
+    """Against accidental changes 128 bits that are no cryptographic hash are enough, and no slower than the disk."""
+    digest, buffer = xxhash.xxh3_128(), memoryview(bytearray(CHUNK))
+    while count := file.readinto(buffer):
+        digest.update(buffer[:count])
+    return digest.hexdigest()
+
+
+def _hex(text: str) -> str:
+    return xxhash.xxh3_128_hexdigest(text.encode("utf-8", "surrogateescape"))
+
+
+def _touched(address: str) -> Content:
+    """What tells that a file was touched, without reading it; the identity only where that does not need reading."""
+    if is_local(address):
+        stat = os.stat(resolve(address)[1])  # noqa: PTH116
+        return _content("", stat, _stamp(stat))
+    size, told, changed = patiently(address, lambda: _told(address))
+    return Content(_hex(f"{told}|{size}") if told else "", size, "", changed)
+
+
+def _remote(address: str) -> Content:
+    size, told, changed = patiently(address, lambda: _told(address))
+    if told:
+        _say_tags_stand_in()
+        return Content(_hex(f"{told}|{size}"), size, "", changed)
+    with open_input(address, CHUNK) as file:
+        return Content(_hash(file), size, "", changed)
+
+
+@cache
+def _say_tags_stand_in() -> None:
+    log.warning(
+        "shards on object storage are told apart by their ETags and sizes, not by a hash of their content, so a copy "
+        "may count as another shard"
+    )
+
+
+def _told(address: str) -> tuple[int, str, float]:
+    """Size of a file, what the storage says instead of its content (empty: nothing), and when it was changed."""
+    filesystem, path = resolve(address)
+    handler = getattr(filesystem, "handler", None)
+    if isinstance(handler, fs.FSSpecHandler):
+        handler.fs.invalidate_cache(path)  # fsspec remembers what it has listed
+        found: Mapping[str, Any] = handler.fs.info(path)
+        size, modified = found.get("size"), None
+        with contextlib.suppress(NotImplementedError, KeyError, ValueError, AttributeError):
+            modified = handler.fs.modified(path)
+    else:
+        with filesystem.open_input_file(path) as file:  # asks for what is known of it, and reads nothing
+            found, size = file.metadata() or {}, file.size()
+        modified = filesystem.get_file_info(path).mtime
+    if size is None:
+        with open_input(address) as file:
+            size = file.seek(0, os.SEEK_END)
+    known = {str(name).lower(): value for name, value in found.items()}
+    changed = _seconds(modified)
+    tag = next((f"{name}|{_text(known[name])}" for name in TAGS if known.get(name)), "")
+    return int(size), tag or (f"modified|{changed}" if math.isfinite(changed) else ""), changed
+
+
+def _text(value: Any) -> str:
+    return value.decode("latin-1") if isinstance(value, bytes) else str(value)
+
+
+def _seconds(moment: Any) -> float:
+    if isinstance(moment, datetime):
+        return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+    return float(moment) if isinstance(moment, int | float) else math.inf

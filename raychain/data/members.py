@@ -1,0 +1,205 @@
+"""Tar members to samples, in img2dataset's and clip_benchmark's layouts, grouped as webdataset groups them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+from raychain.data.health import (
+    DOTTED,
+    DUPLICATE,
+    EMPTY_PICTURE,
+    HUGE,
+    NO_CAPTION,
+    NO_LABEL,
+    NO_PICTURE,
+    TEXT,
+    TRUNCATED,
+    Bad,
+    Unusable,
+)
+from raychain.data.sentences import sentences
+from raychain.data.tar import split_name, walk
+from raychain.schema.captions import KeySplit, caption_key
+
+IMAGES = ("jpg", "jpeg", "png", "webp")
+LARGEST = 2**28
+"""Bytes of a picture or a text; what is larger is not read."""
+WAY_OUT = "data.key_split: last takes names up to their last dot"
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a sample must hold besides a picture: captions (`data.captions.keys`), a class label (`cls`), or nothing."""
+
+    captions: tuple[str, ...] = ()
+    label: bool = False
+    key_split: KeySplit = "first"
+    """`data.key_split`."""
+
+    @property
+    def digest(self) -> str:
+        """Short hash of what is wanted."""
+        how = () if self.key_split == "first" else (self.key_split,)
+        return hashlib.blake2b(str((self.captions, self.label, *how)).encode(), digest_size=6).hexdigest()
+
+    @property
+    def extensions(self) -> set[str]:
+        """Member extensions that hold the captions or the label."""
+        return {caption_key(key).extension for key in self.captions} | ({"cls"} if self.label else set())
+
+    def __str__(self) -> str:
+        described = f" and {' or '.join(sorted(self.extensions))}" if self.extensions else ""
+        return f"a picture ({', '.join(IMAGES)}){described}"
+
+
+def samples(
+    file: BinaryIO, wanted: Wanted, *, names_only: bool = False, report: Callable[[Bad], None] = lambda _: None
+) -> Iterator[dict[str, Any]]:
+    """Usable samples of an open tar file in order: {`key`, extension: bytes, …} (bytes are None with `names_only`).
+
+    A sample is a run of members with one base name; it is usable if it has a picture and one of the wanted members.
+    `report` hears, once each, of samples that have only one of the two or an empty picture, of names that come again
+    (the first counts), of pictures that are lost because their names have a dot (at the end), and of what `walk`
+    reports; a sample with a member cut short by the file's end, or too large to be read, is not used.
+    Raises OSError where the file cannot be read.
+    """
+    current: dict[str, Any] = {}
+    skip = False
+    seen: set[str] = set()
+    last: Bad | None = None
+    extensions, dotted = wanted.extensions, _Dotted(wanted)
+
+    def bad(kind: str, key: str, detail: str = "") -> None:
+        nonlocal last
+        if last is None or last[:2] != (kind, key):  # the members of one sample are one
+            last = Bad(kind, key, detail)
+            report(last)
+
+    for name, size, content in walk(file, bad, wanted.key_split):
+        key, extension = split_name(name, wanted.key_split)
+        extension = (extension or "").lower()
+        if extension not in IMAGES and extension not in extensions and content:
+            dotted.see(name, key)
+            continue
+        if key is None:
+            continue
+        if key != current.get("key"):
+            if not skip and _usable(current, wanted, bad):
+                yield current
+            current, skip = {"key": key}, key in seen
+            seen.add(key)
+            if skip:
+                bad(DUPLICATE, key)
+        if skip:
+            continue
+        if extension in current:
+            bad(DUPLICATE, key)
+        elif content is None:
+            skip = True
+        elif size > LARGEST:
+            skip = True
+            bad(HUGE, key, f"{extension} of {size:,} bytes")
+        elif extension in IMAGES and not size:
+            skip = True
+            bad(EMPTY_PICTURE, key)
+        else:
+            current[extension] = None if names_only else content()
+            if extension in IMAGES:
+                dotted.pictured.add(key)
+    cut = last is not None and last.kind == TRUNCATED  # which is why the last sample lacks something
+    if not skip and _usable(current, wanted, bad if not cut else lambda *_: None):
+        yield current
+    for key in dotted.lost():
+        bad(DOTTED, key, WAY_OUT)
+
+
+class _Dotted:
+    """Pictures that the first-dot rule gives no picture's extension: `photo.v1.jpg` is the `v1.jpg` of `photo`.
+
+    Such a picture is lost unless it is a further member of a sample with a picture, as `000.depth.png` of `000`.
+    """
+
+    def __init__(self, wanted: Wanted) -> None:
+        self.pictured: set[str] = set()
+        """Keys of samples with a picture."""
+        self._extensions = wanted.extensions if wanted.key_split == "first" else None
+        self._pictures: dict[str, str | None] = {}
+        self._described: set[str] = set()
+
+    def see(self, name: str, key: str | None) -> None:
+        """Takes a member that the rule does not use, and its key under the rule."""
+        if self._extensions is None:
+            return
+        stem, extension = split_name(name, "last")
+        extension = (extension or "").lower()
+        if stem and extension in IMAGES:
+            self._pictures.setdefault(stem, key)
+        elif stem and extension in self._extensions:
+            self._described.add(stem)
+
+    def lost(self) -> list[str]:
+        """Names, up to their last dot, of the pictures that are in no sample."""
+        return [s for s, key in self._pictures.items() if key not in self.pictured or s in self._described]
+
+
+def _usable(sample: dict[str, Any], wanted: Wanted, bad: Callable[[str, str], None]) -> bool:
+    """Whether the sample has a picture and, if any are wanted, a wanted member; one with half of that is reported."""
+    pictured = any(image in sample for image in IMAGES)
+    if not wanted.extensions:
+        return pictured
+    described = any(extension in sample for extension in wanted.extensions)
+    if pictured and not described:
+        bad(NO_LABEL if wanted.label else NO_CAPTION, sample["key"])
+    elif described and not pictured:
+        bad(NO_PICTURE, sample["key"])
+    return pictured and described
+
+
+def picture(sample: dict[str, Any]) -> bytes:
+    """The encoded picture."""
+    return next(sample[image] for image in IMAGES if image in sample)
+
+
+def annotation(sample: dict[str, Any], wanted: Wanted) -> tuple[list[str], int]:
+    """A sample's captions, at least one if any are wanted, and its label, -1 if none is. Raises Unusable."""
+    try:
+        found = captions(sample, wanted.captions)
+        "".join(found).encode()  # JSON can spell halves of characters, which no tokeniser takes
+    except (ValueError, RecursionError) as error:
+        raise Unusable(TEXT, str(error)) from None
+    if wanted.captions and not found:
+        raise Unusable(NO_CAPTION)
+    try:
+        return found, int(sample["cls"]) if wanted.label else -1
+    except ValueError:
+        raise Unusable(NO_LABEL, f"{sample['cls'][:20]!r} is no whole number") from None
+
+
+def captions(sample: dict[str, Any], keys: tuple[str, ...]) -> list[str]:
+    """All captions of a sample in the order of `keys`, without empty ones and repetitions.
+
+    Raises ValueError for text that is not UTF-8 or not JSON.
+    """
+    found: list[str] = []
+    parsed: dict[str, Any] = {}
+    for key in map(caption_key, keys):
+        if key.extension not in sample:
+            continue
+        value: Any = sample[key.extension]
+        if not key.path:
+            value = value.decode()
+        else:
+            if key.extension not in parsed:
+                parsed[key.extension] = json.loads(value)
+            value = parsed[key.extension]
+            for part in key.path:
+                value = value.get(part) if isinstance(value, dict) else None
+        texts = [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
+        if key.sentences or key.lines:
+            texts = [part for text in texts for part in (sentences(text) if key.sentences else text.splitlines())]
+        found += texts
+    return list(dict.fromkeys(text.strip() for text in found if text.strip()))

@@ -1,0 +1,118 @@
+"""Pictures with captions or labels, as a loader reads them: the centre or a random crop, and captions drawn anew."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from raychain.data.crops import crop_boxes
+from raychain.data.decode import decode, scale
+from raychain.data.health import Bad
+from raychain.data.order import Rows, draw_captions, mix
+from raychain.data.reader import Share
+from raychain.data.shards import Shard
+from raychain.data.spec import Spec, Tokenize
+from raychain.data.table import Table
+
+SHARED_FROM = 96
+"""Pixels a side from which crops and JPEG are shared out to threads; below, Python's lock costs more than they gain."""
+
+
+@dataclass(frozen=True)
+class PictureReader:
+    """Batches of `images`, uint8 [n, H, W, 3], of `tokens`, int64 [n, per_image, context length], if captions are
+    wanted, of `label`, int64 [n], if labels are, and of `seed`, int64 [n].
+    """
+
+    spec: Spec
+    """What the cache holds."""
+    tokenize: Tokenize | None = None
+    """Needed for captions."""
+    per_image: int = 1
+    """Captions of a picture in a batch."""
+    crop: tuple[float, float] | None = None
+    """Area range of the random crop; None: the centre."""
+
+    @property
+    def digest(self) -> str:
+        return self.spec.digest
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        wanted, captions = self.spec.wanted, {"keys": list(self.spec.wanted.captions), "per_image": self.per_image}
+        found: dict[str, Any] = {"crop": self.crop, "pixels": self.spec.pixels}
+        found |= {"captions": captions} if wanted.captions else {}
+        found |= {"label": True} if wanted.label else {}
+        return found | ({} if wanted.key_split == "first" else {"key_split": wanted.key_split})
+
+    @property
+    def kept(self) -> str:
+        return self.spec.pixels
+
+    @property
+    def least_bytes(self) -> int:
+        return 0 if self.spec.cropped or self.spec.pixels == "jpeg" else self.spec.pixel_bytes
+
+    def decode(self, shard: Shard, bad: list[Bad]) -> Iterator[pa.RecordBatch]:
+        return decode(shard, self.spec, self.tokenize or _none, bad)
+
+    def open(self, content: mmap.mmap | pa.Buffer, name: str) -> Table:
+        return Table(content, name)
+
+    def read(self, rows: Rows, tables: Mapping[int, Table], seed: int, share: Share) -> dict[str, np.ndarray]:
+        place = [(tables[s], r % tables[s].size) for s, r in zip(rows.shard.tolist(), rows.row.tolist(), strict=True)]
+        columns = {"seed": mix(seed, rows.passes, rows.shard, rows.row).view(np.int64)}
+        if self.spec.wanted.captions:
+            columns["tokens"] = self._tokens(rows, place, seed)
+        if self.spec.wanted.label:
+            columns["label"] = np.array([table.label[r] for table, r in place], np.int64)
+        return columns | {"images": self._images(rows, place, seed, share)}
+
+    def _tokens(self, rows: Rows, place: list[tuple[Table, int]], seed: int) -> np.ndarray:
+        first = np.array([table.caption_offset[r] for table, r in place])
+        pool = np.array([table.caption_offset[r + 1] for table, r in place]) - first
+        chosen = first[:, None] + draw_captions(seed, rows, pool, self.per_image)
+        tokens = np.empty((*chosen.shape, place[0][0].tokens.shape[1]), dtype=np.int64)
+        for i, (table, _) in enumerate(place):
+            tokens[i] = table.tokens[chosen[i]]
+        return tokens
+
+    def _images(self, rows: Rows, place: list[tuple[Table, int]], seed: int, share: Share) -> np.ndarray:
+        size = self.spec.image_size
+        images = np.empty((len(place), size, size, 3), dtype=np.uint8)
+        boxes = self._boxes(rows, place, seed)
+
+        def fill(part: int, parts: int) -> None:
+            cut = np.empty(boxes[:, 2:].prod(1).max(initial=0) * 3, np.uint8)  # fresh memory each time takes longer
+            for i in range(part, len(place), parts):
+                table, r = place[i]
+                image = table.image(r)
+                if self.crop is not None:
+                    top, left, h, w = boxes[i]
+                    window = cut[: h * w * 3].reshape(h, w, 3)
+                    window[:] = image[top : top + h, left : left + w]
+                    image = scale(window, size, size)
+                images[i] = image
+
+        if size < SHARED_FROM or (self.crop is None and self.spec.pixels == "raw"):
+            fill(0, 1)
+        else:
+            share(fill)
+        return images
+
+    def _boxes(self, rows: Rows, place: list[tuple[Table, int]], seed: int) -> np.ndarray:
+        """The rows' crops, int64 [n, 4], or [0, 4] without crops."""
+        if self.crop is None:
+            return np.empty((0, 4), np.int64)
+        seeds = mix(seed, rows.passes, rows.shard, rows.row, 1 << 20)
+        height, width = (np.array(side) for side in zip(*((t.height[r], t.width[r]) for t, r in place), strict=True))
+        return crop_boxes(height, width, self.crop, seeds)
+
+
+def _none(_: Sequence[str]) -> np.ndarray:
+    raise ValueError("captions are wanted, and there is no tokeniser")

@@ -1,5 +1,0 @@
-"""One file per architecture: its parameters described by axes. `describe` puts a whole model's description together."""
-
-from raychain.families.architectures.model import ModelDescription, describe
-
-__all__ = ["ModelDescription", "describe"]

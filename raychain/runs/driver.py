@@ -1,0 +1,231 @@
+"""The driver: starts or joins Ray, lets one worker group train the unfinished stages, keeps the run folder."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+from raychain import records, signals
+from raychain.backend_ray.connection import session
+from raychain.backend_ray.gauges import Gauges
+from raychain.core.environment import environment
+from raychain.core.storage import Folder, patiently
+from raychain.errors import Interrupted, RunFailed, one_line
+from raychain.evaluators.metrics import written_down
+from raychain.evaluators.suite import Suite
+from raychain.lease import LEASE, Holder, Lease, patience
+from raychain.pages.writing import leave_report
+from raychain.reporting.events import Event, event
+from raychain.reporting.health import DataHealth
+from raychain.reporting.progress import Progress
+from raychain.reporting.runlog import RUN, RunLog
+from raychain.reporting.trackers import Trackers
+from raychain.runs.group import Groups
+from raychain.runs.store import StageStore, UnusableStageError, usable
+from raychain.runs.takeover import take_over
+from raychain.runs.totals import totals
+from raychain.terminal import say
+from raychain.training.task import ChainTask, StageTask
+
+
+class Watch(NamedTuple):
+    """Somebody who runs several chains at once: sees their events instead of a person, and can stop them."""
+
+    handle: Callable[[Event], None]
+    stop: threading.Event
+
+
+def run_chain(
+    task: ChainTask, *, address: str | None = None, verbose: bool = False, watch: Watch | None = None
+) -> dict[str, Any]:
+    """Trains what is not published yet; returns the content of run.json.
+
+    Waits for a driver that is at work on the same run folder, and for those that train a stage of it for another.
+    Raises RunFailed or Interrupted; run.json says so too, and what was trained is kept. With `watch` nothing is shown.
+    """
+    out = Folder(task.out)
+    store = StageStore(Folder(task.store)) if task.store else None
+    with failing(task.out), contextlib.ExitStack() as stack:
+        lease = stack.enter_context(Lease(out, LEASE))
+        lease.acquire(patience(f"{task.out} is in use", _say))
+        take_over(task, out, store, _say)
+        finished = [_claim(stage, task.suite, out, store, stack) for stage in task.stages]
+        try:
+            return _run(task, out, store, finished, lease, address, verbose, watch)
+        finally:
+            with signals.settled():
+                leave_report(out)
+
+
+def _run(
+    task: ChainTask,
+    out: Folder,
+    store: StageStore | None,
+    finished: Sequence[dict[str, Any] | None],
+    lease: Lease,
+    address: str | None,
+    verbose: bool,
+    watch: Watch | None,
+) -> dict[str, Any]:
+    """`run_chain` once the stages that have no record are this driver's."""
+    started = time.time()
+    header = {
+        "name": task.experiment.name,
+        "config": task.experiment.model_dump(mode="json"),
+        "environment": environment(),
+        "metrics": written_down(task.suite.definitions),
+        "score": score.name if (score := task.experiment.evaluate.judged_by) else None,
+    }
+    health = DataHealth(task.shards, task.experiment.data.max_bad_fraction, records.take(out, RUN, records.RunRecord))
+    progress = Progress(len(task.stages), metrics=task.suite.definitions)
+    show = watch.handle if watch else progress.handle
+    steps = [stage.steps for stage in task.stages]
+    with signals.settled():  # run.json says `running` until `finish`
+        log = RunLog(out, header | {"data_health": health.record()}, finished)
+        if health.exceeded:
+            log.finish("failed", totals(task, time.time() - started))
+            raise RunFailed(health.describe())
+        if all(record and task.measured(record) for record in finished):
+            log.finish("succeeded", totals(task, time.time() - started))
+            return log.run
+        trackers = Trackers(out, task.experiment, task.stages[-1].key, steps, show)
+
+        def finish(status: str) -> None:
+            log.note("data_health", health.record())
+            final = totals(task, time.time() - started)
+            try:
+                log.finish(status, final)
+            except OSError as error:
+                raise RunFailed(f"{task.out} cannot be written: {error}") from error
+            finally:
+                trackers.finish(status, final)
+
+        def spoilt() -> bool:
+            return health.exceeded or lease.lost or (watch is not None and watch.stop.is_set())
+
+        try:
+            shown = contextlib.nullcontext() if watch else progress
+            with (
+                signals.released(),
+                _sharing(task, out, store, show) as share,
+                shown,
+                session(task, address, verbose),
+            ):
+                gauges = Gauges(out.path.rpartition("/")[2])
+                handlers = [health.handle, log.handle, share, trackers.handle, gauges.handle, show]
+                done = {stage.index for stage, record in zip(task.stages, finished, strict=True) if record}
+                complete = _execute(Groups(task, handlers, done, verbose=verbose), spoilt)
+            if health.exceeded:
+                raise RunFailed(health.describe())
+            if lease.lost:
+                raise RunFailed(
+                    f"{task.out} could not be written for too long: another driver may be at work on it now"
+                )
+        except BaseException as error:
+            finish("interrupted" if isinstance(error, KeyboardInterrupt | Interrupted) else "failed")
+            if isinstance(error, KeyboardInterrupt):
+                raise Interrupted from None
+            raise
+        finish("succeeded" if complete else "interrupted")
+        if not complete:
+            raise Interrupted
+        return log.run
+
+
+def _claim(
+    stage: StageTask, suite: Suite, out: Folder, store: StageStore | None, stack: contextlib.ExitStack
+) -> dict[str, Any] | None:
+    """The record of a finished stage, or None once this driver is the one to train it.
+
+    Where another driver trains it, it is waited for. All drivers claim in the order of the chain, so that two never
+    wait for each other. A claim that is lost later, as the store cannot be written any more, stops nothing: at worst
+    another driver trains the stage too.
+    """
+    record = _reused(stage, suite, out, store)
+    while store and record is None:
+        lease = stack.enter_context(store.training(stage.key))
+        told = patience(f"{stage.model} (stage {stage.key[:8]}) is being trained", _say)
+
+        def wait(holder: Holder, told: Callable[[Holder], bool] = told) -> bool:
+            return told(holder) and not store.has(stage.key)
+
+        mine = lease.acquire(wait)
+        record = _reused(stage, suite, out, store)  # who held the lease may have finished it
+        if mine and record is None:
+            break
+        lease.release()
+    return record
+
+
+def _reused(stage: StageTask, suite: Suite, out: Folder, store: StageStore | None) -> dict[str, Any] | None:
+    """The record of a stage that is finished, from the run folder or else from the store."""
+    name = f"stages/{stage.folder}"
+    own = {"index": stage.index}
+    record = store.adopt(stage.key, out, stage.folder, own) if store else usable(out, name, stage.key)
+    if record is None:
+        return None
+    shown = {name: value for name, value in suite.shown(record).items() if name != "files"}
+    return shown | {"status": "reused"}
+
+
+@contextlib.contextmanager
+def _sharing(
+    task: ChainTask, out: Folder, store: StageStore | None, tell: Callable[[Event], None]
+) -> Iterator[Callable[[Event], None]]:
+    """A handler that copies every finished stage to the store, in the background."""
+    with ThreadPoolExecutor(1, thread_name_prefix="share") as pool:
+
+        def contribute(stage: StageTask, record: dict[str, Any]) -> None:
+            assert store
+            try:
+                patiently(lambda: store.contribute(stage.key, out, stage.folder), str(task.store))
+                if record.get("evaluations"):
+                    patiently(lambda: store.add_results(stage.key, record["evaluations"]), str(task.store))
+            except (OSError, UnusableStageError) as error:
+                tell(event("warning", message=f"stage {stage.folder} is not shared through {task.store}: {error}"))
+            tell(event("shared", stage=stage.index, record=record))
+
+        def handle(found: Event) -> None:
+            if store and found["event"] in ("stage_end", "measured"):
+                pool.submit(contribute, task.stages[found["stage"]], found["record"])
+
+        yield handle
+
+
+def _execute(groups: Groups, spoilt: Callable[[], bool]) -> bool:
+    """Trains on Ray until the chain is complete (True), or a signal or `spoilt` had the workers save and return."""
+    try:
+        with stop_signals(groups.stop):
+            return groups.run(spoilt)
+    finally:
+        groups.close()
+
+
+@contextlib.contextmanager
+def failing(address: str) -> Iterator[None]:
+    """Makes errors of storage, which name what they are about but not whose it is, errors of the run at `address`."""
+    try:
+        yield
+    except OSError as error:
+        raise RunFailed(f"{address}: {error}") from error
+
+
+def _say(message: str) -> None:
+    say(one_line(f"raychain: {message}"))
+
+
+@contextlib.contextmanager
+def stop_signals(request_stop: Callable[[], Any]) -> Iterator[None]:
+    """The first signal lets the workers save and return, the second ends the driver at once."""
+
+    def stop() -> None:
+        request_stop()
+        with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: the signal came in the middle of printing
+            _say("stopping: the workers save their state (again: stop at once)")
+
+    with signals.saving(stop):
+        yield

@@ -1,0 +1,310 @@
+"""From an experiment to the task of the workers: data found and counted, step numbers, stage keys. Without Ray."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from raychain import records
+from raychain.config.experiment import Change, Data, Experiment, Train
+from raychain.core.storage import Folder, below, is_local, local_path
+from raychain.data.loader import Feed
+from raychain.data.order import Mixture, Order, Stream
+from raychain.data.pictures import PictureReader
+from raychain.data.reader import Reader
+from raychain.data.shards import Shard, expand
+from raychain.data.spec import representation
+from raychain.demo import DemoError, is_current, make_demo
+from raychain.errors import InputError
+from raychain.evaluators.evaluator import Setting
+from raychain.evaluators.suite import resolve_suite
+from raychain.paradigms import make_paradigm, model_size
+from raychain.paradigms.task import Task
+from raychain.planning.macs import stage_macs
+from raychain.reporting.health import DataHealth
+from raychain.runs.checks import check_health, input_size
+from raychain.runs.identity import FORMER_SCHEMA, Determinants, stage_key, trunk_key
+from raychain.runs.takeover import finished
+from raychain.schema.durations import Duration
+from raychain.training.finished import STAGE_RECORD
+from raychain.training.task import Before, ChainTask, Former, RateChange, StageTask, worker_cpus
+
+
+class Others(NamedTuple):
+    """Lengths that first and grown stages have in other chains."""
+
+    first: tuple[Duration, ...] = ()
+    grown: tuple[Duration, ...] = ()
+
+
+ALONE = Others()
+"""A chain that is trained for itself."""
+
+
+def make_task(
+    experiment: Experiment,
+    out: str,
+    *,
+    store: str | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> ChainTask:
+    """Finds and counts the data, and resolves every stage. Renders the demo shards if the experiment asks for them.
+
+    `store` is the storage whose finished stages are shared.
+    """
+    cache = local_path(experiment.preload.cache, "preload.cache")
+    demo = experiment.data.demo
+    if demo:
+        try:
+            make_demo(Path(demo.out), names=demo.names, pictures=demo.pictures, seed=demo.seed, on_progress=on_progress)
+        except DemoError as error:
+            raise InputError("data.demo", demo.out, "a folder for demo shards", str(error)) from None
+    try:
+        (cache / "counts").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError("preload.cache", cache, "a folder that can be written", str(error)) from None
+    setting = Setting(cache, experiment.data.captions.keys, experiment.data.key_split)
+    suite = resolve_suite(experiment.evaluate, setting)
+    task = ChainTask(
+        experiment=experiment,
+        out=Folder(out).path if is_local(out) else out,
+        store=store,
+        stages=resolve_stages(experiment, _readings(experiment, cache), Folder(out)),
+        suite=suite,
+        threads=max(1, int(worker_cpus(experiment))),
+    )
+    check_health(DataHealth(task.shards, experiment.data.max_bad_fraction))
+    return task
+
+
+def replan(task: ChainTask, experiment: Experiment, out: str, others: Others = ALONE) -> ChainTask:
+    """The task of another chain on the same data and evaluation, which are not looked at again. Raises InputError.
+
+    `others` are the lengths with which the chain's trunks are to be shared.
+    """
+    feed = task.stages[0].feed
+    readings = [Reading(feed.shards, feed.order)] * len(experiment.chain)
+    stages = resolve_stages(experiment, readings, Folder(out), others)
+    return replace(task, experiment=experiment, out=Folder(out).path if is_local(out) else out, stages=stages)
+
+
+def dry_plan(experiment: Experiment) -> dict[str, Any]:
+    """What `--dry-run` shows: every stage's steps, MACs and key.
+
+    Demo shards that are not there yet are not rendered, and keys are None then.
+    """
+    demo, out = experiment.data.demo, below(experiment.storage, experiment.name)
+    if demo and not is_current(Path(demo.out), names=demo.names, pictures=demo.pictures, seed=demo.seed):
+        reading = Reading((), Order((demo.pictures,), experiment.train.seed))
+        stages = resolve_stages(experiment, [reading] * len(experiment.chain), Folder(out))
+        keys: list[str | None] = [None] * len(stages)
+        published = [False] * len(stages)
+    else:
+        task = make_task(experiment, out)
+        stages, published = task.stages, finished(task, Folder(out))
+        keys = [stage.key for stage in stages]
+    shown = ("model", "params", "epoch_samples", "epochs", "steps", "warmup", "lr", "macs")
+    plan = [{name: getattr(stage, name) for name in shown} for stage in stages]
+    return {"stages": [entry | {"published": p, "key": k} for entry, p, k in zip(plan, published, keys, strict=True)]}
+
+
+def epoch_samples(experiment: Experiment, data: Data, where: str = "data.train") -> int:
+    """Samples of an epoch of `data`: as stated, as the demo will render them, or counted. Raises InputError."""
+    demo = experiment.data.demo
+    if data.samples:
+        return data.samples
+    if demo and not is_current(Path(demo.out), names=demo.names, pictures=demo.pictures, seed=demo.seed):
+        return demo.pictures
+    cache = local_path(experiment.preload.cache, "preload.cache")
+    (cache / "counts").mkdir(parents=True, exist_ok=True)
+    return _reading(experiment, data, cache, where).order.samples
+
+
+class Reading(NamedTuple):
+    """The shards of a stage and the order of their samples."""
+
+    shards: tuple[Shard, ...]
+    order: Stream
+
+
+def _readings(experiment: Experiment, cache: Path) -> list[Reading]:
+    """Each stage's data, found and counted once where stages share it. Raises InputError."""
+    known: dict[Data, Reading] = {}
+    readings = []
+    for index in range(len(experiment.chain)):
+        data = experiment.stage_data(index)
+        if data not in known:
+            own = "train" in experiment.chain[index].data.model_fields_set
+            known[data] = _reading(experiment, data, cache, f"chain.{index}.data.train" if own else "data.train")
+        readings.append(known[data])
+    return readings
+
+
+def _reading(experiment: Experiment, data: Data, cache: Path, where: str) -> Reading:
+    paradigm, seed = make_paradigm(experiment.task), experiment.train.seed
+    found = [tuple(paradigm.survey(expand(source.shards, where), data, cache, where)) for source in data.train]
+    weights = tuple(source.weight for source in data.train)
+    counts = [tuple(shard.samples for shard in source) for source in found]
+    order: Stream
+    if set(weights) == {1.0}:
+        order = Order(tuple(itertools.chain(*counts)), seed, data.shuffle_window)
+    else:
+        order = Mixture(tuple(Order(c, seed + i, data.shuffle_window) for i, c in enumerate(counts)), weights, seed)
+    if experiment.train.global_batch > order.samples:
+        raise InputError(
+            "train.global_batch",
+            experiment.train.global_batch,
+            f"at most the {order.samples} samples of an epoch of {where}",
+            "lower it or add data",
+        )
+    return Reading(tuple(itertools.chain(*found)), order)
+
+
+def resolve_stages(
+    experiment: Experiment, readings: Sequence[Reading], out: Folder, others: Others = ALONE
+) -> tuple[StageTask, ...]:
+    """The chain's stages in numbers, each on its reading. Raises InputError for stages too short for their warm-up."""
+    stages: list[StageTask] = []
+    for index, reading in enumerate(readings):
+        stages.append(_stage(experiment, index, reading, out, others, stages[-1] if stages else None))
+    return tuple(stages)
+
+
+def _stage(
+    experiment: Experiment, index: int, reading: Reading, out: Folder, others: Others, before: StageTask | None
+) -> StageTask:
+    """The task of one stage, which follows `before`."""
+    recipe, stage, data = experiment.train, experiment.chain[index], experiment.stage_data(index)
+    grown, every = experiment.transfer if index else None, experiment.evaluate.every
+    epoch_samples = data.samples or reading.order.samples
+    lengths = {"epoch_samples": epoch_samples, "global_batch": recipe.global_batch}
+    steps = stage.epochs.steps(**lengths)
+    if steps < 1:
+        raise InputError(
+            f"chain.{index}.epochs", stage.epochs, "at least one optimiser step", "lengthen it or lower global_batch"
+        )
+    own_warmup = stage.warmup or (grown and grown.warmup) or recipe.warmup
+    warmup, cooldown = own_warmup.steps(**lengths, stage_steps=steps), _cooldown(recipe, lengths, steps)
+    if warmup + cooldown >= steps:
+        given = f"{warmup} warm-up steps" + (f" and {cooldown} of the cool-down" if cooldown else "")
+        raise InputError(f"chain.{index}", f"{given} of {steps}", "less than the stage",
+                         f'set chain.{index}.warmup, for example "10 %"')  # fmt: skip
+    rungs = set()
+    for length in (stage.epochs, *others[min(index, 1)]) if cooldown else ():
+        total = length.steps(**lengths)
+        rung = total - _cooldown(recipe, lengths, total)
+        if own_warmup.steps(**lengths, stage_steps=total) == warmup < rung <= steps - cooldown:
+            rungs.add(rung)
+    paradigm = make_paradigm(experiment.task)
+    config, size = paradigm.config(stage.model), input_size(experiment, index)
+    reader = paradigm.reader(data, config, size, sum(reading.order.counts))
+    betas, eps = paradigm.adam(config)
+    betas, eps = recipe.betas or betas, recipe.eps or eps
+    determinants = Determinants(
+        model=config,
+        size=size,
+        shards=tuple(shard.identity for shard in reading.shards),
+        weights=tuple(source.weight for source in data.train),
+        window=data.shuffle_window,
+        reading=reader.identity,
+        global_batch=recipe.global_batch,
+        steps=steps,
+        warmup=warmup,
+        cooldown=cooldown,
+        average=max(1, recipe.average.steps(**lengths, stage_steps=steps)) if recipe.average else 0,
+        lr=stage.lr or recipe.lr * (grown.lr_scale if grown else 1),
+        schedule=recipe.schedule,
+        betas=betas,
+        eps=eps,
+        weight_decay=recipe.weight_decay,
+        clip_norm=recipe.clip_norm,
+        precision=recipe.precision or "fp32",
+        transfer=grown,
+        seed=recipe.seed + index,
+        task={} if experiment.task == Task() else experiment.task.model_dump(mode="json"),
+        changes=_changes(stage.changes, lengths, steps, f"chain.{index}.changes"),
+    )
+    previous = before.key if before else ""
+    key = stage_key(determinants, previous)
+    folder = f"{index}-{re.sub(r'[^A-Za-z0-9._-]', '_', stage.model)}"
+    record = records.read(out, f"stages/{folder}/{STAGE_RECORD}", records.StageRecord, quiet=True)
+    student = model_size(experiment.task, stage.model, size)
+    follows = grown is not None and grown.distill is not None
+    teacher = model_size(experiment.task, experiment.chain[index - 1].model, size) if follows else None
+    return StageTask(
+        index=index,
+        model=stage.model,
+        config=config,
+        size=size,
+        key=key,
+        former=_former(experiment, determinants, reading, reader, before),
+        folder=folder,
+        steps=steps,
+        warmup=warmup,
+        lr=determinants.lr,
+        betas=betas,
+        eps=eps,
+        precision=determinants.precision,
+        average=determinants.average,
+        cooldown=cooldown,
+        trunk=trunk_key(determinants, previous),
+        rungs=tuple(sorted(rungs)),
+        feed=Feed(reading.shards, reading.order, reader),
+        epoch_samples=epoch_samples,
+        eval_every=max(1, every.steps(**lengths)) if every else 0,
+        epochs=round(steps * recipe.global_batch / epoch_samples, 4),
+        params=student.params,
+        macs=stage_macs(student, teacher, steps * recipe.global_batch, paradigm.items(data)),
+        published=record is not None and record["key"] == key,
+        changes=_histories(determinants, previous),
+    )
+
+
+def _changes(
+    changes: Sequence[Change], lengths: dict[str, int], steps: int, where: str
+) -> tuple[tuple[int, float], ...]:
+    """The learning rates that a stage changes to, each after its step. Raises InputError."""
+    found = tuple((change.at.steps(**lengths), change.lr) for change in changes)
+    if any(a >= b for a, b in itertools.pairwise((0, *(step for step, _ in found), steps))):
+        given = ", ".join(f"{change.at} (step {step})" for change, (step, _) in zip(changes, found, strict=True))
+        raise InputError(where, given, f"rising steps from 1 to {steps - 1}", f"correct {where}.N.at")
+    return found
+
+
+def _histories(stage: Determinants, previous: str) -> tuple[RateChange, ...]:
+    """The stage's changes, each with the identity of the stage that it changes."""
+    found = []
+    for number, (step, lr) in enumerate(stage.changes):
+        before = replace(stage, changes=stage.changes[:number])
+        found.append(RateChange(step, lr, stage_key(before, previous), trunk_key(before, previous)))
+    return tuple(found)
+
+
+def _former(
+    experiment: Experiment, stage: Determinants, reading: Reading, reader: Reader, before: StageTask | None
+) -> Former:
+    """What schema 2 made of the same experiment: a machine decided there how pictures are kept, and the precision."""
+    kept = reader.kept
+    if isinstance(reader, PictureReader):
+        kept = representation(sum(reading.order.counts), reader.spec.pixel_bytes, experiment.preload.budget)
+    precision = experiment.train.precision or ("bf16" if experiment.compute.gpus_per_worker else "fp32")
+    shards = tuple(shard.former for shard in reading.shards)
+    then = replace(stage, shards=shards, reading={**stage.reading, "pixels": kept}, precision=precision)
+    previous = before.former.key if before else ""
+    key, begun = (stage_key(s, previous, FORMER_SCHEMA) for s in (then, replace(then, changes=())))
+    touched = [(shard.changed, shard.address) for shard in reading.shards]
+    touched += [(before.former.changed, before.former.shard)] if before else []
+    changed, shard = max(touched, default=(0.0, ""))
+    parent = Before(before.key, before.former.key, before.folder) if before else None
+    return Former(key, begun, parent, kept, shard, changed)
+
+
+def _cooldown(recipe: Train, lengths: dict[str, int], steps: int) -> int:
+    """Steps of the cool-down of a stage of `steps`."""
+    if recipe.schedule != "wsd":
+        return 0
+    return max(1, (recipe.cooldown or Duration(20, "%")).steps(**lengths, stage_steps=steps))

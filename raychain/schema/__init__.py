@@ -1,0 +1,1 @@
+"""What the parts of an experiment file are made of: components, durations, caption keys, problems, YAML."""

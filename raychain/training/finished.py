@@ -1,0 +1,108 @@
+"""Finished stages in the run folder: written, read, and completed by what is measured of them later."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from raychain import records
+from raychain.core.finite import not_finite
+from raychain.core.storage import Folder, patiently
+from raychain.evaluators.suite import Results
+from raychain.growth import Moments
+from raychain.training.artifact import load_moments, write_artifact
+from raychain.training.state import TrainState, all_finite
+from raychain.training.task import ChainTask, StageTask
+
+STAGE_RECORD = "stage.json"
+
+
+class Trained(NamedTuple):
+    """A finished stage's model, and AdamW's moments at its end."""
+
+    model: nn.Module
+    moments: Moments | None
+
+
+class FinishedStages:
+    """The chain's stages that are finished. Rank 0 alone writes."""
+
+    def __init__(self, task: ChainTask) -> None:
+        self._task, self._out = task, Folder(task.out)
+
+    def record(self, stage: StageTask) -> dict[str, Any] | None:
+        """The record of the stage; None if it is not finished."""
+        name = f"stages/{stage.folder}/{STAGE_RECORD}"
+        record = records.read(self._out, name, records.StageRecord, quiet=True)
+        return record if record is not None and record["key"] == stage.key else None
+
+    def load(self, stage: StageTask, device: torch.device) -> Trained:
+        """A finished stage. Raises FloatingPointError if it is not finite, as versions before checked none."""
+        with tempfile.TemporaryDirectory(prefix="raychain-") as scratch:
+            folder = self._out.fetch(f"stages/{stage.folder}", Path(scratch) / "stage")
+            model, moments = self._task.paradigm.load(folder), load_moments(folder)
+            if (problem := not_finite(model.state_dict())) is not None:
+                raise FloatingPointError(f"stages/{stage.folder} cannot be gone on from: {problem}")
+        found = [*moments.exp_avg.values(), *moments.exp_avg_sq.values()] if moments else []
+        if not all_finite(found):
+            shared = f" and store/{stage.key} in {self._task.store}" if self._task.store else ""
+            raise FloatingPointError(
+                f"{stage.model} is finished, but its AdamW moments are not finite. "
+                f"Remove stages/{stage.folder} in {self._out.address}{shared} to train it again."
+            )
+        return Trained(model.to(device), moments)
+
+    def publish(self, stage: StageTask, state: TrainState, moments: Moments) -> dict[str, Any]:
+        """Writes the stage's folder, and returns its record, which has no metrics yet. Raises OSError."""
+        counters, transfer = state.counters, self._task.experiment.transfer
+        record = {
+            "index": stage.index,
+            "model": stage.model,
+            "key": stage.key,
+            "status": "trained",
+            "epochs": stage.epochs,
+            "steps": counters.step,
+            "samples_seen": counters.samples,
+            "params": stage.params,
+            "macs": stage.macs,
+            "wall_s": round(counters.wall_s, 3),
+            "gap_s": None if counters.gap_s is None else round(counters.gap_s, 3),
+            "data_wait_s": round(counters.data_wait_s, 3),
+            "lr": stage.lr,
+            "changes": [{"step": change.step, "lr": change.lr} for change in stage.changes],
+            "transfer": transfer.model_dump(mode="json") if stage.index else None,
+            "checkpoint": f"stages/{stage.folder}",
+            **self._task.suite.recorded({}),
+            "published": round(time.time(), 3),
+        }
+        with tempfile.TemporaryDirectory(prefix="raychain-") as scratch:
+            files = write_artifact(
+                Path(scratch),
+                self._task.paradigm,
+                state.model,
+                stage.config,
+                stage.size,
+                projector=state.student.projector,
+                moments=moments,
+            )
+            (Path(scratch) / STAGE_RECORD).write_text(json.dumps({**record, "files": files}, indent=2) + "\n")
+            name = f"stages/{stage.folder}"
+            patiently(lambda: self._out.publish(Path(scratch), name, STAGE_RECORD), f"{self._out.address}/{name}")
+        return record
+
+    def add(self, stage: StageTask, results: Results) -> dict[str, Any] | None:
+        """Adds what was measured to the stage's record, and returns it as runs show it; None if it is not finished."""
+        record, suite = self.record(stage), self._task.suite
+        if record is None:
+            return None
+        name = f"stages/{stage.folder}/{STAGE_RECORD}"
+        content = record | suite.recorded(suite.results(record) | results)
+        patiently(lambda: self._out.write_json(name, content), f"{self._out.address}/{name}")
+        shown = {key: value for key, value in suite.shown(content).items() if key != "files"}
+        return shown | {"status": "reused" if stage.published else "trained"}
