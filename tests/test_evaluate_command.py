@@ -254,3 +254,56 @@ def test_what_is_wrong_is_one_message(case, clip, folder, demo, cache, tmp_path,
         assert part in err
     assert "Traceback" not in err
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_file_of_evaluators_gives_one_table_with_the_mean(
+    folder: Path, demo: Path, retrieval: Path, cache: Path, tmp_path: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    file = tmp_path / "sets.yaml"
+    file.write_text(
+        'test: {type: zero_shot, data: "{root}/zero_shot/test"}\n'
+        'validation: {type: zero_shot, data: "{root}/zero_shot/validation"}\n'
+        f"coco: {{type: retrieval, data: {retrieval}, captions: txt|lines}}\n"
+    )
+    arguments = [folder, "--evaluators", file, "--root", f"{demo}/", "--cache", cache]
+    status, out, err = call(capsys, monkeypatch, *arguments, "--json")
+    assert status == 0, err
+    found = json.loads(out)
+    assert found["results"] == []
+    assert set(found["metrics"]) >= {"test/top1", "validation/top5", "coco/i2t_r10"}
+    alone = raychain.evaluate(str(folder), str(demo / "zero_shot" / "test"), cache=str(cache))
+    assert found["metrics"]["test/top1"] == alone["results"][0]["metrics"]["zero_shot_top1"]
+    status, out, _ = call(capsys, monkeypatch, *arguments)
+    mean = (found["metrics"]["test/top1"] + found["metrics"]["validation/top1"]) / 2
+    [line] = [line for line in out.splitlines() if line.startswith("mean of 2 × zero shot top1")]
+    assert abs(float(line.split()[-1]) - mean) < 0.06
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--evaluators", "vtab-pus"], "did you mean vtab-plus"),
+        (["--evaluators", "vtab-plus"], "evaluators.root"),
+        (["--evaluators", "vtab-plus", "--root", "nowhere"], "nowhere/wds_imagenet1k"),
+        (["--root", "data", "--data", "data"], "--root"),
+        ([], "nothing to measure on"),
+    ],
+)
+def test_what_is_wrong_with_evaluators_is_one_message(
+    folder: Path, cache: Path, capsys: Any, monkeypatch: Any, arguments: list[str], said: str
+) -> None:
+    status, _, err = call(capsys, monkeypatch, folder, *arguments, "--cache", cache)
+    assert status == 2
+    assert said in err
+
+
+def test_an_experiment_takes_the_evaluators_of_a_file() -> None:
+    from raychain.config.loading import validate
+
+    tree = {"name": "x", "data": {"train": "d"}, "chain": [{"model": "CoM-micro-T", "epochs": 1}]}
+    listed = {"file": "vtab-plus", "root": "s3://bucket/wds/", "cars": {"type": "zero_shot", "data": "mine"}}
+    found = validate(tree | {"evaluate": listed | {"score": "imagenet1k/top1"}}).evaluate
+    assert len(found.named) == 37
+    assert found.named["imagenet1k"].data == "s3://bucket/wds/wds_imagenet1k"
+    assert found.named["cars"].data == "mine"
+    assert validate(tree | {"evaluate": found.model_dump(mode="json")}).evaluate == found

@@ -1,31 +1,32 @@
-"""`raychain.evaluate`: zero-shot classification and retrieval of one checkpoint, with clip_benchmark's numbers."""
+"""`raychain.evaluate`: measures one checkpoint by any number of evaluators, with clip_benchmark's numbers."""
 
 from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from raychain.core.storage import local_path
 from raychain.errors import InputError, RunFailed, nearest
 from raychain.terminal.counting import CountingLine
 
+if TYPE_CHECKING:
+    from raychain.evaluators.config import Evaluate
+
 CAPTIONS = ("txt|lines",)
-
-
 CACHE = "~/.cache/raychain"
-
-
 ALLOWED = "a folder or file that exists: an open_clip folder, a stage folder, a .safetensors or .pt file; s3:// too"
 
 
 def evaluate(
     checkpoint: str,
-    data: str | Sequence[str],
+    data: str | Sequence[str] = (),
     *,
+    evaluators: str | Mapping[str, Any] | None = None,
+    root: str | None = None,
     model: str | None = None,
     captions: Sequence[str] = CAPTIONS,
     key_split: Literal["first", "last"] = "first",
@@ -35,40 +36,49 @@ def evaluate(
     budget: int | None = None,
     models: str | None = None,
 ) -> dict[str, Any]:
-    """Measures a checkpoint in fp32 on each of the addresses `data`; returns what `--json` prints.
+    """Measures a checkpoint in fp32 on each of the addresses `data` and by `evaluators`; returns what `--json` prints.
 
     `checkpoint` is what `read_checkpoint` takes, also on object storage; `model` names the architecture of a weights
     file, whose names the folder of model configs `models` may add to. Which tasks an address holds,
     `raychain.evaluators.finding` tells; `captions` and `key_split` are as `data.captions.keys` and `data.key_split` of
-    a run. Decoded pictures are kept in `cache`, at most `budget` bytes (default 64 GiB).
+    a run. `evaluators` is what stands under `evaluate:` of an experiment, or the name of a file of evaluators, in
+    whose addresses `root` stands for `{root}`. Decoded pictures are kept in `cache`, at most `budget` bytes (default
+    64 GiB).
 
     Returns {`checkpoint`, `model`, `params`, `image_size`, `device`, `seconds`, `results`: [{`data`, `task`,
-    `pictures`, …, `metrics`: {`zero_shot_top1`, …, `i2t_r1`, …} in percent}]}.
+    `pictures`, …, `metrics`: {`zero_shot_top1`, …, `i2t_r1`, …} in percent}], and of `evaluators` `metrics`:
+    {`NAME/METRIC`: value} and `definitions`: {`NAME/METRIC`: {`unit`, `best`, …}}}.
 
     Raises InputError for wrong arguments, RunFailed where a shard cannot be read or features are not finite.
     """
     from raychain.data.cache import ShardCache
     from raychain.evaluators.context import Context
+    from raychain.evaluators.evaluator import HeldOut, Setting
     from raychain.evaluators.finding import find_tasks
     from raychain.evaluators.measure import measure
-    from raychain.evaluators.metrics import FORMER
+    from raychain.evaluators.metrics import FORMER, written_down
+    from raychain.evaluators.suite import resolve_suite
     from raychain.models.registry import use_models
     from raychain.models.tokenizing import make_tokenizer
 
     started, addresses = time.monotonic(), [data] if isinstance(data, str) else list(data)
     where = _device(device)
     _check_captions(captions)
+    named = _named(evaluators, root)
+    if not addresses and not named.named:
+        raise InputError("raychain evaluate", "nothing to measure on", "--data, --evaluators or both", "give one")
     use_models(models, "--models")
     read = _read(checkpoint, model)
     size, resizing, preprocessing = _preprocessing(read.model, checkpoint)
     folder = _cache_folder(cache)
     tasks = [(a, task) for a in addresses for task in find_tasks(a, captions, folder, "--data", key_split)]
+    suite = resolve_suite(named, Setting(folder, tuple(captions), key_split))
     tokenize = make_tokenizer(read.config)
-    clip, results = read.model.to(where), []
-    for address, task in tasks:
-        described = _described(task)
+    clip = read.model.to(where)
+
+    def measured(held_out: HeldOut, what: str) -> dict[str, float]:
         try:
-            with CountingLine(f"{described['task']}, pictures") as line:
+            with CountingLine(f"{what}, samples") as line:
                 context = Context(
                     cache=ShardCache(folder, budget or 64 * 2**30),
                     tokenize=tokenize,
@@ -78,14 +88,20 @@ def evaluate(
                     device=where,
                     batch_size=batch_size,
                     resizing=resizing,
-                    progress=partial(_show, line, described["pictures"]),
+                    progress=partial(_show, line, held_out.samples),
                 )
-                found = measure(clip, task, context)
-                former = [d for d in FORMER if d.name.startswith(described["task"])]
-                metrics = {d.former: found[d.name.partition("/")[2]] for d in former}
+                return measure(clip, held_out, context)
         except (OSError, FloatingPointError) as error:
             raise RunFailed(str(error)) from None
+
+    results = []
+    for address, task in tasks:
+        described = _described(task)
+        found = measured(task, described["task"])
+        former = [d for d in FORMER if d.name.startswith(described["task"])]
+        metrics = {d.former: found[d.name.partition("/")[2]] for d in former}
         results.append({"data": address, **described, "metrics": metrics})
+    of_suite = {e.digest: measured(e.held_out, e.name) for e in suite.evaluations}
     return {
         "checkpoint": checkpoint,
         "model": model,
@@ -94,7 +110,30 @@ def evaluate(
         "device": str(where),
         "seconds": round(time.monotonic() - started, 2),
         "results": results,
+        **({"metrics": suite.metrics(of_suite), "definitions": written_down(suite.definitions)} if of_suite else {}),
     }
+
+
+def _named(evaluators: str | Mapping[str, Any] | None, root: str | None) -> Evaluate:
+    """The evaluators of a file or of a mapping. Raises InputError."""
+    from pydantic import ValidationError
+
+    from raychain.evaluators.config import Evaluate
+    from raychain.schema.problems import WHERE, explain
+
+    given = {"file": evaluators} if isinstance(evaluators, str) else dict(evaluators or {})
+    if root is not None:
+        if not evaluators:
+            raise InputError("--root", root, "the address for {root} of --evaluators", "give --evaluators, or leave it")
+        given["root"] = root
+    try:
+        return Evaluate.model_validate(given)
+    except ValidationError as error:
+        first, *more = (
+            InputError(".".join(map(str, ("evaluators", *p.where))), p.given, p.allowed, p.fix.replace(WHERE, "it"))
+            for p in explain(error, Evaluate)
+        )
+        raise InputError(*first.args, *more) from None
 
 
 def _read(checkpoint: str, model: str | None) -> Any:

@@ -1,4 +1,4 @@
-"""`raychain evaluate`: zero-shot classification and retrieval of one checkpoint, with clip_benchmark's numbers."""
+"""`raychain evaluate`: measures one checkpoint by any number of evaluators, with clip_benchmark's numbers."""
 
 from __future__ import annotations
 
@@ -19,8 +19,13 @@ from raychain.terminal import delivered, say
 def evaluate_command(
     checkpoint: Annotated[str, typer.Argument(help="open_clip or stage folder, .safetensors or .pt file; s3:// too.")],
     data: Annotated[
-        list[str], typer.Option("--data", help="clip_benchmark folder, folder of shards, or pattern; may be repeated.")
-    ],
+        list[str] | None,
+        typer.Option("--data", help="clip_benchmark folder, folder of shards, or pattern; may be repeated."),
+    ] = None,
+    evaluators: Annotated[
+        str | None, typer.Option(help="File of evaluators as under `evaluate:`, or a shipped one's name: vtab-plus.")
+    ] = None,
+    root: Annotated[str | None, typer.Option(help="Address for {root} in the file of --evaluators.")] = None,
     model: Annotated[str | None, typer.Option(help="Architecture of a weights file that does not say it.")] = None,
     captions: Annotated[
         list[str] | None,
@@ -33,10 +38,11 @@ def evaluate_command(
     models: Annotated[str | None, typer.Option(help="Folder of open_clip model configs: NAME.json.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")] = False,
 ) -> None:
-    """Measure zero-shot classification and retrieval of CHECKPOINT, as clip_benchmark does, in fp32."""
+    """Measure CHECKPOINT in fp32: zero-shot classification and retrieval as clip_benchmark does, or any evaluators."""
     chosen = tuple(captions or CAPTIONS)
     options: dict[str, Any] = {"device": device, "batch_size": batch_size, "cache": cache, "models": models}
-    result = evaluate(checkpoint, data, model=model, captions=chosen, key_split=key_split, **options)
+    options |= {"evaluators": evaluators, "root": root}
+    result = evaluate(checkpoint, data or (), model=model, captions=chosen, key_split=key_split, **options)
     if as_json:
         say(json.dumps(result, indent=2), sys.stdout)
     else:

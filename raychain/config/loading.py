@@ -14,20 +14,16 @@ from raychain.config.experiment import Experiment
 from raychain.core.storage import regular_file
 from raychain.errors import InputError, nearest
 from raychain.schema.problems import WHERE, explain
-from raychain.schema.yaml_text import LARGEST, YamlError, read_yaml
+from raychain.schema.yaml_text import YamlError, read_yaml, read_yaml_file, shipped
 
 _EXPONENT = re.compile(r"[+-]?[0-9]+(\.[0-9]*)?[eE][+-]?[0-9]+")
 SHOWN = 10
 """Problems of an experiment that are shown."""
-PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def shipped_experiments() -> dict[str, Path]:
     """Name → file of the experiments that come with raychain (repository checkout or installed wheel)."""
-    for folder in (PACKAGE / "experiments", PACKAGE.parent / "experiments"):
-        if folder.is_dir():
-            return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
-    return {}
+    return shipped()
 
 
 def find_experiment(name: str) -> Path:
@@ -50,11 +46,7 @@ def load_experiment(name: str, overrides: Sequence[str] = ()) -> Experiment:
     """The validated experiment of a YAML path or shipped name, with `dotted.key=value` overrides (values are YAML)."""
     path = find_experiment(name)
     try:
-        with path.open("rb") as file:
-            content = file.read(LARGEST + 1)
-        if len(content) > LARGEST:
-            raise YamlError(f"more than {LARGEST:,} bytes")
-        tree = read_yaml(content)
+        tree = read_yaml_file(path)
     except YamlError as error:
         where = f"{path}, line {error.line}" if error.line else str(path)
         raise InputError(where, str(error), "a YAML mapping of experiment keys", "correct the file there") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Protocol
@@ -58,6 +59,6 @@ class Evaluator(Component):
     type: str
     """Which evaluator it is."""
 
+    @abstractmethod
     def resolve(self, where: str, setting: Setting) -> HeldOut:
         """Finds and checks the data. Raises InputError, which names `where`."""
-        raise NotImplementedError

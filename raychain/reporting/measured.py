@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich import box
@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from raychain.errors import one_line
+from raychain.evaluators.metrics import Definition, means, read_back
 from raychain.terminal.console import make_console
 
 HEADINGS = ("task", "data", "pictures", "result (%)")
@@ -26,13 +27,32 @@ def measured_table(result: Mapping[str, Any], console: Console | None = None) ->
         highlight=False,
         soft_wrap=True,
     )
+    if result["results"]:
+        _by_address(console, result["results"])
+    if result.get("definitions"):
+        _by_evaluator(console, read_back({"metrics": result["definitions"]}), result["metrics"])
+
+
+def _by_address(console: Console, rows: Iterable[Mapping[str, Any]]) -> None:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for heading in HEADINGS:
         table.add_column(heading, justify="right" if heading == "pictures" else "left", overflow="fold")
-    for row in result["results"]:
+    for row in rows:
         what = f"{row['classes']:,} classes, {row['templates']:,} templates" if "classes" in row else "recall"
         pictures = f"{row['pictures']:,}"
         table.add_row(LABELS[row["task"]], Text(f"{one_line(row['data'])}\n{what}"), pictures, _numbers(row["metrics"]))
+    console.print(table)
+
+
+def _by_evaluator(console: Console, definitions: Sequence[Definition], metrics: Mapping[str, Any]) -> None:
+    """A row for each metric that matters most; means over evaluators of a type below them."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for heading in ("metric", "", "value"):
+        table.add_column(heading, justify="right" if heading == "value" else "left", overflow="fold")
+    for found in (d for d in definitions if d.brief):
+        table.add_row(Text(found.label), found.unit, found.number(found.value(metrics)))
+    for mean in means(definitions, metrics):
+        table.add_row(Text(mean.definition.label, "bold"), mean.definition.unit, mean.definition.number(mean.value))
     console.print(table)
 
 

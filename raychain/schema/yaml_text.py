@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -11,6 +12,9 @@ from yaml.constructor import ConstructorError
 from yaml.nodes import MappingNode, Node, ScalarNode
 from yaml.reader import ReaderError
 
+from raychain.core.storage import regular_file
+
+PACKAGE = Path(__file__).resolve().parents[1]
 LARGEST = 2**20
 """Bytes of a file."""
 DEEPEST = 30
@@ -52,6 +56,24 @@ def read_yaml(text: str | bytes) -> Any:
         raise YamlError(said, text[: error.position].count(end) + 1) from None  # type: ignore[arg-type]
     except yaml.YAMLError as error:
         raise YamlError(" ".join(str(error).split())) from None
+
+
+def read_yaml_file(path: Path) -> Any:
+    """`read_yaml` of a regular file. Raises OSError, or YamlError, also for more than LARGEST bytes."""
+    regular_file(path)
+    with path.open("rb") as file:
+        content = file.read(LARGEST + 1)
+    if len(content) > LARGEST:
+        raise YamlError(f"more than {LARGEST:,} bytes")
+    return read_yaml(content)
+
+
+def shipped(folder: str = "") -> dict[str, Path]:
+    """Name → YAML file of what comes with raychain in `experiments/FOLDER`, in a checkout or an installed wheel."""
+    for top in (PACKAGE / "experiments", PACKAGE.parent / "experiments"):
+        if top.is_dir():
+            return {path.stem: path for path in sorted((top / folder).glob("*.yaml"))}
+    return {}
 
 
 class _Loader(yaml.SafeLoader):
