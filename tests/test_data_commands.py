@@ -24,7 +24,7 @@ from PIL import Image
 from test_broken_shards import pair, shard_of
 from test_feed import encode, plain
 
-from raychain.cli import commands
+from raychain.cli.commands import commands
 from raychain.cli.program import guarded
 from raychain.data import health, pixels
 from raychain.data.members import Wanted, captions
@@ -215,7 +215,7 @@ def test_urls_are_packed_in_order_and_failures_listed(data, server, tmp_path):
     }
     assert [json.loads(x)["row"] for x in (tmp_path / "out/failed.jsonl").read_text().splitlines()] == [2, 4, 5, 7, 8]
     files = members_of(tmp_path / "out" / "00000.tar")
-    assert list(files) == [f"{n:09d}.{e}" for n in (0, 1, 3) for e in ("png", "json", "txt")]
+    assert list(files) == [f"{n:09d}.{e}" for n in (0, 1, 3) for e in ("json", "png", "txt")]
     assert files["000000003.png"] == plain(3), "original bytes"
     assert files["000000003.txt"] == b"caption 3"
     about = json.loads(files["000000003.json"])

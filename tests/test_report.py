@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 import raychain
-from raychain.cli import commands
+from raychain.cli.commands import commands
 from raychain.core.storage import Folder
 from raychain.errors import InputError
 from raychain.pages import scales, searched, timeline

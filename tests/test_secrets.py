@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from typer.testing import CliRunner
 
-from raychain.cli import commands
+from raychain.cli.commands import commands
 from raychain.cli.program import guarded
 from raychain.core.storage import Folder
 from raychain.errors import InputError, one_line, without_secrets

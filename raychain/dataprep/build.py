@@ -11,7 +11,6 @@ import hashlib
 import io
 import json
 import logging
-import tarfile
 import threading
 import warnings
 from collections import Counter, deque
@@ -251,16 +250,19 @@ def _pack(
     folder: Folder, shard: int, first: int, entries: Sequence[Entry], fetchers: _Fetchers
 ) -> Iterator[Packed | None]:
     """Writes a shard and its statistics, each whole or not at all; yields each picture, or None for a failed row."""
+    from webdataset import TarWriter  # seconds, as it imports torch: not for --help
+
     target = Path(folder.path) / f"{shard:05d}.tar"
     scratch = target.with_suffix(".tar.tmp")
     failed = []
-    with tarfile.open(scratch, "w", format=tarfile.USTAR_FORMAT) as tar:
+    # Time and owner stay empty, so that equal rows give equal bytes.
+    with scratch.open("wb") as file, TarWriter(file, user="", group="", mtime=0, encoder=False) as tar:
         for row, (entry, result) in enumerate(zip(entries, fetchers.results(entries), strict=True), first):
             if isinstance(result, str):
                 failed.append({"row": row, "image": entry.image, "reason": result})
                 yield None
                 continue
-            _add(tar, f"{row:09d}", entry, result)
+            tar.write(_sample(f"{row:09d}", entry, result))
             yield result
     scratch.replace(target)
     folder.write_json(
@@ -275,7 +277,8 @@ def _pack(
     )
 
 
-def _add(tar: tarfile.TarFile, key: str, entry: Entry, packed: Packed) -> None:
+def _sample(key: str, entry: Entry, packed: Packed) -> dict[str, str | bytes]:
+    """A sample as webdataset writes it: the picture, img2dataset's JSON, and the first caption."""
     about = {
         "key": key,
         "image": without_secrets(entry.image),
@@ -285,11 +288,9 @@ def _add(tar: tarfile.TarFile, key: str, entry: Entry, packed: Packed) -> None:
         "height": packed.height,
         "status": "success",
     }
-    for extension, content in (
-        (packed.extension, packed.content),
-        ("json", json.dumps(about, ensure_ascii=False).encode("utf-8", "replace")),
-        ("txt", entry.captions[0].encode("utf-8", "replace")),
-    ):
-        info = tarfile.TarInfo(f"{key}.{extension}")  # time and owner stay 0, so that equal rows give equal bytes
-        info.size = len(content)
-        tar.addfile(info, io.BytesIO(content))
+    return {
+        "__key__": key,
+        packed.extension: packed.content,
+        "json": json.dumps(about, ensure_ascii=False).encode("utf-8", "replace"),
+        "txt": entry.captions[0].encode("utf-8", "replace"),
+    }
