@@ -340,6 +340,8 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @given(mutated())
 @example({"model_cfg": CONFIG | {"vision_cfg": CONFIG["vision_cfg"] | {"image_size": [16, 16]}}})
 @example({"model_cfg": CONFIG | {"vision_cfg": CONFIG["vision_cfg"] | {"patch_size": None}}})
+@example({"model_cfg": CONFIG | {"vision_cfg": CONFIG["vision_cfg"] | {"image_size": [{}, [1]]}}})
+@example({"model_cfg": CONFIG | {"vision_cfg": CONFIG["vision_cfg"] | {"image_size": [16, 24]}}})
 @example({"model_cfg": CONFIG | {"vision_cfg": CONFIG["vision_cfg"] | {"layers": [1, 1, 1, 1]}}})
 @example({"model_cfg": CONFIG | {"text_cfg": CONFIG["text_cfg"] | {"embed_cls": True}}})
 @example({"model_cfg": CONFIG | {"custom_text": True}})

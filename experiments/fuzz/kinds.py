@@ -25,16 +25,16 @@ from test_takeover import STAGES, leave, task_of
 
 import raychain
 from raychain.backend_ray import connection
-from raychain.chain import driver
 from raychain.config.loading import load_experiment, validate
-from raychain.config.task import Task
-from raychain.families import build, model_config
-from raychain.feed.cache import ShardCache
-from raychain.feed.members import Wanted
-from raychain.feed.pictures import PictureReader
-from raychain.feed.shards import expand, survey
-from raychain.feed.spec import Spec
+from raychain.data.cache import ShardCache
+from raychain.data.members import Wanted
+from raychain.data.pictures import PictureReader
+from raychain.data.shards import expand, survey
+from raychain.data.spec import Spec
+from raychain.models import build, model_config
 from raychain.paradigms import make_paradigm
+from raychain.paradigms.task import Task
+from raychain.runs import driver
 from raychain.searching.request import plan_search
 from raychain.training.artifact import write_artifact
 

@@ -20,13 +20,14 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path[:0] = [str(HERE), str(ROOT), str(ROOT / "tests")]
 
+import kinds  # noqa: E402
 from hypothesis import HealthCheck, Phase, given, seed, settings  # noqa: E402
 from hypothesis.errors import HypothesisException, HypothesisWarning  # noqa: E402
-from kinds import KINDS, Case, prepare  # noqa: E402
+from kinds import Case  # noqa: E402
 from run import waited  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
-from raychain.cli import commands  # noqa: E402
+from raychain.cli.commands import commands  # noqa: E402
 from raychain.errors import InputError, Interrupted, RunFailed  # noqa: E402
 
 SHRINKING = 150
@@ -157,7 +158,7 @@ class Trying:
                 settings(
                     max_examples=300, database=None, deadline=None, phases=[Phase.generate, Phase.shrink],
                     suppress_health_check=list(HealthCheck), report_multiple_bugs=False, print_blob=False,
-                )(given(KINDS[self.kind])(self.one))
+                )(given(kinds.KINDS[self.kind])(self.one))
             )()  # fmt: skip
 
 
@@ -166,7 +167,9 @@ def saved(kind: str, case: Case) -> str:
     steps = [
         {
             "files": {name: base64.b64encode(content).decode() for name, content in files.items()},
-            "command": arguments.__name__ if callable(arguments) else list(arguments),
+            "command": arguments.__name__
+            if callable(arguments)
+            else [a.replace(str(kinds.BASE), "BASE") for a in arguments],
         }
         for files, arguments in case
     ]
@@ -175,12 +178,12 @@ def saved(kind: str, case: Case) -> str:
 
 def loaded(document: Mapping[str, Any]) -> Case:
     """The reverse of `saved`."""
-    import kinds
-
     return [
         (
             {name: base64.b64decode(content) for name, content in step["files"].items()},
-            getattr(kinds, step["command"]) if isinstance(step["command"], str) else step["command"],
+            getattr(kinds, step["command"])
+            if isinstance(step["command"], str)
+            else [argument.replace("BASE", str(kinds.BASE)) for argument in step["command"]],
         )
         for step in document["steps"]
     ]
@@ -205,7 +208,7 @@ def peak() -> int:
 def main() -> None:
     kind, number, pipe, scratch, faults, *replayed = sys.argv[1:]
     trying = Trying(kind, int(pipe), Path(scratch), Path(faults))
-    prepare(Path(scratch) / "base")
+    kinds.prepare(Path(scratch) / "base")
     if replayed:
         document = json.loads(Path(replayed[0]).read_text())
         trying._faults = Path(scratch)

@@ -215,11 +215,10 @@ def refused(name: str, config: dict[str, Any]) -> str | None:
             f"model {name!r} is a CoCa model with a caption decoder; chains train contrastive models only, for example "
             f"'ViT-B-32'."
         )
-    size = vision.get("image_size", 224)
-    if isinstance(size, list | tuple) and len(set(size)) > 1:
-        return (
-            f"model {name!r} is for pictures of {size[0]} × {size[1]} pixels; raychain prepares square ones, {example}."
-        )
+    match vision.get("image_size", 224):
+        case [int() as height, int() as width] if height != width:
+            shown = f"{height} × {width} pixels"
+            return f"model {name!r} is for pictures of {shown}; raychain prepares square ones, {example}."
     return None
 
 
