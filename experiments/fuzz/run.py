@@ -5,7 +5,7 @@ are called on them. A fault is an exception that is not one of raychain's own me
 2 GiB of the worker or one of its children. It is saved under --faults as a file that --replay takes; inputs that raise
 are made smaller first, and what takes too long is tried again in a fresh worker before it counts. The kinds take turns
 on one core; the time in which a worker starts, or waits for a core that other programs have, does not count. Exit
-status 1: there was a fault.
+status 1: there was a fault. Ctrl-C ends it with a record of what there is.
 Usage: python experiments/fuzz/run.py [--minutes 10] [--seed N] [--kinds tar,table] [--replay FILE]
 """
 
@@ -146,11 +146,12 @@ class Fuzzing:
         self._workers: dict[str, Worker] = {}
 
     def run(self, seconds: float) -> None:
-        """Gives the kinds turns until they have had so many seconds together; starting a worker does not count."""
-        while sum(tally.seconds for tally in self.tallies.values()) < seconds:
-            kind = min(self.tallies, key=lambda kind: self.tallies[kind].seconds)
-            self._turn(kind, min(TURN_S, seconds / len(self.tallies)))
-            self._show()
+        """Gives the kinds turns until they have had so many seconds together, or Ctrl-C."""
+        with contextlib.suppress(KeyboardInterrupt):
+            while sum(tally.seconds for tally in self.tallies.values()) < seconds:
+                kind = min(self.tallies, key=lambda kind: self.tallies[kind].seconds)
+                self._turn(kind, min(TURN_S, seconds / len(self.tallies)))
+                self._show()
         for worker in self._workers.values():
             worker.close()
 
@@ -266,6 +267,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     fuzzing.run(60 * options.minutes)
     record = {
         "command": f"python experiments/fuzz/run.py --minutes {options.minutes:g} --seed {options.seed}",
+        "minutes": round(sum(tally.seconds for tally in fuzzing.tallies.values()) / 60, 1),
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
         "commit": _commit(),
         "machine": {"platform": platform.platform(), "cpu": _cpu(), "python": platform.python_version()},
