@@ -106,15 +106,19 @@ class Trying:
         """Sends one message."""
         os.write(self._pipe, json.dumps(message).encode() + b"\n")
 
+    def wait(self) -> None:
+        """Returns when `run.py` says so; ends the process when that has ended."""
+        self.tell(waiting=True)
+        if not os.read(0, 1):
+            os._exit(0)
+
     def one(self, case: Case) -> None:
         """Tries one input. Raises Fault for one with a new fault, while it is worth making it smaller."""
         if self._shrinking > SHRINKING:
             return
         document = saved(self.kind, case)
         (self._scratch / "current.json").write_text(document)
-        self.tell(waiting=True)
-        if not os.read(0, 1):
-            os._exit(0)
+        self.wait()
         forget_peak()
         children, started = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss, clock()
         outcomes = attempt(case, self._scratch / "case")
