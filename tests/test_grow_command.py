@@ -28,6 +28,7 @@ from raychain.api.grow import _read_inputs
 from raychain.cli.grow import grow_command
 from raychain.cli.program import main
 from raychain.data import pixels
+from raychain.data.shards import expand
 from raychain.growth import GrowthError
 from raychain.models import build, model_config
 from raychain.models.checkpoints import read_checkpoint
@@ -123,6 +124,20 @@ def test_pictures_are_read_as_open_clip_reads_them_and_within_bounds(folder, tmp
     assert len(images) == len(tokens) == 6, "all but the large one"
     transform = image_transform_v2(PreprocessCfg(**get_model_preprocess_cfg(checkpoint.model)), is_train=False)
     torch.testing.assert_close(images[3], transform(noise))
+
+
+def test_a_shard_that_goes_away_is_one_message(folder, tmp_path, capsys, monkeypatch) -> None:
+    shard = shard_of(tmp_path / "0.tar")
+
+    def gone(patterns: list[str], where: str) -> list[str]:
+        found = expand(patterns, where)
+        shard.unlink()
+        return found
+
+    monkeypatch.setattr("raychain.api.grow.expand", gone)
+    status, _, said = call(capsys, monkeypatch, folder, "--to", LARGE, "--out", tmp_path / "grown", "--data", shard)
+    assert (status, said.startswith("raychain: --data\n")) == (2, True), said
+    assert not (tmp_path / "grown").exists()
 
 
 def test_a_model_for_pictures_that_are_not_square_is_measured_on_random_input(folder, tmp_path, capsys, monkeypatch):

@@ -11,9 +11,10 @@ import torch
 from open_clip.model import get_model_preprocess_cfg, set_model_preprocess_cfg
 from torch import nn
 
-from raychain.core.storage import local_path, resolve
+from raychain.core.storage import local_path
 from raychain.data import members
 from raychain.data.decode import resize_exactly
+from raychain.data.fetch import open_input
 from raychain.data.health import Unusable, picture
 from raychain.data.shards import expand
 from raychain.data.spec import SQUARED, squared
@@ -147,14 +148,16 @@ def _read_inputs(checkpoint: Checkpoint, data: str, count: int) -> tuple[torch.T
     images: list[np.ndarray] = []
     texts: list[str] = []
     for address in expand([data], "--data"):
-        filesystem, path = resolve(address)
-        with filesystem.open_input_file(path) as file:
-            for sample in islice(members.samples(file, members.Wanted(CAPTION_KEYS)), count - len(images)):
-                try:
-                    images.append(picture(resize_exactly, members.picture(sample), size, resizing))
-                except Unusable:
-                    continue
-                texts += members.captions(sample, CAPTION_KEYS)[:1]
+        try:
+            with open_input(address) as file:
+                for sample in islice(members.samples(file, members.Wanted(CAPTION_KEYS)), count - len(images)):
+                    try:
+                        images.append(picture(resize_exactly, members.picture(sample), size, resizing))
+                    except Unusable:
+                        continue
+                    texts += members.captions(sample, CAPTION_KEYS)[:1]
+        except OSError as error:
+            raise InputError("--data", address, "shards that can be read", str(error)) from None
         if len(images) >= count:
             break
     if not images or not texts:
