@@ -11,7 +11,7 @@ from test_broken_shards import shard_of
 from typer.testing import CliRunner
 
 from raychain.cli.data import data
-from raychain.core.storage import Folder
+from raychain.core.storage import ARROWS, Folder, resolve
 from raychain.data import shards
 from raychain.data.shards import expand, is_pattern
 from raychain.errors import InputError
@@ -65,6 +65,27 @@ def test_remote_addresses_keep_their_escapes() -> None:
     assert expand(["memory://addresses/a b"], "x") == ["memory://addresses/a b/0.tar"]
     assert expand(["memory://addresses/*/*/*.tar"], "x") == ["memory://addresses/a b/y/1.tar"]
     assert expand(["memory://addresses/a b/.?/0.tar"], "x") == ["memory://addresses/a b/.x/0.tar"]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # a destructor of fsspec's
+@pytest.mark.parametrize("rest", ["://", "://a", "://a/b", "://a:b@c:1/d?e=f"])
+def test_a_scheme_that_fsspec_knows_is_opened_or_refused(rest: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drivers that are not installed, or want more than an address says, raise errors of all kinds."""
+    from fsspec.registry import available_protocols
+
+    def refuse(*_: object) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    refused = []
+    for scheme in sorted(set(available_protocols()) - set(ARROWS)):
+        try:
+            resolve(f"{scheme}{rest}")
+        except InputError as error:
+            refused.append(str(error))
+    assert len(refused) > 10
+    assert all("\n  fix " in said for said in refused)
 
 
 def odd(folder: Path, name: str) -> str:

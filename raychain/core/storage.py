@@ -161,7 +161,9 @@ def resolve(address: str) -> tuple[fs.FileSystem, str]:
         if "::" in address or not scheme:
             raise InputError("address", address, "one address with one scheme", "give the file itself, unpacked")
         filesystem, path = answered(partial(_opened, address, scheme), address, TRANSFER_S)
-    except (OSError, ValueError, ImportError, NotImplementedError) as error:
+    except InputError:
+        raise
+    except Exception as error:  # drivers of fsspec raise nearly all of them for what they miss
         known = f"{scheme}://BUCKET/PATH?OPTIONS" if scheme in ARROWS else "s3://, gs://, a path, or what fsspec knows"
         fix = f"correct the address ({error})"
         if scheme not in ARROWS:
