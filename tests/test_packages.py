@@ -15,8 +15,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
+from safetensors.torch import load_file
 
 PACKAGES = Path(__file__).parent / "packages"
 
@@ -147,3 +149,29 @@ def test_an_evaluator_of_another_package_measures_every_stage_and_lower_is_bette
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     wrong = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert (wrong.returncode, "did you mean caption_loss?" in wrong.stderr) == (2, True), wrong.stderr
+
+
+@pytest.mark.slow
+def test_growth_operators_of_another_package_grow_a_chain(installed: Path, demo: Path, tmp_path: Path) -> None:
+    tree: dict[str, Any] = {
+        "name": "spread",
+        "data": {"train": str(demo / "train"), "captions": {"keys": ["txt"]}},
+        "chain": [{"model": "CoM-micro-S", "epochs": "4 steps"}, {"model": "CoM-micro-M", "epochs": "4 steps"}],
+        "train": {"global_batch": 32, "warmup": "25 %", "precision": "fp32", "lr": 1.0e-12, "weight_decay": 0.0},
+        "transfer": {"width": "padded", "depth": "on-top"},
+        "compute": {"workers": 2, "cpus_per_worker": 1},
+        "preload": {"cache": str(tmp_path / "cache")},
+    }
+    (tmp_path / "spread.yaml").write_text(yaml.safe_dump(tree))
+    found = run(installed, tmp_path / "spread.yaml", tmp_path / "out")
+    small, large = (load_file(tmp_path / "out" / stage["checkpoint"] / "open_clip_model.safetensors")
+                    for stage in found["stages"])  # fmt: skip
+    name = "visual.transformer.resblocks.0.mlp.c_fc.weight"
+    rows, columns = small[name].shape
+    assert large[name].shape > small[name].shape
+    assert torch.allclose(large[name][:rows, :columns], small[name], atol=1e-6)
+    assert large[name][rows:].abs().max() < 1e-6, "padded with zeros, which a learning rate of 1e-12 leaves as they are"
+    closing = "visual.transformer.resblocks.{}.mlp.c_proj.weight"
+    depth = sum(closing.format(layer) in large for layer in range(99))
+    assert large[closing.format(depth - 1)].abs().max() < 1e-6, "the layers on top are identity blocks"
+    assert large[closing.format(0)].abs().max() > 1e-3

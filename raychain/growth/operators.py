@@ -1,7 +1,6 @@
-"""The operators a user can name."""
+"""The operators a user can name: raychain's own, and those of installed packages."""
 
-from collections.abc import Mapping
-
+from raychain.core.plugins import Plugins
 from raychain.growth.centred import Centred
 from raychain.growth.depth import DepthOperator, identity, interleave, stack
 from raychain.growth.duplicate import Duplicate
@@ -13,12 +12,17 @@ from raychain.growth.width import WidthOperator
 DEFAULT_WIDTH = "centred"
 DEFAULT_DEPTH = "identity"
 
-WIDTH_OPERATORS: Mapping[str, WidthOperator] = {
-    "centred": Centred(),
-    "duplicate": Duplicate(),
-    "duplicate-uneven": Duplicate(uneven=0.5),
-    "embed": Embed(),
-    "none": Nothing(),
-    "reference": Reference(),
-}
-DEPTH_OPERATORS: Mapping[str, DepthOperator] = {"identity": identity, "interleave": interleave, "stack": stack}
+WIDTH_OPERATORS: Plugins[WidthOperator] = Plugins(
+    "raychain.width_operators",
+    {
+        "centred": Centred(),
+        "duplicate": Duplicate(),
+        "duplicate-uneven": Duplicate(uneven=0.5),
+        "embed": Embed(),
+        "none": Nothing(),
+        "reference": Reference(),
+    },
+)
+DEPTH_OPERATORS: Plugins[DepthOperator] = Plugins(
+    "raychain.depth_operators", {"identity": identity, "interleave": interleave, "stack": stack}
+)

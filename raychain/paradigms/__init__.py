@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from functools import lru_cache
-from importlib import import_module
-from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING
 
+from raychain.core.plugins import Plugins
 from raychain.errors import InputError, nearest
 from raychain.paradigms.task import Task
 
@@ -16,29 +15,11 @@ if TYPE_CHECKING:
     from raychain.paradigms.base import Paradigm
     from raychain.planning.macs import ModelSize
 
-GROUP = "raychain.paradigms"
-OWN = {"clip": "raychain.paradigms.clip.paradigm:Clip", "siglip": "raychain.paradigms.siglip:SigLip"}
-"""raychain's own, which no package can replace."""
-
-
-@lru_cache(maxsize=1)
-def _others() -> dict[str, EntryPoint]:
-    return {entry.name: entry for entry in entry_points(group=GROUP) if entry.name not in OWN}
-
-
-def names() -> list[str]:
-    """The names that `task.paradigm` may be."""
-    return [*OWN, *sorted(_others())]
-
-
-def paradigm_class(name: str) -> type[Paradigm]:
-    """The paradigm of that name. Raises KeyError for an unknown name, and whatever importing its package raises."""
-    if name not in OWN:
-        found: type[Paradigm] = _others()[name].load()
-        return found
-    module, _, attribute = OWN[name].partition(":")
-    own: type[Paradigm] = getattr(import_module(module), attribute)
-    return own
+PARADIGMS: Plugins[type[Paradigm]] = Plugins(
+    "raychain.paradigms",
+    {"clip": "raychain.paradigms.clip.paradigm:Clip", "siglip": "raychain.paradigms.siglip:SigLip"},
+)
+"""The paradigms that `task.paradigm` may name."""
 
 
 def make_task(value: object) -> Task:
@@ -49,17 +30,17 @@ def make_task(value: object) -> Task:
     if isinstance(value, Task):
         return value
     if not isinstance(value, Mapping) or not isinstance(value.get("paradigm"), str):
-        raise ValueError(f"allowed is {{paradigm: NAME}}, NAME one of {', '.join(names())}")
+        raise ValueError(f"allowed is {{paradigm: NAME}}, NAME one of {', '.join(PARADIGMS)}")
     name = value["paradigm"]
-    if name not in names():
-        hint = nearest(name, names(), "is the package that has it installed?")
-        raise ValueError(f"allowed is a paradigm of {', '.join(names())}; {name!r} is none: {hint}")
-    return paradigm_class(name).options.model_validate(value)
+    if name not in PARADIGMS:
+        hint = nearest(name, list(PARADIGMS), "is the package that has it installed?")
+        raise ValueError(f"allowed is a paradigm of {', '.join(PARADIGMS)}; {name!r} is none: {hint}")
+    return PARADIGMS[name].options.model_validate(value)
 
 
 def make_paradigm(task: Task) -> Paradigm:
     """The paradigm that an experiment's `task` names, with its options."""
-    return paradigm_class(task.paradigm)(task)
+    return PARADIGMS[task.paradigm](task)
 
 
 def model_size(task: Task, model: str, size: int | None = None) -> ModelSize:

@@ -37,6 +37,10 @@ def check_chain(experiment: Experiment) -> None:
         if given not in known:
             fix = nearest(given, list(known), "use one of these")
             raise InputError(f"transfer.{field}", given, ", ".join(known), fix)
+        try:
+            known[given]
+        except ValueError as error:
+            raise InputError(f"transfer.{field}", given, "an operator that can be imported", str(error)) from None
     _check_shrink(experiment.transfer)
     for i in range(1, len(experiment.chain)):
         _check_growth(experiment, i)
