@@ -156,7 +156,7 @@ def test_growth_operators_of_another_package_grow_a_chain(installed: Path, demo:
     tree: dict[str, Any] = {
         "name": "spread",
         "data": {"train": str(demo / "train"), "captions": {"keys": ["txt"]}},
-        "chain": [{"model": "CoM-micro-S", "epochs": "4 steps"}, {"model": "CoM-micro-M", "epochs": "4 steps"}],
+        "chain": [{"model": "CoM-micro-S", "epochs": "4 steps"}, {"model": "CoM-micro-L", "epochs": "4 steps"}],
         "train": {"global_batch": 32, "warmup": "25 %", "precision": "fp32", "lr": 1.0e-12, "weight_decay": 0.0},
         "transfer": {"width": "padded", "depth": "on-top"},
         "compute": {"workers": 2, "cpus_per_worker": 1},
