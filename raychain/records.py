@@ -75,6 +75,14 @@ class MeasuredRecord(Record):
     metrics: Metrics
 
 
+class OriginRecord(Record):
+    """The checkpoint that a stage is, or starts from."""
+
+    checkpoint: str
+    model: str
+    digest: str
+
+
 class StageRecord(Record):
     """stage.json, and a stage in run.json."""
 
@@ -95,6 +103,7 @@ class StageRecord(Record):
     changes: list[dict[str, Number]] | None = None
     transfer: dict[str, Any] | None = None
     checkpoint: str | None = None
+    origin: OriginRecord | None = None
     metrics: Metrics | None = None
     evaluation: str | None = None
     evaluations: dict[str, MeasuredRecord] | None = None

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 CAPTIONS = ("txt|lines",)
 CACHE = "~/.cache/raychain"
-ALLOWED = "a folder or file that exists: an open_clip folder, a stage folder, a .safetensors or .pt file; s3:// too"
 
 
 def evaluate(
@@ -140,28 +139,20 @@ def _read(checkpoint: str, model: str | None) -> Any:
     """The `Checkpoint`. Raises InputError; nothing is downloaded but what the user's own address names."""
     from raychain.models import UnknownModelError, model_names
     from raychain.models.checkpoints import CheckpointError, read_checkpoint
-    from raychain.models.remote import local_checkpoint
+    from raychain.models.remote import FORMS, is_name, local_checkpoint, stages_in
 
-    address = checkpoint.removeprefix("local-dir:")
     fix = "check the file" if model else "name the file's architecture with --model, if it has no open_clip_config.json"
-    if address.startswith(("hf-hub:", "hf_hub:")) or (address in model_names() and not Path(address).exists()):
-        raise InputError("CHECKPOINT", f"{checkpoint}, a name", ALLOWED, "nothing is downloaded here: save the weights "
+    if is_name(checkpoint):
+        raise InputError("CHECKPOINT", f"{checkpoint}, a name", FORMS, "nothing is downloaded here: save the weights "
                          "yourself, and give their file with --model NAME")  # fmt: skip
     try:
         with tempfile.TemporaryDirectory(prefix="raychain-") as scratch:
-            return read_checkpoint(local_checkpoint(address, Path(scratch)), model)
+            return read_checkpoint(local_checkpoint(checkpoint, Path(scratch)), model)
     except UnknownModelError as error:
         raise InputError("--model" if model else "CHECKPOINT", model or checkpoint, str(error),
                          nearest(model or "", model_names(), "give another one")) from None  # fmt: skip
     except CheckpointError as error:
-        raise InputError("CHECKPOINT", checkpoint, ALLOWED, f"{error}; {_stages(address) or fix}") from None
-
-
-def _stages(address: str) -> str:
-    """Names a run folder's stages; empty if it is none."""
-    stages = local_path(address, "CHECKPOINT") / "stages"
-    names = sorted(path.name for path in stages.iterdir()) if stages.is_dir() else []
-    return f"this is a run folder: give one of its stages, such as {stages / names[-1]}" if names else ""
+        raise InputError("CHECKPOINT", checkpoint, FORMS, f"{error}; {stages_in(checkpoint) or fix}") from None
 
 
 def _preprocessing(clip: Any, checkpoint: str) -> tuple[int, Any, dict[str, Any]]:

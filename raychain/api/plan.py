@@ -36,9 +36,10 @@ def plan(
     """
     from raychain.runs.checks import check_chain, check_precision
     from raychain.runs.costing import cost_of
+    from raychain.runs.origins import named
 
     config = opened(experiment, overrides, models)
-    config, chosen = _chosen(config) if config.family else (config, {})
+    config, chosen = _chosen(config) if config.family else (named(config), {})
     check_chain(config)
     check_precision(config)
     costed = cost_of(config)
@@ -99,6 +100,9 @@ def _chain(config: Experiment, cost: ChainCost, samples: int) -> dict[str, Any]:
             precision=precision,
             average=config.train.average is not None,
         )
+        origin = None
+        if stage.origin is not None:
+            origin = {"checkpoint": stage.origin, "model": (stage.start or stage.size).name}
         stages.append(
             {
                 "model": stage.size.name,
@@ -110,7 +114,8 @@ def _chain(config: Experiment, cost: ChainCost, samples: int) -> dict[str, Any]:
                 "macs": stage.macs,
                 "share": round(stage.macs / total, 4),
                 "expansion_ratio": None if ratio is None else round(ratio, 3),
-                "memory_bytes": memory,
+                "memory_bytes": None if stage.given else memory,
+                "origin": origin,
             }
         )
     return {
@@ -177,12 +182,16 @@ def _measured_rate(like: str) -> Measured:
 
 
 def _prediction(config: Experiment, cost: ChainCost) -> dict[str, Any]:
-    """What finished runs under `storage` say about the last stage's accuracy; nothing where there are none."""
+    """What finished runs under `storage` say about the last stage's accuracy; nothing where there are none, or where
+    part of what it costs is unknown.
+    """
     from raychain.core.storage import Folder
     from raychain.evaluators.metrics import FORMER
     from raychain.planning.measured import points, predict_metric
     from raychain.records import RunRecord, read
 
+    if any(stage.origin is not None for stage in cost.stages):
+        return {}
     try:
         storage = Folder(config.storage)
         runs = [run for name in storage.list() if (run := read(storage, f"{name}/run.json", RunRecord, quiet=True))]

@@ -30,6 +30,7 @@ def run(
     from raychain.core.storage import below
     from raychain.runs.checks import check_experiment, writable
     from raychain.runs.driver import run_chain
+    from raychain.runs.origins import remarks
     from raychain.runs.resolve import make_task
 
     given = opened(experiment, overrides, models)
@@ -41,6 +42,8 @@ def run(
     shared = out is None or "storage" in config.model_fields_set
     store = writable(config.storage, "storage").address if shared else None
     task = make_task(config, folder, store=store)
+    for line in remarks(task):
+        say(line)
     try:
         return run_chain(task, address=address, verbose=verbose)
     except RunFailed as error:
@@ -50,11 +53,15 @@ def run(
 
 
 def resolved(experiment: Experiment) -> Experiment:
-    """The experiment with a chain; the planner's first proposal where it has a family instead."""
-    from raychain.runs.costing import with_chain
+    """The experiment with a chain; the planner's first proposal where it has a family instead.
 
-    resolved = with_chain(experiment)
-    if resolved is not experiment:
+    Checkpoints whose models it does not name are asked for them. Raises InputError.
+    """
+    from raychain.runs.costing import with_chain
+    from raychain.runs.origins import named
+
+    resolved = named(with_chain(experiment))
+    if not experiment.chain:
         chain = " → ".join(f"{stage.model} {stage.epochs}" for stage in resolved.chain)
         say(f"planned: {chain} (raychain plan says why)")
     return resolved

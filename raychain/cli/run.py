@@ -46,6 +46,7 @@ def _dry_run(
     experiment: str, overrides: tuple[str, ...], out: str | None, address: str | None, models: str | None, as_json: bool
 ) -> None:
     from raychain.core.storage import below
+    from raychain.core.wording import uncounted
     from raychain.runs.checks import check_experiment, writable
     from raychain.runs.resolve import dry_plan
 
@@ -56,7 +57,10 @@ def _dry_run(
     if as_json:
         say(json.dumps({"config": config.model_dump(mode="json"), **plan}, indent=2), sys.stdout)
     for stage in [] if as_json else plan["stages"]:
-        state = "published" if stage["published"] else f"{stage['steps']:,} steps, {stage['epochs']:g} epochs"
+        steps = f"{stage['steps']:,} steps, {stage['epochs']:g} epochs" if stage["steps"] else "given"
+        state = "published" if stage["published"] else steps
         name = one_line(stage["model"])
         say(f"{name:20} {stage['params'] / 1e6:9.2f} M parameters  {stage['macs']:.3g} MACs  {state}", sys.stdout)
+    for line in [] if as_json else uncounted(plan["stages"]):
+        say(one_line(line), sys.stdout)
     delivered()

@@ -14,13 +14,16 @@ from pydantic import (
     model_validator,
 )
 
+from raychain.config.origin import AnyStart, given_alone, misplaced, trained_whole
 from raychain.config.search import Search
+from raychain.config.track import Track
 from raychain.evaluators.config import Evaluate
 from raychain.paradigms.task import AnyTask, Task
-from raychain.schema.allocation import EpochRule, MacsBudget, RatioBounds
+from raychain.schema.allocation import Allocation
 from raychain.schema.captions import KeySplit, caption_key
 from raychain.schema.component import Component, OneOrMore, Seed
 from raychain.schema.durations import Bytes, Duration, Epochs, Every, Horizon, Interval, Warmup
+from raychain.schema.problems import ProblemsError
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -32,15 +35,6 @@ def _area_range(crop: tuple[float, float]) -> tuple[float, float]:
 
 
 AreaRange = Annotated[tuple[float, float], AfterValidator(_area_range)]
-
-
-def _tracking_uri(uri: str) -> str:
-    if uri.startswith("file:") or ("://" not in uri and not uri.startswith("databricks")):
-        raise ValueError("allowed is a server or a data base: http://…, sqlite:///mlflow.db (MLflow gave up folders)")
-    return uri
-
-
-TrackingUri = Annotated[str, AfterValidator(_tracking_uri)]
 
 
 def _range(workers: int | tuple[int, int]) -> int | tuple[int, int]:
@@ -147,12 +141,20 @@ class Change(Component):
 
 
 class Stage(Component):
-    """One model of the chain."""
+    """One model of the chain: trained, or, as the first, a checkpoint that one has already."""
 
-    model: str
-    """A name of raychain's families, of open_clip's or timm's models, or of `models`."""
-    epochs: Epochs
+    checkpoint: str | None = Field(None, min_length=1)
+    """Of the first stage: a model that is measured and grown, but not trained here. An open_clip folder, the stage
+    folder of a run, a `.safetensors` or `.pt` file, also on s3:// and gs://; its content is part of the keys. Nothing
+    but `model` stands beside it. Its own training is not in the totals."""
+    model: str = ""
+    """A name of raychain's families, of open_clip's or timm's models, or of `models`. May be left out where a
+    checkpoint says which model it is (`open_clip_config.json`, `stage.json`)."""
+    epochs: Epochs | None = None
     """Length of the stage: a number of epochs, or "N steps", "N samples"."""
+    start: AnyStart | None = None
+    """A checkpoint, as `checkpoint` takes it, that this stage grows from and follows (`transfer`) in place of the
+    stage before; {checkpoint: …, model: …} where it does not say which model it is."""
     lr: float | None = Field(None, gt=0)
     """Peak learning rate of this stage, whatever `train` and `transfer` say."""
     warmup: Warmup | None = None
@@ -168,23 +170,16 @@ class Stage(Component):
     """What this stage reads instead of `data`: other pictures, captions, resolution. Position embeddings, the
     teacher's too, are interpolated to a new resolution."""
 
+    @model_validator(mode="after")
+    def _given_or_trained(self) -> Stage:
+        if problems := trained_whole(self) if self.checkpoint is None else given_alone(self):
+            raise ProblemsError(problems)
+        return self
 
-class Allocation(Component):
-    """How the planner chooses a chain from `family` (`raychain plan` shows what it chose and why)."""
-
-    first: float | None = Field(None, gt=0)
-    """Epochs of the first model, which is trained alone. Absent: 128 up to 2.9 million samples, falling to 64 at 15
-    million, as published."""
-    rules: Annotated[tuple[EpochRule, ...], Field(min_length=1)] | None = None
-    """Epoch rules to try: [epochs of the second model, epochs of the last], linear in between. Absent: the published
-    ones, one longer and one shorter, in proportion to `first`."""
-    ratios: RatioBounds | None = None
-    """Bounds that every expansion ratio must keep. Absent: [2, 4] where the family allows it, else as near as it
-    comes."""
-    budget: MacsBudget | None = None
-    """Upper bound of the chain's training MACs: "30 %" of the baseline, "9.5 EMACs", or a number."""
-    all_models: bool = False
-    """true: every model of the family is wanted, so every chain has them all."""
+    @property
+    def length(self) -> Duration:
+        """How long it is trained; 0 epochs for a checkpoint."""
+        return self.epochs or Duration(0, "epochs")
 
 
 class Distill(Component):
@@ -196,7 +191,7 @@ class Distill(Component):
 
 
 class Transfer(Component):
-    """What a stage takes from the one before it."""
+    """What a stage takes from the one before it, or from the checkpoint in its place."""
 
     width: str = "centred"
     """Growth operator for widths."""
@@ -206,7 +201,8 @@ class Transfer(Component):
     """Share of the grown weights in what a stage starts from; the rest is its random init ("shrink and perturb"). 1 is
     growth as it is, 0 a random start."""
     optimizer: Literal["grow", "reset"] = "reset"
-    """AdamW's moments: from zero, or grown with the weights."""
+    """AdamW's moments: from zero, or grown with the weights. A checkpoint has some if it is a stage of raychain's; else
+    they begin at zero, which is said."""
     lr_scale: float = Field(1.0, gt=0)
     """Peak learning rate of grown stages as a multiple of `train.lr`."""
     warmup: Warmup | None = None
@@ -307,16 +303,6 @@ class Checkpoint(Component):
     keep: int = Field(2, ge=1)
 
 
-class Track(Component):
-    """Experiment trackers that get the curves too; TensorBoard files are always written."""
-
-    wandb: Annotated[str, Field(pattern=r"^([^/]+/)?[^/]+$")] | None = None
-    """Weights & Biases project, or TEAM/PROJECT (needs raychain[wandb]). WANDB_MODE and W&B's other variables count."""
-    mlflow: TrackingUri | None = None
-    """MLflow tracking URI (needs raychain[mlflow]): http://…, sqlite:///mlflow.db, databricks. run.json shows it:
-    passwords belong in MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD."""
-
-
 class Baseline(Component):
     """The training that the chain is compared with."""
 
@@ -352,7 +338,7 @@ class Experiment(Component):
     checkpoint: Checkpoint = Checkpoint()
     track: Track = Track()
     baseline: Baseline | None = None
-    """Absent: the last model trained alone for the first stage's epochs."""
+    """Absent: the last model trained alone for the epochs of the first stage that is trained."""
     search: Search | None = None
     """What `raychain search` varies; `raychain run` trains the chain as it stands."""
     storage: str = "runs"
@@ -366,7 +352,14 @@ class Experiment(Component):
             raise ValueError("allowed is a list of stages {model, epochs}, or `family:` to let the planner choose")
         if chain and (family or allocation):
             raise ValueError("allowed is either `chain`, or `family` (with `allocation`) to let the planner choose")
+        if problems := misplaced(chain):
+            raise ProblemsError(problems)
         return chain
+
+    @property
+    def first_trained(self) -> int:
+        """Index of the chain's first stage that is not given."""
+        return 1 if self.chain and self.chain[0].checkpoint is not None else 0
 
     def workers(self, index: int) -> tuple[int, int]:
         """The fewest and the most workers of stage `index`."""

@@ -3,9 +3,29 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 MISSING = "–"
+
+
+def named_by(checkpoint: str) -> str:
+    """What people call a checkpoint: the last part of its address, without options."""
+    return checkpoint.partition("?")[0].rstrip("/").rpartition("/")[2] or checkpoint
+
+
+def uncounted(stages: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The checkpoints in a chain whose training its totals do not count, a sentence each. `stages` are entries of a
+    plan or a run, with `model`, `epochs` and, where there is one, the `origin`: {`checkpoint`, `model`}.
+    """
+    found = []
+    for stage in stages:
+        origin, model = stage.get("origin"), stage.get("model")
+        if isinstance(origin, Mapping):
+            what = f"{model} starts from {origin.get('model')}" if stage.get("epochs") else str(model)
+            name = named_by(str(origin.get("checkpoint")))
+            found.append(f"{what} given: {name}, its own training is not in the totals")
+    return found
 
 
 def number(value: Any, digits: int = 3) -> str:

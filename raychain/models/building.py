@@ -21,6 +21,8 @@ from torch.overrides import TorchFunctionMode
 from raychain.models.registry import model_config
 
 Module = TypeVar("Module", bound=nn.Module)
+NORMALISATION: dict[str, tuple[float, ...]] = {"mean": PreprocessCfg().mean, "std": PreprocessCfg().std}
+"""How a model's pictures are normalised where nothing else is said."""
 
 
 class UnbuildableError(ValueError):
@@ -48,10 +50,11 @@ def build_config(
 ) -> CLIP | CustomTextCLIP:
     """`build` for a `model_cfg` without a registered name, such as the one in a checkpoint's open_clip_config.json.
 
-    Nothing is downloaded, whatever the config asks for. Raises ValueError as `build` does.
+    It may have a `preprocess_cfg` with a `mean` and `std` of its own. Nothing is downloaded, whatever the config asks
+    for. Raises ValueError as `build` does.
     """
     config = _with_image_size(config, image_size)
-    custom_text = config.pop("custom_text", False)
+    custom_text, preprocessing = config.pop("custom_text", False), config.pop("preprocess_cfg", {})
     model_class = CustomTextCLIP if custom_text else CLIP
     try:
         model: CLIP | CustomTextCLIP = initialised(lambda: model_class(**config), seed=seed, device=device)
@@ -59,7 +62,7 @@ def build_config(
         raise
     except Exception as error:  # whatever open_clip and timm raise over a config of which no model can be made
         raise UnbuildableError(f"open_clip cannot build it: {_said(error)}") from error
-    set_model_preprocess_cfg(model, {**vars(PreprocessCfg()), "size": model.visual.image_size})
+    set_model_preprocess_cfg(model, {**vars(PreprocessCfg()), **preprocessing, "size": model.visual.image_size})
     return model
 
 

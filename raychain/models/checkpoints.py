@@ -79,6 +79,15 @@ def read_checkpoint(path: str | Path, architecture: str | None = None) -> Checkp
     return Checkpoint(model, config)
 
 
+def config_beside(path: Path) -> dict[str, Any] | None:
+    """The `model_cfg` in the open_clip_config.json of a folder, or beside a weights file; None where there is none.
+
+    Raises CheckpointError and UnknownModelError as `read_checkpoint` does.
+    """
+    path = _existing(path)
+    return _document(path if path.is_dir() else path.parent).get("model_cfg")
+
+
 def _existing(path: str | Path) -> Path:
     try:
         path = Path(path).expanduser()

@@ -11,6 +11,7 @@ A user's own models come from a folder of such files (`use_models`) or are in op
 processes is the config.
 """
 
+import contextlib
 import difflib
 import fnmatch
 import re
@@ -68,6 +69,45 @@ def own_configs(names: Iterable[str]) -> dict[str, dict[str, Any]]:
     """Of known names, the configs of those that neither raychain nor open_clip nor timm brings along."""
     mine = [name for name in names if _known(name) is None and name.removeprefix(_TIMM_PREFIX) not in _timm_names()]
     return {name: model_config(name) for name in mine}
+
+
+def difference(config: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    """The first key in which two `model_cfg` are of different models, with both values; empty where they are of the
+    same. Their image sizes do not count, nor whether timm's weights would be downloaded.
+    """
+    for key in sorted({*config, *other} - {"preprocess_cfg"}):
+        ours, theirs = (found.get(key) for found in (config, other))
+        if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
+            for name in sorted({*ours, *theirs} - {"image_size", "timm_model_pretrained"}):
+                if ours.get(name) != theirs.get(name):
+                    return f"{key}.{name} is {ours.get(name)}, not {theirs.get(name)}"
+        elif ours != theirs:
+            return f"{key} is {ours}, not {theirs}"
+    return ""
+
+
+def name_for(config: dict[str, Any], called: str) -> str:
+    """A name for the model of a checkpoint's `model_cfg`: one that is known for it, of which `called` comes first, else
+    one made of `called`, by which the config is known until `use_models` is called.
+    """
+    for name in (called, *model_names()):
+        with contextlib.suppress(UnknownModelError):
+            if not difference(model_config(name), config):
+                return name
+    plain = re.sub(r"[^A-Za-z0-9._-]", "_", called).lstrip("._-")[:80] or "checkpoint"
+    name, number = plain, 1
+    while _is_taken(name):
+        number += 1
+        name = f"{plain}-{number}"
+    _users[name] = deepcopy(config)
+    return name
+
+
+def _is_taken(name: str) -> bool:
+    try:
+        return bool(model_config(name))
+    except UnknownModelError:
+        return False
 
 
 def _config_files(source: str | Path, where: str) -> list[Path]:

@@ -33,8 +33,9 @@ def areas(stages: list[Stage]) -> list[float | None]:
 
 
 def growth_ratio(stages: list[Stage], index: int) -> float | None:
-    """How much larger stage `index` is than the one before, by `areas`."""
-    before, now = areas(stages)[index - 1 : index + 1] if index else (None, None)
+    """How much larger stage `index` is than the one before, by `areas`; None where it does not grow from that."""
+    started = index > 0 and bool(stages[index].record.get("origin"))
+    before, now = areas(stages)[index - 1 : index + 1] if index and not started else (None, None)
     return now / before if before and now else None
 
 
@@ -129,7 +130,9 @@ def cost_bars(run: Run) -> Markup | None:
         x, parts = 0.0, [label(0.0, 13.0, f"the chain: {macs(total)} MACs{spent_of}", "bar-title")]
         names = shortened([stage.model for stage in run.stages])
         for stage, short_name in zip(run.stages, names, strict=True):
-            length = (stage.macs or 0.0) * scale
+            if not stage.macs:  # a checkpoint that was given
+                continue
+            length = stage.macs * scale
             spent = 1.0 if stage.done else min(stage.seen * (stage.macs_per_sample or 0.0) / (stage.macs or 1.0), 1.0)
             title, hue = tag("title", f"{stage.model}: {macs(stage.macs)} MACs"), colour(stage.index)
             if spent < 1:
@@ -152,5 +155,5 @@ def cost_bars(run: Run) -> Markup | None:
 def baseline(run: Run) -> tuple[str, str]:
     """What the chain is compared with: the model and how long it would train."""
     given = mapping(mapping(run.run.get("config")).get("baseline"))
-    last, first = run.stages[-1], run.stages[0]
+    last, first = run.stages[-1], next((stage for stage in run.stages if stage.length != "given"), run.stages[0])
     return str(given.get("model") or last.model), str(given.get("epochs") or first.length)

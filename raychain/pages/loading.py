@@ -46,7 +46,7 @@ class Stage:
     @property
     def done(self) -> bool:
         """Whether it is finished."""
-        return self.status in ("trained", "reused")
+        return self.status in ("trained", "reused", "given")
 
     @property
     def seen(self) -> float:
@@ -175,8 +175,13 @@ def _stages(run: dict[str, Any], lines: dict[int, list[dict[str, Any]]]) -> list
         if macs is not None and seen:
             per_sample = macs / seen
         elif size is not None:
-            teacher = sizes[index - 1] if index and mapping(config.get("transfer")).get("distill") else None
+            started = mapping(entry.get("start")).get("model")
+            before = _size(config, started, _setting(config, entry, "image_size")) if started else None
+            before = before or (sizes[index - 1] if index else None)
+            teacher = before if mapping(config.get("transfer")).get("distill") else None
             per_sample = _per_sample(size, teacher, _captions(config, entry))
+        if entry.get("checkpoint"):
+            macs = 0.0
         if macs is None and per_sample is not None:
             samples = _planned_samples(run, config, entry, mine)
             macs = samples * per_sample if samples else None
@@ -239,6 +244,8 @@ def _length(record: Mapping[str, Any], entry: Mapping[str, Any]) -> str:
     try:
         return _singular(str(parse_duration(entry.get("epochs"), default_unit="epochs")))
     except (ValueError, OverflowError):
+        if entry.get("checkpoint") or record.get("status") == "given":
+            return "given"
         epochs = number(record.get("epochs"))
         return "" if epochs is None else _singular(f"{epochs:g} epochs")
 

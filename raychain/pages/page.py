@@ -8,7 +8,7 @@ from datetime import datetime
 from importlib.resources import files
 from typing import Any
 
-from raychain.core.wording import clock, macs, percent
+from raychain.core.wording import clock, macs, percent, uncounted
 from raychain.core.wording import number as digits
 from raychain.pages import searched, tables
 from raychain.pages.chain_drawing import baseline, chain, cost_bars
@@ -91,6 +91,7 @@ def _headline(run: Run, tale: Story | None) -> Markup:
         _title(str(run.run.get("name") or "run"), run.run),
         tag("p", _summary(run, str(run.run.get("status") or "unknown")), class_="summary"),
         _figures(_run_figures(run, tale)),
+        *(tag("p", line, class_="muted") for line in uncounted([stage.record for stage in run.stages])),
         cost_bars(run),
     )
 
@@ -111,7 +112,8 @@ def _summary(run: Run, status: str) -> str:
     kind = "One model" if len(models) == 1 else f"A chain of {len(models)} models up to {models[-1]}"
     done = sum(stage.done for stage in run.stages)
     if done == len(models):
-        return f"{kind}, all trained."
+        given = any(stage.status == "given" for stage in run.stages)
+        return f"{kind}, the first one given, all others trained." if given else f"{kind}, all trained."
     at = next(stage for stage in run.stages if not stage.done)
     told = f"{kind}. Stage {at.index + 1} of {len(models)}, {at.model}, "
     last = at.lines[-1] if at.lines else {}
@@ -188,7 +190,10 @@ def _chain_note(run: Run) -> str:
     share = number(transfer.get("shrink"))
     if share is not None and share < 1:
         grown += f" shrunk to {100 * share:g} % with a random start as the rest,"
-    return f"Each model starts from the one before it{grown}{follows}. Areas are {what}."
+    before = "the one before it"
+    if any(stage.record.get("origin") and stage.status != "given" for stage in run.stages):
+        before += ", or from the checkpoint in its place,"
+    return f"Each model starts from {before}{grown}{follows}. Areas are {what}."
 
 
 def _learning_note(run: Run) -> str:

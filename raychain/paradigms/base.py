@@ -10,7 +10,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -30,6 +30,13 @@ if TYPE_CHECKING:
 
 Config = Mapping[str, Any]
 """A model's configuration, as JSON holds it. It is part of a stage's key."""
+
+
+class Read(NamedTuple):
+    """A model that was trained before: in fp32 on the CPU, with its configuration."""
+
+    model: nn.Module
+    config: Config
 
 
 class Paradigm(ABC):
@@ -138,10 +145,31 @@ class Paradigm(ABC):
         model.load_state_dict(load_file(folder / "model.safetensors"))
         return model
 
+    def model_in(self, path: Path, called: str) -> str:  # noqa: ARG002 - for subclasses
+        """The name of the model in a checkpoint, empty where it does not say; `called` is the name in its `stage.json`,
+        empty without one. Raises ValueError for what is no checkpoint.
+        """
+        return called
+
+    def read(self, path: Path, model: str) -> Read:
+        """A checkpoint that somebody has already, of the model with that name. Raises ValueError where it is none.
+
+        This reads folders that `save` wrote; paradigms whose models come in other forms too replace it.
+        """
+        if missing := [name for name in self.files if not (path / name).is_file()]:
+            raise ValueError(f"{path} is no folder with {' and '.join(self.files)}: it lacks {missing[0]}")
+        return Read(self.load(path), self.config(model))
+
+    def inherited(self, config: Config, before: Config) -> Config:  # noqa: ARG002 - for subclasses
+        """The configuration of a model that grows from one of the configuration `before`: its own, with whatever of
+        the other's its weights rely on.
+        """
+        return config
+
 
 def plain(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The tensors as safetensors takes them: on the CPU and contiguous."""
     return {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
 
 
-__all__ = ["Columns", "Config", "Objective", "Paradigm", "Task", "initialised", "plain"]
+__all__ = ["Columns", "Config", "Objective", "Paradigm", "Read", "Task", "initialised", "plain"]

@@ -26,8 +26,10 @@ EPOCH_TOLERANCE = 0.95
 def warnings(cost: ChainCost, samples: int, known: Sequence[ModelSize] = ()) -> list[str]:
     """Every principle that the chain breaks. `known` are models that could be added or used instead."""
     sizes = [stage.size for stage in cost.stages]
-    if len(sizes) == 1:
+    if len(sizes) == 1 or any(stage.start for stage in cost.stages):
         return []
+    if cost.stages[0].given:  # what it was trained on, and for how long, is not known
+        return ratio_warnings(sizes, known)
     return [
         *first_warnings(sizes[0], samples, known),
         *ratio_warnings(sizes, known),

@@ -38,6 +38,15 @@ class StageCost:
     items: Items
     teacher: ModelSize | None
     """The model it follows; counted at this stage's image size."""
+    origin: str | None = None
+    """The checkpoint that it is, or starts from."""
+    start: ModelSize | None = None
+    """The checkpoint's model, if it starts from one in place of the stage before."""
+
+    @property
+    def given(self) -> bool:
+        """It is a checkpoint, and not trained."""
+        return self.origin is not None and self.start is None
 
     @property
     def forward_macs(self) -> int:
@@ -92,9 +101,11 @@ class ChainCost:
 
     @property
     def ratios(self) -> tuple[float, ...]:
-        """Expansion ratio of every stage but the first: parameters of the principal part over the predecessor's."""
-        sizes = [stage.size.principal_params for stage in self.stages]
-        return tuple(expansion_ratio(a, b) for a, b in itertools.pairwise(sizes))
+        """Expansion ratio of every stage but the first: parameters of the principal part over those of the model that
+        it grows from.
+        """
+        pairs = [(after.start or before.size, after.size) for before, after in itertools.pairwise(self.stages)]
+        return tuple(expansion_ratio(small.principal_params, large.principal_params) for small, large in pairs)
 
 
 def predict(

@@ -7,6 +7,7 @@ wide for few points, as it should be.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -56,7 +57,7 @@ def points(runs: Iterable[Mapping[str, Any]], like: Mapping[str, Any], metric: D
         if _comparable(run.get("config"), metric) != _comparable(like, metric):
             continue
         spent, stages = 0.0, run.get("stages") or []
-        for stage in stages:
+        for stage in itertools.takewhile(lambda stage: not stage.get("origin"), stages):  # others' MACs are unknown
             spent += stage.get("macs") or 0
             value = metric.value(stage.get("metrics") or {})
             if stage.get("status") in ("trained", "reused") and value is not None:

@@ -10,7 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from raychain.core.wording import MISSING, about, clock, macs, number
+from raychain.core.wording import MISSING, about, clock, macs, number, uncounted
 from raychain.evaluators.metrics import Definition
 from raychain.terminal.console import make_console
 
@@ -53,14 +53,16 @@ def _row(stage: Mapping[str, Any]) -> list[str]:
         MISSING if ratio is None else f"{ratio:.1f}",
         f"{number(stage['params'] / 1e6)} M",
         macs(stage["forward_macs"]),
-        f"{stage['epochs']:.4g}",
+        f"{stage['epochs']:.4g}" if stage["epochs"] else "given",
         macs(stage["macs"]),
         f"{100 * stage['share']:.1f} %",
         _memory(stage["memory_bytes"]),
     ]
 
 
-def _memory(size: float) -> str:
+def _memory(size: float | None) -> str:
+    if size is None:
+        return MISSING
     return f"{number(size / GIB, 2)} GiB" if size >= GIB else f"{number(size / 2**20, 2)} MiB"
 
 
@@ -69,7 +71,10 @@ def _totals(console: Console, plan: Mapping[str, Any]) -> None:
     alone = f"{baseline['model']} alone for {baseline['epochs']:g} epochs ({macs(baseline['macs'])} MACs)"
     share = f"{plan['percent_of_baseline']:.1f} % of {alone}"
     _say(console, f"total {macs(plan['macs'])} MACs, {share}: speed-up {plan['speedup']:.2f}×", bold=True)
-    if len(plan["stages"]) > 1:
+    given = uncounted(plan["stages"])
+    for line in given:
+        _say(console, line)
+    if len(plan["stages"]) > 1 and not given:
         _say(console, f"all {len(plan['stages'])} models, against each alone: {plan['family_speedup']:.2f}×", bold=True)
     if time := plan.get("time"):
         each = f" ({about(3600 * time['worker_hours'])} of workers)" if plan["workers"] > 1 else ""

@@ -10,12 +10,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from raychain.core.wording import MISSING, macs, number, percent
+from raychain.core.wording import MISSING, macs, number, percent, uncounted
 from raychain.data.health import kinds
+from raychain.errors import one_line
 from raychain.evaluators.metrics import FORMER, Definition, means, read_back
 from raychain.terminal.console import make_console
 
-STATUS_STYLES = {"trained": "green", "reused": "cyan", "failed": "red"}
+STATUS_STYLES = {"trained": "green", "reused": "cyan", "given": "cyan", "failed": "red"}
 HEADINGS = ("stage", "model", "status", "params\n(M)", "epochs", "MACs")
 MEASURED = ("zero-shot\ntop-1 %", "R@1 %\ni2t / t2i")
 TEXT = ("model", "status")
@@ -44,6 +45,8 @@ def result_table(run: Mapping[str, Any], console: Console | None = None) -> None
     if health.get("bad"):
         bad, samples = sum(health["bad"].values()), health["samples"]
         console.print(f"data: {bad:,} of {samples:,} samples not used: {kinds(health['bad'])}")
+    for line in uncounted(run.get("stages") or ()):
+        console.print(one_line(line), highlight=False, soft_wrap=True)
     console.print(_totals(run.get("totals") or {}), style="bold", highlight=False)
 
 
@@ -55,7 +58,7 @@ def _row(stage: Mapping[str, Any]) -> list[str | Text]:
         Text(str(stage.get("model") or MISSING)),
         Text(status, STATUS_STYLES.get(status, "")),
         number(None if params is None else params / 1e6),
-        f"{epochs:.4g}" if isinstance(epochs, int | float) else MISSING,
+        f"{epochs:.4g}" if isinstance(epochs, int | float) and status != "given" else MISSING,
         macs(stage.get("macs")),
     ]
 

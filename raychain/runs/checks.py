@@ -42,8 +42,9 @@ def check_chain(experiment: Experiment) -> None:
         except ValueError as error:
             raise InputError(f"transfer.{field}", given, "an operator that can be imported", str(error)) from None
     _check_shrink(experiment.transfer)
-    for i in range(1, len(experiment.chain)):
-        _check_growth(experiment, i)
+    for i, stage in enumerate(experiment.chain):
+        if i or stage.start:
+            _check_growth(experiment, i)
 
 
 def check_evaluators(experiment: Experiment) -> None:
@@ -69,12 +70,16 @@ def _check_shrink(transfer: Transfer) -> None:
 
 
 def _check_growth(experiment: Experiment, i: int) -> None:
-    small, large = experiment.chain[i - 1].model, experiment.chain[i].model
+    large, start = experiment.chain[i].model, experiment.chain[i].start
+    small = start.model if start else experiment.chain[i - 1].model
     paradigm, size, transfer = make_paradigm(experiment.task), input_size(experiment, i), experiment.transfer
+    if start:
+        usable_size(experiment.task, small, size, f"chain.{i}.start.model")
     configs = [paradigm.config(name) for name in (small, large)]
     try:
         model_size(experiment.task, small, size)  # the teacher reads this stage's inputs
-        before = paradigm.build(configs[0], size=input_size(experiment, i - 1), seed=0, device="meta")
+        own = size if start else input_size(experiment, i - 1)
+        before = paradigm.build(configs[0], size=own, seed=0, device="meta")
         before = paradigm.adapt(before, configs[0], size)
         models = [before, paradigm.build(configs[1], size=size, seed=0, device="meta")]
     except ValueError as error:

@@ -29,7 +29,8 @@ def cost_of(experiment: Experiment) -> Costed:
     """What the experiment's chain costs, stage by stage, with each stage's own data. Raises InputError."""
     follows = experiment.transfer.distill is not None
     settings = []
-    for index in range(len(experiment.chain)):
+    for place in range(len(experiment.chain)):
+        index = max(place, experiment.first_trained)  # what is given reads nothing
         own = "train" in experiment.chain[index].data.model_fields_set
         where = f"chain.{index}.data.train" if own else "data.train"
         settings.append(_setting(experiment, experiment.stage_data(index), where))
@@ -37,25 +38,34 @@ def cost_of(experiment: Experiment) -> Costed:
     for index, (stage, setting) in enumerate(zip(experiment.chain, settings, strict=True)):
         pixels = experiment.stage_data(index).image_size
         size = usable_size(experiment.task, stage.model, pixels, f"chain.{index}.model")
-        teacher = (
-            usable_size(experiment.task, experiment.chain[index - 1].model, pixels, "data.image_size")
-            if index and follows
-            else None
-        )
-        epochs, seen = _length(stage.epochs, setting, f"chain.{index}.epochs")
-        stages.append(StageCost(size, epochs, seen, setting.items, teacher))
+        if stage.checkpoint is not None:
+            stages.append(StageCost(size, 0.0, 0, setting.items, None, stage.checkpoint))
+            continue
+        before, start = experiment.chain[index - 1].model if index else "", None
+        if stage.start:
+            before = stage.start.model
+            start = usable_size(experiment.task, before, pixels, f"chain.{index}.start.model")
+        teacher = usable_size(experiment.task, before, pixels, "data.image_size") if before and follows else None
+        epochs, seen = _length(stage.length, setting, f"chain.{index}.epochs")
+        origin = stage.start.checkpoint if stage.start else None
+        stages.append(StageCost(size, epochs, seen, setting.items, teacher, origin, start))
     given = experiment.baseline
     pixels, items = experiment.stage_data(len(stages) - 1).image_size, settings[-1].items
     last = usable_size(experiment.task, given.model, pixels, "baseline.model") if given else stages[-1].size
-    epochs, seen = stages[0].epochs, stages[0].samples
+    first = stages[experiment.first_trained]
+    epochs, seen = first.epochs, first.samples
     if given:
         epochs, seen = _length(given.epochs, settings[0], "baseline.epochs")
     baseline = StageCost(last, epochs, seen, items, None)
-    alone = sum(StageCost(stage.size, epochs, seen, stage.items, None).macs for stage in stages)
+    alone = sum(StageCost(stage.size, epochs, seen, stage.items, None).macs for stage in stages if not stage.given)
     cost = ChainCost(tuple(stages), baseline, alone)
     known = _known(experiment)
     samples = settings[0].samples
-    return Costed(cost, samples, warnings(cost, samples, known))
+    found = warnings(cost, samples, known)
+    if given is None and stages[0].origin is not None:
+        found.append(f"the chain begins with a checkpoint, and is compared with {last.name} alone for the epochs of "
+                     f"{first.size.name}: name in `baseline` what you would train instead")  # fmt: skip
+    return Costed(cost, samples, found)
 
 
 def proposals_for(experiment: Experiment) -> tuple[list[Proposal], int]:

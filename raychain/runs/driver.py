@@ -25,6 +25,7 @@ from raychain.reporting.progress import Progress
 from raychain.reporting.runlog import RUN, RunLog
 from raychain.reporting.trackers import Trackers
 from raychain.runs.group import Groups
+from raychain.runs.origins import publish
 from raychain.runs.store import StageStore, UnusableStageError, usable
 from raychain.runs.takeover import take_over
 from raychain.runs.totals import totals
@@ -53,7 +54,10 @@ def run_chain(
         lease = stack.enter_context(Lease(out, LEASE))
         lease.acquire(patience(f"{task.out} is in use", _say))
         take_over(task, out, store, _say)
-        finished = [_claim(stage, task.suite, out, store, stack) for stage in task.stages]
+        finished = [_claim(stage, task, out, store, stack) for stage in task.stages]
+        for stage, record in zip(task.stages, finished, strict=True):
+            if stage.start and record is None:
+                _claim(stage.start, task, out, store, stack)
         try:
             return _run(task, out, store, finished, lease, address, verbose, watch)
         finally:
@@ -137,15 +141,19 @@ def _run(
 
 
 def _claim(
-    stage: StageTask, suite: Suite, out: Folder, store: StageStore | None, stack: contextlib.ExitStack
+    stage: StageTask, task: ChainTask, out: Folder, store: StageStore | None, stack: contextlib.ExitStack
 ) -> dict[str, Any] | None:
-    """The record of a finished stage, or None once this driver is the one to train it.
+    """The record of a finished stage, or None once this driver is the one to train it. A given one is finished here.
 
     Where another driver trains it, it is waited for. All drivers claim in the order of the chain, so that two never
     wait for each other. A claim that is lost later, as the store cannot be written any more, stops nothing: at worst
     another driver trains the stage too.
     """
+    suite = task.suite
     record = _reused(stage, suite, out, store)
+    if record is None and stage.given:
+        publish(task, stage)
+        record = _reused(stage, suite, out, None)
     while store and record is None:
         lease = stack.enter_context(store.training(stage.key))
         told = patience(f"{stage.model} (stage {stage.key[:8]}) is being trained", _say)
@@ -164,12 +172,12 @@ def _claim(
 def _reused(stage: StageTask, suite: Suite, out: Folder, store: StageStore | None) -> dict[str, Any] | None:
     """The record of a stage that is finished, from the run folder or else from the store."""
     name = f"stages/{stage.folder}"
-    own = {"index": stage.index}
+    own = {"index": stage.index} | ({"origin": stage.origin} if stage.origin else {})
     record = store.adopt(stage.key, out, stage.folder, own) if store else usable(out, name, stage.key)
     if record is None:
         return None
     shown = {name: value for name, value in suite.shown(record).items() if name != "files"}
-    return shown | {"status": "reused"}
+    return shown | {"status": "given" if stage.given else "reused"}
 
 
 @contextlib.contextmanager

@@ -66,6 +66,12 @@ def stage_key(stage: Determinants, previous: str, schema: int = SCHEMA) -> str:
     return _digest(_content(stage, previous, schema) | own)
 
 
+def given_key(digest: str, model: Mapping[str, Any], size: int, task: Mapping[str, Any]) -> str:
+    """Content address of a checkpoint that is a stage without training; `digest` is of its weights."""
+    content = {"schema": SCHEMA, "given": digest, "model": model, "image_size": size}
+    return _digest(content | ({"task": task} if task else {}))
+
+
 def trunk_key(stage: Determinants, previous: str, schema: int = SCHEMA) -> str:
     """Content address of what precedes the stage's cool-down, whatever its length; empty without a cool-down."""
     return _digest(_content(stage, previous, schema) | {"trunk": True}) if stage.cooldown else ""

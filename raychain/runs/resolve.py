@@ -28,6 +28,7 @@ from raychain.planning.macs import stage_macs
 from raychain.reporting.health import DataHealth
 from raychain.runs.checks import check_health, input_size
 from raychain.runs.identity import FORMER_SCHEMA, Determinants, stage_key, trunk_key
+from raychain.runs.origins import Origin, given_stage
 from raychain.runs.takeover import finished
 from raychain.schema.durations import Duration
 from raychain.training.finished import STAGE_RECORD
@@ -107,7 +108,7 @@ def dry_plan(experiment: Experiment) -> dict[str, Any]:
         task = make_task(experiment, out)
         stages, published = task.stages, finished(task, Folder(out))
         keys = [stage.key for stage in stages]
-    shown = ("model", "params", "epoch_samples", "epochs", "steps", "warmup", "lr", "macs")
+    shown = ("model", "params", "epoch_samples", "epochs", "steps", "warmup", "lr", "macs", "origin")
     plan = [{name: getattr(stage, name) for name in shown} for stage in stages]
     return {"stages": [entry | {"published": p, "key": k} for entry, p, k in zip(plan, published, keys, strict=True)]}
 
@@ -135,7 +136,8 @@ def _readings(experiment: Experiment, cache: Path) -> list[Reading]:
     """Each stage's data, found and counted once where stages share it. Raises InputError."""
     known: dict[Data, Reading] = {}
     readings = []
-    for index in range(len(experiment.chain)):
+    for place in range(len(experiment.chain)):
+        index = max(place, experiment.first_trained)  # what is given reads nothing
         data = experiment.stage_data(index)
         if data not in known:
             own = "train" in experiment.chain[index].data.model_fields_set
@@ -170,22 +172,47 @@ def resolve_stages(
     """The chain's stages in numbers, each on its reading. Raises InputError for stages too short for their warm-up."""
     stages: list[StageTask] = []
     for index, reading in enumerate(readings):
-        stages.append(_stage(experiment, index, reading, out, others, stages[-1] if stages else None))
+        if experiment.chain[index].checkpoint is not None:
+            stages.append(_given(experiment, index, reading, out))
+        else:
+            stages.append(_stage(experiment, index, reading, out, others, stages[-1] if stages else None))
     return tuple(stages)
+
+
+def _given(experiment: Experiment, index: int, reading: Reading, out: Folder) -> StageTask:
+    """The checkpoint that is stage `index`, or that the stage starts from. Raises InputError."""
+    stage, size = experiment.chain[index], input_size(experiment, index)
+    if stage.start:
+        origin = Origin(f"chain.{index}.start", stage.start.checkpoint, stage.start.model)
+    else:
+        origin = Origin(f"chain.{index}.checkpoint", str(stage.checkpoint), stage.model)
+    paradigm = make_paradigm(experiment.task)
+    reader = paradigm.reader(
+        experiment.stage_data(index), paradigm.config(origin.model), size, sum(reading.order.counts)
+    )
+    folder = _folder(index, f"start-{origin.model}" if stage.start else origin.model)
+    feed = Feed(reading.shards, reading.order, reader)
+    return given_stage(experiment, origin, index, folder, size, feed, out)
+
+
+def _folder(index: int, name: str) -> str:
+    return f"{index}-{re.sub(r'[^A-Za-z0-9._-]', '_', name)}"
 
 
 def _stage(
     experiment: Experiment, index: int, reading: Reading, out: Folder, others: Others, before: StageTask | None
 ) -> StageTask:
-    """The task of one stage, which follows `before`."""
+    """The task of one stage, which follows `before` unless it starts from a checkpoint."""
     recipe, stage, data = experiment.train, experiment.chain[index], experiment.stage_data(index)
-    grown, every = experiment.transfer if index else None, experiment.evaluate.every
+    start = _given(experiment, index, reading, out) if stage.start else None
+    before = start or before
+    grown, every = experiment.transfer if before else None, experiment.evaluate.every
     epoch_samples = data.samples or reading.order.samples
     lengths = {"epoch_samples": epoch_samples, "global_batch": recipe.global_batch}
-    steps = stage.epochs.steps(**lengths)
+    steps = stage.length.steps(**lengths)
     if steps < 1:
         raise InputError(
-            f"chain.{index}.epochs", stage.epochs, "at least one optimiser step", "lengthen it or lower global_batch"
+            f"chain.{index}.epochs", stage.length, "at least one optimiser step", "lengthen it or lower global_batch"
         )
     own_warmup = stage.warmup or (grown and grown.warmup) or recipe.warmup
     warmup, cooldown = own_warmup.steps(**lengths, stage_steps=steps), _cooldown(recipe, lengths, steps)
@@ -194,13 +221,14 @@ def _stage(
         raise InputError(f"chain.{index}", f"{given} of {steps}", "less than the stage",
                          f'set chain.{index}.warmup, for example "10 %"')  # fmt: skip
     rungs = set()
-    for length in (stage.epochs, *others[min(index, 1)]) if cooldown else ():
+    for length in (stage.length, *others[min(index, 1)]) if cooldown else ():
         total = length.steps(**lengths)
         rung = total - _cooldown(recipe, lengths, total)
         if own_warmup.steps(**lengths, stage_steps=total) == warmup < rung <= steps - cooldown:
             rungs.add(rung)
     paradigm = make_paradigm(experiment.task)
     config, size = paradigm.config(stage.model), input_size(experiment, index)
+    config = paradigm.inherited(config, before.config) if before else config
     reader = paradigm.reader(data, config, size, sum(reading.order.counts))
     betas, eps = paradigm.adam(config)
     betas, eps = recipe.betas or betas, recipe.eps or eps
@@ -230,11 +258,10 @@ def _stage(
     )
     previous = before.key if before else ""
     key = stage_key(determinants, previous)
-    folder = f"{index}-{re.sub(r'[^A-Za-z0-9._-]', '_', stage.model)}"
+    folder = _folder(index, stage.model)
     record = records.read(out, f"stages/{folder}/{STAGE_RECORD}", records.StageRecord, quiet=True)
     student = model_size(experiment.task, stage.model, size)
-    follows = grown is not None and grown.distill is not None
-    teacher = model_size(experiment.task, experiment.chain[index - 1].model, size) if follows else None
+    teacher = model_size(experiment.task, before.model, size) if before and experiment.transfer.distill else None
     return StageTask(
         index=index,
         model=stage.model,
@@ -261,6 +288,7 @@ def _stage(
         macs=stage_macs(student, teacher, steps * recipe.global_batch, paradigm.items(data)),
         published=record is not None and record["key"] == key,
         changes=_histories(determinants, previous),
+        start=start,
     )
 
 

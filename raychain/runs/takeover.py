@@ -41,7 +41,7 @@ def take_over(task: ChainTask, out: Folder, store: StageStore | None, say: Say) 
 
     `say` hears a line of every stage that is, or that is not although it is there. Raises OSError.
     """
-    for stage in task.stages:
+    for stage in (stage for stage in task.stages if stage.given is None):
         name = f"stages/{stage.folder}"
         if _key(out, name) == stage.key or (store and store.has(stage.key)):
             continue

@@ -13,9 +13,9 @@ from raychain.training.task import ChainTask
 def totals(task: ChainTask, wall_s: float) -> dict[str, Any]:
     """`totals` of run.json: the chain's MACs against the baseline's."""
     experiment = task.experiment
-    first, last = task.stages[0], task.stages[-1]
+    first, last = task.stages[experiment.first_trained], task.stages[-1]
     lengths = {"epoch_samples": first.epoch_samples, "global_batch": experiment.train.global_batch}
-    baseline = experiment.baseline or Baseline(model=last.model, epochs=experiment.chain[0].epochs)
+    baseline = experiment.baseline or Baseline(model=last.model, epochs=experiment.chain[first.index].length)
     samples = baseline.epochs.steps(**lengths) * experiment.train.global_batch
     items = make_paradigm(experiment.task).items(experiment.stage_data(last.index))
     alone = stage_macs(model_size(experiment.task, baseline.model, last.size), None, samples, items)

@@ -7,6 +7,8 @@ from typing import Annotated, Any, NamedTuple
 
 from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, WithJsonSchema
 
+from raychain.schema.component import Component
+
 _BUDGET = re.compile(r"\s*([0-9][0-9_]*(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?)\s*([KMGTPEZ]?)(?:MACs)?\s*(%?)\s*")
 _PREFIXES = {prefix: 1000.0**power for power, prefix in enumerate(["", *"KMGTPEZ"])}
 
@@ -53,3 +55,21 @@ MacsBudget = Annotated[
 _Positive = Annotated[float, Field(gt=0)]
 EpochRule = Annotated[tuple[_Positive, _Positive], AfterValidator(_falling)]
 RatioBounds = Annotated[tuple[_Positive, _Positive], AfterValidator(_ordered)]
+
+
+class Allocation(Component):
+    """How the planner chooses a chain from `family` (`raychain plan` shows what it chose and why)."""
+
+    first: float | None = Field(None, gt=0)
+    """Epochs of the first model, which is trained alone. Absent: 128 up to 2.9 million samples, falling to 64 at 15
+    million, as published."""
+    rules: Annotated[tuple[EpochRule, ...], Field(min_length=1)] | None = None
+    """Epoch rules to try: [epochs of the second model, epochs of the last], linear in between. Absent: the published
+    ones, one longer and one shorter, in proportion to `first`."""
+    ratios: RatioBounds | None = None
+    """Bounds that every expansion ratio must keep. Absent: [2, 4] where the family allows it, else as near as it
+    comes."""
+    budget: MacsBudget | None = None
+    """Upper bound of the chain's training MACs: "30 %" of the baseline, "9.5 EMACs", or a number."""
+    all_models: bool = False
+    """true: every model of the family is wanted, so every chain has them all."""

@@ -172,7 +172,7 @@ class Space:
 
     def planned(self) -> Iterator[Params]:
         """The experiment's own chain and the planner's proposals, best first, as near as the space has them."""
-        if self.experiment.chain and (own := self.nearest([(s.model, s.epochs) for s in self.experiment.chain])):
+        if self.experiment.chain and (own := self.nearest([(s.model, s.length) for s in self.experiment.chain])):
             yield own
         if not 2 <= len(self.sizes) <= 16:
             return
@@ -232,10 +232,10 @@ def make_space(experiment: Experiment) -> Space:
 
     own = search.space
     planned = (experiment.allocation and experiment.allocation.first) or alone_epochs(samples)
-    first = own.first or ((experiment.chain[0].epochs,) if experiment.chain else (Duration(planned, "epochs"),))
+    first = own.first or ((experiment.chain[0].length,) if experiment.chain else (Duration(planned, "epochs"),))
     grown: tuple[Duration, ...] = own.grown or ()
     if not grown and not own.rules and experiment.chain:
-        grown = tuple(stage.epochs for stage in experiment.chain[1:])
+        grown = tuple(stage.length for stage in experiment.chain[1:])
     rules: tuple[tuple[float, float], ...] = ()
     if not grown:
         longest = max(steps(length) for length in first) * batch / samples
@@ -283,7 +283,7 @@ def proxied(experiment: Experiment, proxy: Proxy, shards: Sequence[str] | None) 
         data = data.model_copy(update={"train": sources, "samples": None})
     if proxy.image_size:
         data = data.model_copy(update={"image_size": proxy.image_size})
-    chain = tuple(stage.model_copy(update={"epochs": _part(stage.epochs, proxy.epochs)}) for stage in experiment.chain)
+    chain = tuple(stage.model_copy(update={"epochs": _part(stage.length, proxy.epochs)}) for stage in experiment.chain)
 
     def warmup(length: Duration | None) -> Duration | None:
         share = proxy.epochs if length and length.unit == "epochs" else proxy.epochs * proxy.shards
@@ -356,6 +356,10 @@ def _chains(sizes: Sequence[ModelSize], search: Search, where: str) -> tuple[tup
 
 def _check_stages(experiment: Experiment) -> None:
     for index, stage in enumerate(experiment.chain):
+        if origin := stage.checkpoint or (stage.start and stage.start.checkpoint):
+            option = "checkpoint" if stage.checkpoint else "start"
+            raise InputError(f"chain.{index}.{option}", origin, "a chain of models that the search trains itself",
+                             "leave it out; raychain run trains chains with checkpoints")  # fmt: skip
         own = stage.model_fields_set - {"model", "epochs"}
         if own:
             raise InputError(

@@ -16,8 +16,9 @@ from raychain.core.finite import not_finite
 from raychain.core.storage import Folder, patiently
 from raychain.evaluators.suite import Results
 from raychain.growth import Moments
+from raychain.paradigms.base import Config, Paradigm
 from raychain.training.artifact import load_moments, write_artifact
-from raychain.training.state import TrainState, all_finite
+from raychain.training.state import Counters, TrainState, all_finite
 from raychain.training.task import ChainTask, StageTask
 
 STAGE_RECORD = "stage.json"
@@ -28,6 +29,16 @@ class Trained(NamedTuple):
 
     model: nn.Module
     moments: Moments | None
+
+    def resized(self, paradigm: Paradigm, config: Config, size: int) -> Trained:
+        """The same for inputs of another size. Interpolated position embeddings have no moments."""
+        model = paradigm.adapt(self.model, config, size)
+        if model is self.model or self.moments is None:
+            return Trained(model, self.moments)
+        step, *moments = self.moments.step, self.moments.exp_avg, self.moments.exp_avg_sq
+        shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        kept = [{name: value for name, value in m.items() if value.shape == shapes[name]} for m in moments]
+        return Trained(model, Moments(step, *kept))
 
 
 class FinishedStages:
@@ -60,12 +71,22 @@ class FinishedStages:
 
     def publish(self, stage: StageTask, state: TrainState, moments: Moments) -> dict[str, Any]:
         """Writes the stage's folder, and returns its record, which has no metrics yet. Raises OSError."""
-        counters, transfer = state.counters, self._task.experiment.transfer
+        return self._write(stage, state.counters, Trained(state.model, moments), state.student.projector)
+
+    def give(self, stage: StageTask, found: Trained) -> dict[str, Any]:
+        """The same of a checkpoint that is a stage, or that one starts from."""
+        return self._write(stage, Counters(), found, None)
+
+    def _write(
+        self, stage: StageTask, counters: Counters, found: Trained, projector: nn.Module | None
+    ) -> dict[str, Any]:
+        transfer = self._task.experiment.transfer
+        grown = stage.given is None and self._task.before(stage) is not None
         record = {
             "index": stage.index,
             "model": stage.model,
             "key": stage.key,
-            "status": "trained",
+            "status": "given" if stage.given else "trained",
             "epochs": stage.epochs,
             "steps": counters.step,
             "samples_seen": counters.samples,
@@ -74,10 +95,11 @@ class FinishedStages:
             "wall_s": round(counters.wall_s, 3),
             "gap_s": None if counters.gap_s is None else round(counters.gap_s, 3),
             "data_wait_s": round(counters.data_wait_s, 3),
-            "lr": stage.lr,
+            "lr": None if stage.given else stage.lr,
             "changes": [{"step": change.step, "lr": change.lr} for change in stage.changes],
-            "transfer": transfer.model_dump(mode="json") if stage.index else None,
+            "transfer": transfer.model_dump(mode="json") if grown else None,
             "checkpoint": f"stages/{stage.folder}",
+            **({"origin": stage.origin} if stage.origin else {}),
             **self._task.suite.recorded({}),
             "published": round(time.time(), 3),
         }
@@ -85,11 +107,11 @@ class FinishedStages:
             files = write_artifact(
                 Path(scratch),
                 self._task.paradigm,
-                state.model,
+                found.model,
                 stage.config,
                 stage.size,
-                projector=state.student.projector,
-                moments=moments,
+                projector=projector,
+                moments=found.moments,
             )
             (Path(scratch) / STAGE_RECORD).write_text(json.dumps({**record, "files": files}, indent=2) + "\n")
             name = f"stages/{stage.folder}"
@@ -105,4 +127,4 @@ class FinishedStages:
         content = record | suite.recorded(suite.results(record) | results)
         patiently(lambda: self._out.write_json(name, content), f"{self._out.address}/{name}")
         shown = {key: value for key, value in suite.shown(content).items() if key != "files"}
-        return shown | {"status": "reused" if stage.published else "trained"}
+        return shown | {"status": stage.status}

@@ -113,8 +113,9 @@ class ChainWorker:
                 if stage not in todo:
                     self._measure_missing(stage, beside=bool(todo))
             for stage in todo:
-                if stage.index and previous is None:
-                    previous = self.finished.load(self.task.stages[stage.index - 1], self.device)
+                before = self.task.before(stage)
+                if before and (previous is None or stage.start):
+                    previous = self.finished.load(before, self.device)
                 following = next((s for s in todo if s.index == stage.index + 1), None)
                 ready, self._ready = self._ready, None
                 states = StageStates(self.task, stage, self.emit)
@@ -193,16 +194,6 @@ class ChainWorker:
         dist.broadcast_object_list(box, 0, device=self.device)
         return box[0]
 
-    def _adapt(self, previous: Trained, stage: StageTask) -> Trained:
-        """The stage before, for inputs of this stage's size. Interpolated position embeddings have no moments."""
-        model = self.paradigm.adapt(previous.model, self.task.stages[stage.index - 1].config, stage.size)
-        if model is previous.model or previous.moments is None:
-            return Trained(model, previous.moments)
-        step, *moments = previous.moments.step, previous.moments.exp_avg, previous.moments.exp_avg_sq
-        shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-        kept = [{name: value for name, value in m.items() if value.shape == shapes[name]} for m in moments]
-        return Trained(model, Moments(step, *kept))
-
     def _prepare(self, stage: StageTask, start: int = 0) -> tuple[nn.Module, Loader]:
         """The stage's fresh model and its started loader; runs beside the training of the stage before."""
         started = time.time()
@@ -238,13 +229,14 @@ class ChainWorker:
         transfer, recipe = self.experiment.transfer, self.experiment.train
         teacher, followed, describe = None, None, self.paradigm.describe
         model = model.to(self.device)
-        if previous:
-            previous, before = self._adapt(previous, stage), self.task.stages[stage.index - 1].config
+        before = self.task.before(stage)
+        if previous and before:
+            previous = previous.resized(self.paradigm, before.config, stage.size)
             operators = {"width": transfer.width, "depth": transfer.depth}
             grow(previous.model, model, **operators, shrink=transfer.shrink, describe=describe)
             if transfer.distill:
-                teacher = self.paradigm.objective(previous.model, before).to(self.device).eval().requires_grad_(False)
-                followed = before
+                teacher = self.paradigm.objective(previous.model, before.config).to(self.device)
+                teacher, followed = teacher.eval().requires_grad_(False), before.config
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed + stage.index)
             student = self.paradigm.objective(model, stage.config, followed).to(self.device)

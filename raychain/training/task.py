@@ -53,6 +53,19 @@ class RateChange:
     """The same of what comes before that stage's cool-down; empty without one."""
 
 
+class Given(NamedTuple):
+    """A checkpoint that one has already, which is a stage without steps."""
+
+    checkpoint: str
+    """Its address, as the experiment has it."""
+    digest: str
+    """Hash of its content."""
+    where: str
+    """The option that names it."""
+    moments: bool
+    """It has AdamW's moments, and they are grown."""
+
+
 @dataclass(frozen=True)
 class StageTask:
     """One stage of the chain, all durations in steps."""
@@ -96,6 +109,10 @@ class StageTask:
     """Finished already: the stage folder in the run folder holds this key."""
     changes: tuple[RateChange, ...] = ()
     """Other peak learning rates, by rising step."""
+    given: Given | None = None
+    """The checkpoint that the stage is, if it is not trained."""
+    start: StageTask | None = None
+    """A checkpoint that it grows from in place of the stage before."""
 
     def peak(self, step: int) -> float:
         """Peak learning rate of the update after `step` steps."""
@@ -104,6 +121,19 @@ class StageTask:
     def key_at(self, step: int) -> str:
         """Content address of the state after `step` steps, which later changes have no part in."""
         return next((change.key for change in self.changes if step <= change.step), self.key)
+
+    @property
+    def origin(self) -> dict[str, str] | None:
+        """What a record says of the checkpoint that the stage is, or that it starts from."""
+        source = self.start or self
+        if source.given is None:
+            return None
+        return {"checkpoint": source.given.checkpoint, "model": source.model, "digest": source.given.digest}
+
+    @property
+    def status(self) -> str:
+        """What a record says of the stage once it is finished."""
+        return "given" if self.given else "reused" if self.published else "trained"
 
     @property
     def averaged_from(self) -> int:
@@ -129,6 +159,10 @@ class ChainTask:
     def paradigm(self) -> Paradigm:
         """What the chain learns."""
         return make_paradigm(self.experiment.task)
+
+    def before(self, stage: StageTask) -> StageTask | None:
+        """What a stage grows from; None where it starts at random."""
+        return stage.start or (self.stages[stage.index - 1] if stage.index else None)
 
     def measured(self, record: dict[str, Any]) -> bool:
         """Whether a stage's record has the metrics this chain asks for."""

@@ -17,10 +17,11 @@ from raychain.data.pictures import PictureReader
 from raychain.data.shards import Shard, survey
 from raychain.data.spec import Spec, Tokenizer, fitting
 from raychain.models import at_image_size, model_config
-from raychain.models.building import build_config, preprocessing_of
-from raychain.models.registry import native_size
+from raychain.models.building import NORMALISATION, build_config, preprocessing_of
+from raychain.models.checkpoints import CheckpointError, config_beside, read_checkpoint
+from raychain.models.registry import difference, name_for, native_size
 from raychain.models.tokenizing import check_tokenizer, make_tokenizer
-from raychain.paradigms.base import Config, Paradigm, plain
+from raychain.paradigms.base import Config, Paradigm, Read, plain
 from raychain.paradigms.clip.objective import ClipObjective, ImageTextObjective
 from raychain.paradigms.objective import Objective, Projector
 from raychain.planning.macs import ModelSize, tower_sizes
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from raychain.config.experiment import Data
 
 _TIMM_VITS = ("vit_", "deit", "eva", "beit")
-CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
+CONFIG, WEIGHTS, PREPROCESSING = "open_clip_config.json", "open_clip_model.safetensors", "preprocess_cfg"
 
 
 class ImageTextParadigm(Paradigm):
@@ -104,6 +105,7 @@ class ImageTextParadigm(Paradigm):
     def save(self, folder: Path, model: nn.Module, config: Config, size: int) -> None:
         """A folder that unmodified open_clip loads as `local-dir:FOLDER`."""
         own = {**config, "vision_cfg": {**config["vision_cfg"], "image_size": size}}
+        own.pop(PREPROCESSING, None)
         document = {"model_cfg": own, "preprocess_cfg": {**preprocessing_of(model), "size": size}}
         (folder / CONFIG).write_text(json.dumps(document, indent=2) + "\n")
         save_file(plain(model.state_dict()), folder / WEIGHTS)
@@ -114,6 +116,27 @@ class ImageTextParadigm(Paradigm):
         model.load_state_dict(load_file(folder / WEIGHTS))
         set_model_preprocess_cfg(cast(Any, model), document["preprocess_cfg"])
         return model
+
+    def model_in(self, path: Path, called: str) -> str:
+        """A known name of the model that open_clip_config.json describes; without one it is known as `called`, or as
+        its folder or file is, from then on.
+        """
+        config = config_beside(path)
+        return name_for(config, called or path.stem) if config is not None else ""
+
+    def read(self, path: Path, model: str) -> Read:
+        """What `read_checkpoint` takes: a folder of open_clip's, or a weights file."""
+        config, described = self.config(model), config_beside(path)
+        if described is not None and (other := difference(described, config)):
+            raise CheckpointError(f"its {CONFIG} is of another model than {model}: {other}")
+        found = read_checkpoint(path, model if described is None else None).model
+        own = {name: list(preprocessing_of(found)[name]) for name in NORMALISATION}
+        usual = {name: list(preset) for name, preset in NORMALISATION.items()}
+        return Read(found, config if own == usual else {**config, PREPROCESSING: own})
+
+    def inherited(self, config: Config, before: Config) -> Config:
+        """Pictures are normalised as they were for the weights that grow."""
+        return {**config, PREPROCESSING: before[PREPROCESSING]} if PREPROCESSING in before else config
 
 
 def _wanted(data: Data) -> Wanted:
