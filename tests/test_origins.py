@@ -110,6 +110,23 @@ def test_a_model_that_nobody_knows_is_taken_from_the_checkpoint_and_named_after_
     use_models(None)
 
 
+def test_a_checkpoint_of_another_paradigm_keeps_its_name_and_bias(tree: dict[str, Any], tmp_path: Path) -> None:
+    siglip = tree | {"task": {"paradigm": "siglip"}}
+    paradigm = make_paradigm(validate(siglip).task)
+    config = paradigm.config(SMALL)
+    size = paradigm.native_size(config)
+    (tmp_path / "sig").mkdir()
+    paradigm.save(tmp_path / "sig", paradigm.build(config, size=size, seed=3), config, size)
+    task = make_task(named(validate(chain(siglip, tmp_path / "sig"))), str(tmp_path / "out"))
+    assert task.stages[0].model == SMALL
+    alone = tmp_path / "sig" / "open_clip_model.safetensors"
+    shutil.move(alone, tmp_path / "alone.safetensors")
+    first = {"checkpoint": str(tmp_path / "alone.safetensors"), "model": SMALL}
+    assert keys(chain(siglip, first), tmp_path / "out") == [stage.key for stage in task.stages]
+    with pytest.raises(InputError, match="logit_bias"):
+        keys(chain(tree, first), tmp_path / "out")
+
+
 def test_pictures_stay_normalised_as_the_checkpoint_has_them(tree: dict[str, Any], tmp_path: Path) -> None:
     folder = saved(tmp_path / "other", mean=(0.1, 0.2, 0.3))
     task = make_task(named(validate(chain(tree, folder))), str(tmp_path / "out"))

@@ -44,15 +44,18 @@ class Checkpoint:
     config: dict[str, Any]
 
 
-def read_checkpoint(path: str | Path, architecture: str | None = None) -> Checkpoint:
+def read_checkpoint(
+    path: str | Path, architecture: str | None = None, config: dict[str, Any] | None = None
+) -> Checkpoint:
     """The model kept at `path`.
 
     `path` is a folder with open_clip_config.json and weights (open_clip's `local-dir:`, a stage folder), or a weights
     file: `.safetensors`, or what `torch.load(weights_only=True)` reads, with the tensors at the top or under
     `state_dict`, `model_state_dict` or `model`, with or without the `module.` of DDP and of torch's averages before
-    the names. `architecture` is the model's name, needed for a file that has no open_clip_config.json beside it.
-    Nothing is unpickled that could run code, and nothing is downloaded, whatever the config asks for. Config, names,
-    shapes and types are compared before memory is taken for the model.
+    the names. `architecture` is the model's name, needed for a file that has no open_clip_config.json beside it;
+    `config` is its `model_cfg` where that is not the one it is known for. Nothing is unpickled that could run code, and
+    nothing is downloaded, whatever the config asks for. Config, names, shapes and types are compared before memory is
+    taken for the model.
 
     Raises CheckpointError saying what is wrong with the file, UnknownModelError for an unknown architecture and for a
     config whose model would need a download.
@@ -61,7 +64,8 @@ def read_checkpoint(path: str | Path, architecture: str | None = None) -> Checkp
     folder = path if path.is_dir() else path.parent
     weights = _weights_in(path) if path.is_dir() else path
     document = _document(folder) if architecture is None else {}
-    config = model_config(architecture) if architecture is not None else document.get("model_cfg")
+    if config is None:
+        config = model_config(architecture) if architecture is not None else document.get("model_cfg")
     if config is None:
         where = "the folder has no" if path.is_dir() else "there is no"
         raise CheckpointError(f"{path} does not say which model it is: {where} {CONFIG}; name its architecture")

@@ -15,7 +15,7 @@ import contextlib
 import difflib
 import fnmatch
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from functools import lru_cache
 from pathlib import Path
@@ -73,10 +73,12 @@ def own_configs(names: Iterable[str]) -> dict[str, dict[str, Any]]:
 
 def difference(config: Mapping[str, Any], other: Mapping[str, Any]) -> str:
     """The first key in which two `model_cfg` are of different models, with both values; empty where they are of the
-    same. Their image sizes do not count, nor whether timm's weights would be downloaded.
+    same. Image sizes and initial values do not count, nor whether timm's weights would be downloaded.
     """
-    for key in sorted({*config, *other} - {"preprocess_cfg"}):
+    for key in sorted({*config, *other} - {"preprocess_cfg", "init_logit_scale"}):
         ours, theirs = (found.get(key) for found in (config, other))
+        if key == "init_logit_bias" and (ours is None) == (theirs is None):
+            continue
         if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
             for name in sorted({*ours, *theirs} - {"image_size", "timm_model_pretrained"}):
                 if ours.get(name) != theirs.get(name):
@@ -86,13 +88,13 @@ def difference(config: Mapping[str, Any], other: Mapping[str, Any]) -> str:
     return ""
 
 
-def name_for(config: dict[str, Any], called: str) -> str:
+def name_for(config: dict[str, Any], called: str, lookup: Callable[[str], Mapping[str, Any]]) -> str:
     """A name for the model of a checkpoint's `model_cfg`: one that is known for it, of which `called` comes first, else
-    one made of `called`, by which the config is known until `use_models` is called.
+    one made of `called`, by which the config is known until `use_models` is called. `lookup` has the config of a name.
     """
     for name in (called, *model_names()):
         with contextlib.suppress(UnknownModelError):
-            if not difference(model_config(name), config):
+            if not difference(lookup(name), config):
                 return name
     plain = re.sub(r"[^A-Za-z0-9._-]", "_", called).lstrip("._-")[:80] or "checkpoint"
     name, number = plain, 1

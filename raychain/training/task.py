@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 from raychain.config.experiment import Experiment
 from raychain.data.loader import Feed
 from raychain.data.shards import Shard
+from raychain.errors import without_secrets
 from raychain.evaluators.suite import Suite
 from raychain.paradigms import make_paradigm
 from raychain.paradigms.base import Config, Paradigm
@@ -128,7 +129,11 @@ class StageTask:
         source = self.start or self
         if source.given is None:
             return None
-        return {"checkpoint": source.given.checkpoint, "model": source.model, "digest": source.given.digest}
+        return {
+            "checkpoint": without_secrets(source.given.checkpoint),
+            "model": source.model,
+            "digest": source.given.digest,
+        }
 
     @property
     def status(self) -> str:

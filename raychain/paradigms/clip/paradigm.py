@@ -122,14 +122,14 @@ class ImageTextParadigm(Paradigm):
         its folder or file is, from then on.
         """
         config = config_beside(path)
-        return name_for(config, called or path.stem) if config is not None else ""
+        return name_for(config, called or path.stem, self.config) if config is not None else ""
 
     def read(self, path: Path, model: str) -> Read:
         """What `read_checkpoint` takes: a folder of open_clip's, or a weights file."""
         config, described = self.config(model), config_beside(path)
         if described is not None and (other := difference(described, config)):
             raise CheckpointError(f"its {CONFIG} is of another model than {model}: {other}")
-        found = read_checkpoint(path, model if described is None else None).model
+        found = (read_checkpoint(path) if described is not None else read_checkpoint(path, model, dict(config))).model
         own = {name: list(preprocessing_of(found)[name]) for name in NORMALISATION}
         usual = {name: list(preset) for name, preset in NORMALISATION.items()}
         return Read(found, config if own == usual else {**config, PREPROCESSING: own})
