@@ -3,6 +3,7 @@
 import os
 import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -11,11 +12,13 @@ from test_broken_shards import shard_of
 from typer.testing import CliRunner
 
 from raychain.cli.data import data
+from raychain.config.loading import validate
 from raychain.core.storage import ARROWS, Folder, resolve
 from raychain.data import shards
 from raychain.data.shards import expand, is_pattern
 from raychain.errors import InputError
 from raychain.evaluators.finding import find_tasks
+from raychain.runs.resolve import dry_plan
 
 FOLDERS = ["[a-z]", "photos [2024] (1)", "set {a,b}", "open {", "sp ace", "50%", "a%20b", "#1", "wh?t", "star*", "ü日",
            "back\\slash", "~nobody", "a'b\"c", "--help", "two\nlines"]  # fmt: skip
@@ -86,6 +89,15 @@ def test_a_scheme_that_fsspec_knows_is_opened_or_refused(rest: str, monkeypatch:
             refused.append(str(error))
     assert len(refused) > 10
     assert all("\n  fix " in said for said in refused)
+
+
+@pytest.mark.parametrize("path", ["x\0", "\0", "~/x\0y", "x\ud800"])
+def test_what_no_file_can_be_called_is_one_message(path: str, tree: dict[str, Any]) -> None:
+    tree["preload"] = {"cache": path}
+    with pytest.raises(InputError, match=r"^preload\.cache\n"):
+        dry_plan(validate(tree))
+    with pytest.raises(InputError, match=r"^address\n"):
+        resolve(path)
 
 
 def odd(folder: Path, name: str) -> str:

@@ -139,8 +139,17 @@ def below(address: str, name: str) -> str:
 
 
 def local_path(path: str | Path, where: str) -> Path:
-    """The path with `~` expanded. Raises InputError, naming `where`, for the home of a user that is not there."""
+    """The path with `~` expanded.
+
+    Raises InputError, naming `where`, for what no file can be called, and for the home of a user that is not there.
+    """
     given = str(path)
+    try:
+        named = b"\0" not in os.fsencode(given)
+    except UnicodeEncodeError:  # half of a surrogate pair
+        named = False
+    if not named:
+        raise InputError(where, given, "a path", "leave out the characters that no path may have")
     found = Path(os.path.expanduser(given))  # noqa: PTH111 - pathlib's takes `./~a` for a home
     if given.startswith("~") and found.parts[0].startswith("~") and not Path(found.parts[0]).exists():
         raise InputError(where, given, "a path; ~ and ~USER stand for homes", f"there is no {found.parts[0]}")
