@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import raychain
+from raychain.api.grow import grow_checkpoint
+from raychain.errors import InputError
 from raychain.growth import GrowthError
+from raychain.models import build
+from raychain.models.timm_checkpoints import is_timm, read_timm
 
 VITS = [
     ("deit_tiny_patch16_224", "deit_small_patch16_224", {}),
@@ -65,3 +72,55 @@ def test_a_swin_grows_in_depth_to_the_same_logits_and_in_width_to_nearly_them() 
 def test_what_no_description_covers_is_named(small: str, large: str) -> None:
     with pytest.raises(GrowthError, match="ResNet"):
         raychain.grow(timm.create_model(small), timm.create_model(large))
+
+
+def test_a_timm_checkpoint_grows_and_unmodified_timm_loads_the_result(tmp_path: Path) -> None:
+    small = timm.create_model("vit_tiny_patch16_224", num_classes=7, img_size=32).eval()
+    (tmp_path / "small").mkdir()
+    timm.models.save_for_hf(small, tmp_path / "small", model_args={"img_size": 32})
+    grown = grow_checkpoint(tmp_path / "small", "vit_small_patch16_224", tmp_path / "large")
+    assert grown.drift["classifier"].relative_error < 1e-4
+    large = timm.create_model(f"local-dir:{tmp_path / 'large'}", pretrained=True).eval()
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.allclose(large(images), small(images), atol=1e-4)
+    assert type(large) is type(small)
+    assert large.embed_dim == 384
+
+
+def test_a_file_of_timm_weights_needs_its_name_and_is_told_from_open_clips(tmp_path: Path) -> None:
+    small = timm.create_model("deit_tiny_patch16_224", num_classes=5)
+    save_file(small.state_dict(), tmp_path / "deit.safetensors")
+    assert is_timm(tmp_path / "deit.safetensors", "deit_tiny_patch16_224")
+    assert not is_timm(tmp_path / "deit.safetensors")
+    read = read_timm(tmp_path / "deit.safetensors", "deit_tiny_patch16_224")
+    assert read.options == {"num_classes": 5}
+    save_file(build("CoM-micro-S", seed=0).state_dict(), tmp_path / "clip.safetensors")
+    assert not is_timm(tmp_path / "clip.safetensors", "deit_tiny_patch16_224")
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"architecture": "vit_tiny_patch16_224", "model_args": {"checkpoint_path": "x"}}, "checkpoint_path"),
+        ({"architecture": "vit_tiny_patch16_224", "model_args": {"img_size": "huge"}}, "timm cannot build"),
+        ({"architecture": "vit_tiny_patch16_224", "num_classes": 3}, "has shape"),
+        ({"architecture": "vit_teeny"}, "no model of timm's"),
+    ],
+)
+def test_a_wrong_timm_folder_is_one_message(config: dict[str, Any], said: str, tmp_path: Path) -> None:
+    save_file(timm.create_model("vit_tiny_patch16_224", num_classes=7).state_dict(), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=said):
+        grow_checkpoint(tmp_path, "vit_small_patch16_224", tmp_path / "out")
+
+
+def test_what_a_timm_model_cannot_become_is_one_message(tmp_path: Path) -> None:
+    timm.models.save_for_hf(timm.create_model("vit_tiny_patch16_224", num_classes=7), tmp_path / "small")
+    for to, said in (
+        ("vit_smal_patch16_224", "did you mean vit_small_patch16_224"),
+        ("resnet18", "a model of SMALL's kind"),
+    ):
+        with pytest.raises(InputError, match=said):
+            grow_checkpoint(tmp_path / "small", to, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import timm
 import torch
 from open_clip.model import get_model_preprocess_cfg, set_model_preprocess_cfg
 from torch import nn
@@ -21,11 +22,12 @@ from raychain.data.spec import SQUARED, squared
 from raychain.errors import InputError, nearest
 from raychain.growth import GrowthError, GrowthReport, check
 from raychain.growth import grow as grow_modules
-from raychain.growth.drift import TowerDrift, measure_drift, random_inputs
+from raychain.growth.drift import TowerDrift, measure_backbone_drift, measure_drift, random_inputs
 from raychain.growth.operators import DEFAULT_DEPTH, DEFAULT_WIDTH
 from raychain.models import UnknownModelError, build, model_config, model_names
 from raychain.models.checkpoints import Checkpoint, CheckpointError, read_checkpoint
 from raychain.models.registry import use_models
+from raychain.models.timm_checkpoints import TimmCheckpoint, build_timm, is_timm, read_timm, write_timm
 from raychain.models.tokenizing import make_tokenizer
 from raychain.paradigms import make_paradigm, usable_size
 from raychain.paradigms.task import Task
@@ -45,7 +47,8 @@ class Grown(NamedTuple):
 def grow(small: nn.Module, large: nn.Module, *, width: str = DEFAULT_WIDTH, depth: str = DEFAULT_DEPTH) -> GrowthReport:
     """Writes `large`'s parameters in place, from `small`'s and its own random ones (`raychain.growth.grow`).
 
-    Both are open_clip models. Raises GrowthError naming what cannot grow, before anything is written.
+    Both are open_clip models, or both timm ViTs (DeiT, DINOv2, …) or Swin transformers; the function is kept where the
+    operators keep it. Raises GrowthError naming what cannot grow, before anything is written.
     """
     return grow_modules(small, large, width=width, depth=depth)
 
@@ -70,10 +73,16 @@ def grow_checkpoint(
     first samples of the shards that `data` names. `models` is a folder of open_clip model configs whose names `to` and
     `source` may be. Unmodified open_clip loads the result as `local-dir:OUT`.
 
+    A plain timm model (a folder as timm saves it, or a weights file with `source`, without open_clip's towers in it)
+    grows into the timm model `to`, at its own picture size and number of classes; unmodified timm loads the result as
+    `local-dir:OUT`. Its drift is that of the classifier's outputs on random input.
+
     Raises InputError for anything that is wrong with the arguments, before anything is written.
     """
     folder = _new_folder(out)
     use_models(models, "--models")
+    if is_timm(small, source):
+        return _grow_timm(Path(small), to, folder, width, depth, source, seed, data, samples)
     checkpoint = _read(small, source)
     config, size = _target(checkpoint, to)
     try:
@@ -91,6 +100,35 @@ def grow_checkpoint(
     del checkpoint
     folder.mkdir(parents=True, exist_ok=True)
     write_artifact(folder, make_paradigm(Task()), model, config, _pixels(model))
+    return Grown(folder, report, drift)
+
+
+def _grow_timm(
+    small: Path, to: str, folder: Path, width: str, depth: str, source: str | None, seed: int, data: str | None, n: int
+) -> Grown:
+    """`grow_checkpoint` of a plain timm model; `n` samples."""
+    if data is not None:
+        raise InputError("--data", data, "random input for a timm model", "leave --data out")
+    try:
+        before = read_timm(small, source)
+    except CheckpointError as error:
+        raise InputError("SMALL", small, "a timm model's folder, or weights file with --from", str(error)) from None
+    shared = ("in_chans", "num_classes", "img_size")
+    options = {name: value for name, value in before.options.items() if name in shared}
+    try:
+        check(before.model, build_timm(to, options, seed=seed, device="meta"), width=width, depth=depth)
+    except GrowthError as error:
+        allowed = f"a pair that {width} + {depth} can grow"
+        raise InputError("raychain grow", f"{small} → {to}", allowed, str(error)) from None
+    except ValueError as error:
+        unknown = nearest(to, timm.list_models(), "python -c 'import timm; print(timm.list_models())'")
+        fix = "name a model of SMALL's kind" if timm.is_model(to) else unknown
+        raise InputError("--to", to, f"a timm model that is made as SMALL is ({error})", fix) from None
+    after = build_timm(to, options, seed=seed)
+    report = grow(before.model, after, width=width, depth=depth)
+    drift = {"classifier": measure_backbone_drift(before.model, after, n, seed)}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_timm(folder, TimmCheckpoint(after, to, options, before.preprocessing))
     return Grown(folder, report, drift)
 
 

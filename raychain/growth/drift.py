@@ -36,6 +36,20 @@ def measure_drift(
     }
 
 
+@torch.no_grad()
+def measure_backbone_drift(small: nn.Module, large: nn.Module, count: int, seed: int = 0) -> TowerDrift:
+    """The drift of a timm model's outputs, class scores or pooled features, on `count` random pictures of its size.
+
+    Both models are put in evaluation mode.
+    """
+    model: Any = small
+    size = getattr(getattr(model, "patch_embed", None), "img_size", None) or model.default_cfg["input_size"][1:]
+    channels = next(p.shape[1] for p in model.parameters() if p.ndim == 4)
+    x_bcHW = torch.randn(count, channels, *size, generator=torch.Generator().manual_seed(seed))
+    before, after = (model.eval()(x_bcHW) for model in (small, large))
+    return _compared(before, after)
+
+
 def random_inputs(model: nn.Module, count: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """Normal noise as images [count, 3, H, W], and random captions [count, context] of every length.
 
@@ -56,7 +70,11 @@ def random_inputs(model: nn.Module, count: int, seed: int = 0) -> tuple[torch.Te
 
 
 def _drift(small: nn.Module, large: nn.Module, encode: str, inputs: torch.Tensor, batch: int) -> TowerDrift:
-    before, after = (_encoded(model, encode, inputs, batch) for model in (small, large))
+    return _compared(*(_encoded(model, encode, inputs, batch) for model in (small, large)))
+
+
+def _compared(before: torch.Tensor, after: torch.Tensor) -> TowerDrift:
+    """The drift between outputs [n, D] and [n, E]."""
     shared = min(before.shape[1], after.shape[1])
     before, after = before[:, :shared].double(), after[:, :shared].double()
     cosines = F.cosine_similarity(after, before, dim=1)

@@ -60,9 +60,9 @@ def read_checkpoint(
     Raises CheckpointError saying what is wrong with the file, UnknownModelError for an unknown architecture and for a
     config whose model would need a download.
     """
-    path = _existing(path)
+    path = existing(path)
     folder = path if path.is_dir() else path.parent
-    weights = _weights_in(path) if path.is_dir() else path
+    weights = weights_in(path) if path.is_dir() else path
     document = _document(folder) if architecture is None else {}
     if config is None:
         config = model_config(architecture) if architecture is not None else document.get("model_cfg")
@@ -71,7 +71,7 @@ def read_checkpoint(
         raise CheckpointError(f"{path} does not say which model it is: {where} {CONFIG}; name its architecture")
     which = architecture or f"the model of its {CONFIG}"
     shapes = _meta_model(config, which if architecture else str(folder / CONFIG))
-    tensors = _fitting(_tensors(weights), shapes, f"{weights} is not {which}")
+    tensors = fitting(tensors_of(weights), shapes, f"{weights} is not {which}")
     if (problem := not_finite(tensors)) is not None:
         raise CheckpointError(f"{weights} is of no use: {problem}")
     model: Any = build_config(config, seed=0)
@@ -88,11 +88,12 @@ def config_beside(path: Path) -> dict[str, Any] | None:
 
     Raises CheckpointError and UnknownModelError as `read_checkpoint` does.
     """
-    path = _existing(path)
+    path = existing(path)
     return _document(path if path.is_dir() else path.parent).get("model_cfg")
 
 
-def _existing(path: str | Path) -> Path:
+def existing(path: str | Path) -> Path:
+    """`path`, if it is a folder or a regular file. Raises CheckpointError."""
     try:
         path = Path(path).expanduser()
         if not path.exists():
@@ -139,7 +140,8 @@ def _meta_model(config: dict[str, Any], which: str) -> dict[str, torch.Tensor]:
     return model.state_dict()
 
 
-def _weights_in(folder: Path) -> Path:
+def weights_in(folder: Path) -> Path:
+    """The weights file of a folder. Raises CheckpointError where there is none, or more than one to choose from."""
     try:
         found = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES and path.is_file())
     except OSError as error:
@@ -153,8 +155,8 @@ def _weights_in(folder: Path) -> Path:
     return found[0]
 
 
-def _tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Names, stripped of wrappers' prefixes, to the file's tensors as they are."""
+def tensors_of(path: Path) -> dict[str, torch.Tensor]:
+    """Names, stripped of wrappers' prefixes, to the file's tensors as they are. Raises CheckpointError."""
     try:
         content = _content(path)
     except CheckpointError:
@@ -198,7 +200,7 @@ def _content(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def _fitting(
+def fitting(
     tensors: dict[str, torch.Tensor], wanted: Mapping[str, torch.Tensor], problem: str
 ) -> dict[str, torch.Tensor]:
     """The tensors in fp32 under the names of the model; CheckpointError, which begins with `problem`, if they are not
