@@ -220,6 +220,13 @@ def test_a_checkpoint_that_is_of_no_use_is_refused_before_anything_starts(
     assert not (tmp_path / "out" / "run.json").exists()
 
 
+def test_a_stage_of_the_run_itself_is_refused_before_it_makes_way(tree: dict[str, Any], tmp_path: Path) -> None:
+    folder = saved(tmp_path / "out" / "stages" / f"0-{SMALL}")
+    with pytest.raises(InputError, match="outside of the run's own folder"):
+        raychain.run(validate(chain(tree, folder)), out=str(tmp_path / "out"))
+    assert (folder / "open_clip_model.safetensors").exists()
+
+
 def test_a_checkpoint_is_refused_where_the_images_do_not_fit_it(tree: dict[str, Any], mine: Path) -> None:
     given = chain(tree, mine)
     with pytest.raises(InputError, match=r"data\.image_size"):

@@ -115,6 +115,12 @@ def test_a_paradigm_of_another_package_trains_a_chain_and_survives_a_killed_work
     first, last = expected[0, 10], expected[0, 120]
     assert last < 0.7 * first, "it learns to tell how a picture was turned"
     assert expected[1, 10] < 0.8 * first, "the larger model starts as the smaller one"
+    stage = str(tmp_path / "whole" / "stages" / "0-rot-S")
+    tree["chain"] = [{"checkpoint": stage}, {"model": "rot-M", "epochs": "8 steps"}]
+    (tmp_path / "turned.yaml").write_text(yaml.safe_dump(tree))
+    begun = run(installed, tmp_path / "turned.yaml", tmp_path / "begun")
+    assert [found["status"] for found in begun["stages"]] == ["given", "trained"]
+    assert losses(tmp_path / "begun")[1, 8] < 0.8 * first, "it begins with the trained one of the other run"
     folder = tmp_path / "whole" / "stages" / "1-rot-M"
     assert json.loads((folder / "config.json").read_text())["config"]["embed_dim"] == 64
 

@@ -76,6 +76,10 @@ def given_stage(experiment: Experiment, origin: Origin, index: int, folder: str,
     """
     task, checkpoint = experiment.task, origin.checkpoint
     found = read(experiment, origin, size)
+    source = Folder(checkpoint.removeprefix("local-dir:"))
+    if source.fs == out.fs and f"{source.path}/".startswith(f"{out.path}/"):  # its stages make way for this chain's
+        raise InputError(origin.where, checkpoint, "a checkpoint outside of the run's own folder",
+                         "give the run another `name` or --out, or copy the checkpoint")  # fmt: skip
     options = {} if task == Task() else task.model_dump(mode="json")
     key = given_key(found.digest, found.config, size, options)
     record = records.read(out, f"stages/{folder}/{STAGE_RECORD}", records.StageRecord, quiet=True)
@@ -154,7 +158,7 @@ def _unlike(paradigm: Paradigm, config: Config, found: Trained, size: int) -> st
     wanted = paradigm.build(config, size=size, seed=0, device="meta").state_dict()
     given = paradigm.adapt(found.model, config, size).state_dict()
     if odd := sorted(wanted.keys() ^ given.keys()):
-        return f"only one of both has {odd[0]}"
+        return f"{'the model has no' if odd[0] in given else 'it has no'} {odd[0]}"
     if odd := [name for name, value in wanted.items() if value.shape != given[name].shape]:
         return f"{odd[0]} has shape {tuple(given[odd[0]].shape)}, the model's {tuple(wanted[odd[0]].shape)}"
     shapes = {name: value.shape for name, value in found.model.named_parameters()}
