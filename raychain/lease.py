@@ -34,9 +34,9 @@ log = logging.getLogger("raychain.runs")
 STALE_S = 60.0
 """A claim that has not changed for so long is dead."""
 LOST_SHARE = 2 / 3
-"""Of the stale time: how long a holder that cannot renew its claim may rely on it."""
+"""Share of the stale time for which a holder that cannot renew its claim may rely on it."""
 BEAT_SHARE = 1 / 12
-"""Of the stale time: between two renewals."""
+"""Share of the stale time that lies between two renewals."""
 SETTLE_S = (0.05, 2.0)
 """Between writing a claim and looking for others, on a local disk and elsewhere: rivals of the same moment meet then
 rather than after one of them holds the lease, and storage that shows writes a little late has shown them."""
@@ -49,7 +49,7 @@ LEASE = ".driver"
 
 @dataclass(frozen=True)
 class Holder:
-    """Whose claim it is."""
+    """The process that a claim belongs to."""
 
     id: str
     host: str

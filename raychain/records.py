@@ -275,7 +275,7 @@ def read(folder: Folder, name: str, kind: type[Kind], *, quiet: bool = False) ->
 
 
 def take(folder: Folder, name: str, kind: type[Kind]) -> dict[str, Any] | None:
-    """As `read`, for who writes the file next: one that cannot be used is kept beside it."""
+    """The record that `read` gives, for who writes the file next: one that cannot be used is kept beside it."""
     record, problem = examine(folder, name, kind)
     if problem and record is None:
         problem += f"; kept as {set_aside(folder, name)}"
@@ -343,7 +343,7 @@ def content(folder: Folder, name: str) -> bytes | None:
 
 
 def examine(folder: Folder, name: str, kind: type[Kind]) -> tuple[dict[str, Any] | None, str]:
-    """As `read`, with what is wrong with it; nothing where there is no file."""
+    """The record that `read` gives, with what is wrong with it; nothing where there is no file."""
     found = content(folder, name)
     if found is None:
         return None, "is no file" if is_taken(folder, name) else ""

@@ -8,7 +8,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "raychain"
 ROOMS = [
-    *("errors", "core", "terminal", "signals", "records", "lease", "schema", "data", "dataprep", "demo"),
+    *("errors", "core", "terminal", "signals", "records", "lease", "schema", "data", "feed", "dataprep", "demo"),
     *("models", "growth", "evaluators", "planning", "paradigms", "config", "reporting", "pages", "unexpected"),
     *("training", "backend_ray", "runs", "searching", "api", "cli"),
 ]
@@ -80,3 +80,11 @@ def test_private_parts_of_ray_are_imported_in_one_module() -> None:
         if name.startswith("ray.") and any(part in name for part in private)
     }
     assert found == {"internals.py"}
+
+
+def test_the_former_name_of_the_data_room_still_leads_there() -> None:
+    with pytest.warns(DeprecationWarning, match="raychain.data"):
+        from raychain.feed.decode import resize_exactly
+    from raychain.data import decode
+
+    assert resize_exactly.__code__.co_code == decode.resize_exactly.__code__.co_code

@@ -144,7 +144,7 @@ class Stage(Component):
     """One model of the chain: trained, or, as the first, a checkpoint that one has already."""
 
     checkpoint: str | None = Field(None, min_length=1)
-    """Of the first stage: a model that is measured and grown, but not trained here. An open_clip folder, the stage
+    """A model for the first stage that is measured and grown, but not trained here. An open_clip folder, the stage
     folder of a run, a `.safetensors` or `.pt` file, also on s3:// and gs://; its content is part of the keys. Nothing
     but `model` stands beside it. Its own training is not in the totals."""
     model: str = ""
@@ -233,8 +233,8 @@ class Train(Component):
     """Learning rate after the warm-up: cosine to zero, constant, or constant with a cool-down at the end (wsd). Stages
     that differ in their length alone share their constant part, the trunk, where they share a storage."""
     cooldown: Horizon | None = None
-    """Of `schedule: wsd`: "N steps" or "N %" of the stage, in which the learning rate falls to zero as 1 - sqrt.
-    Absent: 20 %. The average of the weights begins with it."""
+    """Length of the cool-down of `schedule: wsd`: "N steps" or "N %" of the stage, in which the learning rate falls to
+    zero as 1 - sqrt. Absent: 20 %. The average of the weights begins with it."""
     weight_decay: float = Field(0.1, ge=0)
     """On matrices and tables; gains, biases and logit_scale have none."""
     betas: tuple[Beta, Beta] | None = None

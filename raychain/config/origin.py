@@ -18,7 +18,7 @@ class Start(Component):
     """A checkpoint that a stage grows from in place of the stage before."""
 
     checkpoint: str = Field(min_length=1)
-    """As `chain.0.checkpoint`."""
+    """The checkpoint, in the forms of `chain.0.checkpoint`."""
     model: str = ""
     """Its model, where the checkpoint does not say it."""
 

@@ -11,7 +11,7 @@ from raychain.schema.component import Component, OneOrMore, Seed
 from raychain.schema.durations import Epochs, Warmup
 
 MOST_CHOICES = 1000
-"""Of one range."""
+"""Values that one range may have."""
 
 
 def _choices(value: Any) -> Any:
@@ -119,7 +119,7 @@ class Search(Component):
     seeds: int = Field(3, ge=0)
     """The planner's proposals, as near as the space has them, that are tried first."""
     seed: Seed = 0
-    """Of the sampler."""
+    """Seed of the sampler."""
     controls: Controls | None = Controls()
     """null: none."""
     proxy: Proxy | None = None

@@ -68,7 +68,7 @@ class ShardCache:
         return table
 
     def table_now(self, shard: Shard, reader: Reader) -> Any | None:
-        """As `table`, but None where others hold too much of the budget."""
+        """The table that `table` gives, or None where others hold too much of the budget."""
         path = self.path(shard, reader)
         while True:
             if (table := self._open(path, reader)) is not None:

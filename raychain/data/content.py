@@ -60,11 +60,11 @@ class Identified(Protocol):
 
     @property
     def identity(self) -> str:
-        """As `Content.identity`."""
+        """The identity, as in `Content.identity`."""
 
     @property
     def version(self) -> str:
-        """As `Content.version`."""
+        """The version, as in `Content.version`."""
 
 
 class ChangedError(OSError):

@@ -20,7 +20,7 @@ from raychain.data.shards import Shard
 from raychain.data.spec import QUALITY, STORED_BEYOND_CROP, Resizing, Spec, Tokenize
 
 BATCH_BYTES = 2**23
-"""Of pictures in a record batch; that many are in memory at once, or one picture if it has more."""
+"""Bytes of pictures in a record batch; that many are in memory at once, or one picture if it has more."""
 VECTORISED = torch.backends.cpu.get_cpu_capability().startswith("AVX")
 """Whether torch resizes bytes with vector instructions, five times faster than Pillow; elsewhere it is slower."""
 

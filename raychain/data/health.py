@@ -67,7 +67,7 @@ class Tally:
 
     @property
     def total(self) -> int:
-        """Of all kinds."""
+        """Unusable samples of all kinds together."""
         return sum(self.counts.values())
 
     def part(self, used: bool) -> Tally:
@@ -76,7 +76,7 @@ class Tally:
         return Tally(counts, tuple(bad for bad in self.examples if bad.kind in counts))
 
     def as_dict(self) -> dict[str, Any]:
-        """As JSON holds it."""
+        """The tally in the types of JSON."""
         return {"counts": dict(self.counts), "examples": [list(bad) for bad in self.examples]}
 
     @classmethod

@@ -252,7 +252,7 @@ def mix(*values: np.ndarray | int) -> np.ndarray:
 
 
 def draw_captions(seed: int, rows: Rows, pool: np.ndarray, per_image: int) -> np.ndarray:
-    """Which captions of each sample are used in its pass: int64 [samples, per_image], indices into the sample's pool.
+    """The captions of each sample that its pass uses: int64 [samples, per_image], indices into the sample's pool.
 
     `pool` [samples] holds how many captions each sample has, at least one. Drawn without replacement, anew for every
     (seed, pass, sample); a pool smaller than `per_image` repeats. With per_image > 1 caption 0, the raw one, is always

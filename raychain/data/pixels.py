@@ -115,8 +115,8 @@ def _needed(image: Image.Image) -> int:
 
 
 def _in_pieces(image: Image.Image, frame: Frame, kernel: str, exactly: bool) -> np.ndarray:
-    """As `framed`, of the rows and columns that are needed alone: first along one side, piece by piece, then along the
-    other, in the order that Pillow takes."""
+    """The result of `framed`, from the rows and columns that are needed alone: first along one side, piece by piece,
+    then along the other, in the order that Pillow takes."""
     across = _Weights(image.width, frame.width, frame.left, frame.columns, kernel)
     down = _Weights(image.height, frame.height, frame.top, frame.rows, kernel)
     lost = image.width - frame.width, image.height - frame.height

@@ -55,7 +55,7 @@ class Shard:
     bad: Tally = field(default_factory=Tally, compare=False)
     """What is not among `samples`, as far as the members' names tell."""
     version: str = field(default="", compare=False)
-    """As `Content.version`."""
+    """The version, as in `Content.version`."""
     changed: float = field(default=math.inf, compare=False)
     """When the file was last touched, seconds since 1970."""
     former: str = field(default="", compare=False)

@@ -23,7 +23,7 @@ class Tokenizer(Protocol):
         """Its name and settings."""
 
     def __call__(self, captions: Sequence[str], /) -> np.ndarray:
-        """As Tokenize."""
+        """Token ids, integer [captions, context length], padded."""
 
 
 Representation = Literal["raw", "jpeg"]
@@ -36,7 +36,7 @@ ASPECT = 4 / 3
 RAW_BYTES = 64 * 2**30
 """Pixels of a data set up to which they are kept as they are."""
 QUALITY = 95
-"""Of pictures kept as JPEG, colour at half resolution: a quarter of the pixels' bytes, off by about a level."""
+"""JPEG quality of pictures that are kept so, colour at half resolution: off by about a level."""
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ FORMAT = 1
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 """Pillow's name of a format → member extension; pictures of other formats become JPEGs."""
 QUALITY = 95
-"""Of JPEGs that are written anew."""
+"""JPEG quality of pictures that are written anew."""
 AHEAD = 2
 """Pictures a worker that are fetched before they can be written."""
 LARGE = 2**24

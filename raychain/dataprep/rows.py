@@ -44,7 +44,7 @@ class Layout:
     kind: str
     """One of FORMATS."""
     names: tuple[str, ...]
-    """Of the columns, in order; none for a file without a row."""
+    """Names of the columns, in order; none for a file without a row."""
     delimiter: str = ","
     quoted: bool = True
     """Whether quotes hold cells together. They do not in a TSV that was written without quoting, as most are."""

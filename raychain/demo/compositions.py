@@ -1,4 +1,4 @@
-"""Which pictures there are and to which split each belongs: pure arithmetic on name numbers, no drawing.
+"""The pictures that there are, and the split that each belongs to: pure arithmetic on name numbers, no drawing.
 
 A composition is an unordered pair of names in one of four arrangements, or one name on one of 60 backgrounds (kind and
 colour). Pairs held out for validation or test never meet in training, in no arrangement; nor does a name that stands

@@ -1,4 +1,4 @@
-"""Which shards a demo has, and how one is written.
+"""The shards of a demo, and how one is written.
 
 Training and retrieval shards have img2dataset's layout, zero-shot shards clip_benchmark's. `tarfile` writes them rather
 than `webdataset.TarWriter`, because importing webdataset imports torch: two seconds in each process for a job of five.

@@ -25,7 +25,7 @@ class Context:
     image_size: int
     """Pixels a side."""
     mean: tuple[float, ...]
-    """Of each channel, in 0 … 1, as `std`."""
+    """Mean of each channel, in 0 … 1; `std` likewise."""
     std: tuple[float, ...]
     device: torch.device
     world: World = World()  # noqa: RUF009 - frozen

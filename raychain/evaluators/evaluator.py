@@ -57,7 +57,7 @@ class Evaluator(Component):
     """What a model must turn into features: `pictures`, `texts`."""
 
     type: str
-    """Which evaluator it is."""
+    """Name of the evaluator."""
 
     @abstractmethod
     def resolve(self, where: str, setting: Setting) -> HeldOut:

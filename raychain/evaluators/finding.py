@@ -1,4 +1,4 @@
-"""Which tasks an address holds: clip_benchmark's folders by the files in them, other shards by being shards."""
+"""The tasks that an address holds: clip_benchmark's folders by the files in them, other shards by being shards."""
 
 from __future__ import annotations
 

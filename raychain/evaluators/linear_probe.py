@@ -32,7 +32,7 @@ TOP = (1, 5)
 HELD_OUT = 0.2
 """Share of the training pictures on which the penalty is chosen."""
 PENALTIES = tuple(10 ** (exponent / 2) for exponent in range(-12, 3))
-"""Of the features' mean variance."""
+"""Penalties that are tried, in units of the features' mean variance."""
 EPOCHS, BATCH, RATE, SEED = 10, 64, 0.1, 0
 """clip_benchmark's defaults."""
 

@@ -136,7 +136,7 @@ class Mean(NamedTuple):
     """The mean of one metric over all evaluators of a type."""
 
     definition: Definition
-    """As that of any of them; its label says what the mean is of."""
+    """The definition of any of them; its label says what the mean is of."""
     value: float
 
 

@@ -1,4 +1,4 @@
-"""Which rows of the shards a rank reads, and their tables out of the cache. Pure arithmetic first, then the reading."""
+"""The rows of the shards that a rank reads, and their tables out of the cache. Arithmetic first, then the reading."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ def use_models(source: str | Path | None, where: str = "models") -> None:
 
 
 def own_configs(names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Of known names, the configs of those that neither raychain nor open_clip nor timm brings along."""
+    """Configs by name, out of known names, of those that neither raychain nor open_clip nor timm brings along."""
     mine = [name for name in names if _known(name) is None and name.removeprefix(_TIMM_PREFIX) not in _timm_names()]
     return {name: model_config(name) for name in mine}
 

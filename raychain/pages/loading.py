@@ -33,7 +33,7 @@ class Stage:
     params: float | None
     image_params: float | None
     length: str
-    """As the experiment gives it: `8 epochs`."""
+    """Length in the words of the experiment: `8 epochs`."""
     macs: float | None
     macs_per_sample: float | None
     first_macs: float | None

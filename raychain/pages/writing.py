@@ -17,7 +17,7 @@ def write_report(folder: Folder) -> None:
 
 
 def leave_report(folder: Folder) -> None:
-    """As `write_report`, at the end of a run or a search: a page is no reason to fail one, and can be made again."""
+    """Writes the report, at the end of a run or a search: a page is no reason to fail one, and can be made again."""
     try:
         write_report(folder)
     except Exception as error:

@@ -1,4 +1,4 @@
-"""Which of the three principles a chain breaks, as sentences that say how to mend it. Pure."""
+"""The principles, of three, that a chain breaks, as sentences that say how to mend it. Pure."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from raychain.planning.principles import (
 from raychain.schema.allocation import Budget
 
 MOST_MODELS = 16
-"""Of a family: chains double with every model."""
+"""Models of a family: the number of chains doubles with every one."""
 
 
 class Limits(NamedTuple):

@@ -21,7 +21,7 @@ class Costed(NamedTuple):
 
     cost: ChainCost
     samples: int
-    """Of the first stage's epoch."""
+    """Samples of the first stage's epoch."""
     warnings: list[str]
 
 

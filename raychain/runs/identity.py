@@ -32,7 +32,7 @@ class Determinants:
     shards: tuple[str, ...]
     """Identities of the shards in their order."""
     weights: tuple[float, ...]
-    """Of the sources that are mixed."""
+    """Weights of the sources that are mixed."""
     window: int
     """Shards that are shuffled together."""
     reading: Mapping[str, Any]

@@ -77,7 +77,7 @@ def take_over_in_store(
 
 
 def finished(task: ChainTask, out: Folder) -> list[bool]:
-    """Of each stage whether the run folder has it, taken over or to be taken over; nothing is changed."""
+    """Whether the run folder has each stage, taken over or to be taken over; nothing is changed."""
     have: list[bool] = []
     for stage in task.stages:
         record = _read(out, f"stages/{stage.folder}/{STAGE_RECORD}")

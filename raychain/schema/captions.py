@@ -20,7 +20,7 @@ class CaptionKey:
     """One entry of `data.captions.keys`, taken apart."""
 
     extension: str
-    """Of the tar member."""
+    """Extension of the tar member."""
     path: tuple[str, ...]
     """Keys from the top of a JSON member down; none: the member is text."""
     sentences: bool

@@ -18,9 +18,9 @@ class Step(NamedTuple):
 
     key: str
     place: int
-    """Of the stage in the chain."""
+    """Index of the stage within its chain."""
     share: float
-    """Of the stage's steps."""
+    """Share of the stage's steps that end here."""
     stage: StageTask
 
     @property
@@ -30,7 +30,7 @@ class Step(NamedTuple):
 
 
 def trunk_key(trunk: str, rung: int) -> str:
-    """Of a trunk's first `rung` steps."""
+    """The key of a trunk's first `rung` steps."""
     return f"{trunk}@{rung}"
 
 
@@ -185,7 +185,9 @@ class Campaign:
                 break
 
     def resume(self, trial: Trial) -> None:
-        """As `add`; what is left of it is trained first, by one worker group, as it was before an interruption."""
+        """Adds a trial, as `add` does; what is left of it is trained first, by one worker group, as it was before an
+        interruption.
+        """
         self.add(trial)
         if trial.status == "running" and (keys := self.tree.take_trial([step.key for step in trial.path])):
             self._prepared.append(Job(trial, keys))

@@ -172,7 +172,7 @@ class Searcher:
         return self._trial(kind, fixed or params, number, task) if task else None
 
     def _possible(self, kind: Kind, params: Params) -> ChainTask | None:
-        """As `_task`, of choices that anybody may have written."""
+        """The task of choices that anybody may have written; None where they make none."""
         try:
             return self._task(kind, params)
         except UNKNOWN:

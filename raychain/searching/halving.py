@@ -26,7 +26,7 @@ class Verdict(NamedTuple):
     """Why chains end before their last step."""
 
     macs: float
-    """Of the rung."""
+    """MACs of a chain up to the point where it was judged."""
     value: float
     needed: float
     rivals: int

@@ -24,7 +24,7 @@ Params = dict[str, Any]
 """Choice by dimension: plain text and numbers."""
 ARROW = " → "
 MOST_CHAINS = 4096
-"""Of a space."""
+"""Chains that a space may have."""
 CHAIN, FIRST, GROWN, RULE, WIDTH, DEPTH, SHRINK, ALPHA, WARMUP = (
     "chain", "first", "grown.", "rule", "width", "depth", "shrink", "alpha", "warmup",
 )  # fmt: skip
@@ -45,7 +45,7 @@ class Space:
 
     experiment: Experiment
     samples: int
-    """Of an epoch."""
+    """Samples of an epoch."""
     sizes: tuple[ModelSize, ...]
     """The models, smallest first."""
     chains: tuple[tuple[str, ...], ...]
@@ -146,7 +146,7 @@ class Space:
 
     @property
     def baseline_macs(self) -> int:
-        """Of the training that chains are compared with."""
+        """MACs of the training that chains are compared with."""
         size = model_size(self.experiment.task, self.baseline.model, self.experiment.data.image_size)
         return self._stage_macs(size, None, self.baseline.epochs)
 

@@ -70,7 +70,7 @@ class ChainWorker:
         self.last_step: float | None = None
         self.stages = task.stages if until is None else task.stages[: until + 1]
         self.micro_batches = micro_batches or {}
-        """Of each stage by index; absent or None: a worker's whole share at once."""
+        """Samples of a micro-batch by the stage's index; absent or None: a worker's whole share at once."""
         self.preloading = preloading
         """Something on this node fetches the next stage's first shards: its loader starts when they are there."""
         self.hurry = threading.Event()

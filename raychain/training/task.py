@@ -22,7 +22,7 @@ class Before(NamedTuple):
     former: str
     """Key of schema 2."""
     folder: str
-    """As `StageTask.folder`."""
+    """The stage's folder, as in `StageTask.folder`."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Former:
     pixels: str
     """How pictures were kept, which followed from `preload.budget`."""
     shard: str
-    """Of the shards that the chain reads up to the stage's end the one that was touched last; empty without data."""
+    """The shard that was touched last, of those that the chain reads up to the stage's end; empty without data."""
     changed: float
     """When that was, seconds since 1970."""
 
