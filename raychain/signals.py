@@ -103,7 +103,7 @@ def held() -> Iterator[None]:
 
 @contextlib.contextmanager
 def settled() -> Iterator[None]:
-    """Holds signals back as `held` does; one that came meanwhile has come too late, as the block has told the outcome."""
+    """Holds signals back as `held` does; one that came meanwhile is too late, as the block has told the outcome."""
     with held():
         yield
         if _in_main_thread():
