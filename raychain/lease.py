@@ -204,14 +204,14 @@ class Lease:
         """Renews the claim. One that took effect too late, after others may have taken it for dead, loses the lease."""
         begun = _now()
         self._counter += 1
-        claim = {
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "process": f"{_machine()}/{_stat(os.getpid())[1]}" if _machine() else "",
-            "counter": self._counter,
-            "held": held,
-        }
-        self.folder.write_json(f"{self.name}/{own}{SUFFIX}", claim)
+        claim = records.ClaimRecord(
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            process=f"{_machine()}/{_stat(os.getpid())[1]}" if _machine() else "",
+            counter=self._counter,
+            held=held,
+        )
+        records.write(self.folder, f"{self.name}/{own}{SUFFIX}", claim)
         if not self.lost:
             self._renewed = begun
 
@@ -271,7 +271,7 @@ def patience(what: str, say: Callable[[str], None]) -> Callable[[Holder], bool]:
 
 def _parse(name: str, content: bytes) -> Holder:
     """The claim in a file. One that does not say whose it is counts as held until it is stale."""
-    claim = records.ClaimRecord(**(records.parse(content, records.ClaimRecord) or {}))
+    claim = records.parse(content, records.ClaimRecord) or records.ClaimRecord()
     return Holder(name.removesuffix(SUFFIX), claim.host, claim.pid, claim.held, claim.process)
 
 

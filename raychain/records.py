@@ -1,39 +1,51 @@
-"""The records of runs, stages, checkpoints and searches, as they are read.
+"""The records of runs, stages, checkpoints and searches: every file that raychain writes for itself to read again.
 
-Another version, a person or a damaged disk may have written them, so each is checked against its model: a field of
-another kind counts as absent, and a record without a field that it needs is none. What is returned is the file's own
-content, a dict, so that what is written again stays as it was.
+`raychain.core.record` says how they are read and written.
 """
 
 from __future__ import annotations
 
-import json
-import logging
-import os
-from functools import cache
-from typing import Annotated, Any, Literal, TypeVar
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pyarrow import fs
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field
 
-from raychain.core.storage import Folder
+from raychain.core.json import Json, plain
+from raychain.core.record import (
+    Record,
+    Version,
+    Versioned,
+    clean,
+    content,
+    document,
+    examine,
+    is_a,
+    is_taken,
+    parse,
+    read,
+    set_aside,
+    take,
+    warn,
+    write,
+)  # fmt: skip
 
-log = logging.getLogger("raychain.records")
+__all__ = [
+    "Record", "clean", "content", "document", "examine", "is_a", "is_taken", "parse", "read", "set_aside", "take",
+    "warn", "write",
+]  # fmt: skip
 
-DEEPEST = 64
-"""Levels of a record; its own have a quarter of that."""
-MOST = 1e40
+MOST = 10**40
 """No quantity is larger."""
 
-Number = Annotated[float, Field(ge=-MOST, le=MOST, allow_inf_nan=False)]
+if TYPE_CHECKING:
+    Number = float
+else:  # whole numbers stay what they are, however large
+    Number = (
+        Annotated[int, Field(ge=-MOST, le=MOST)]
+        | Annotated[float, Field(ge=-float(MOST), le=float(MOST), allow_inf_nan=False)]
+    )
 Count = Annotated[int, Field(ge=0, le=2**63)]
 Metrics = dict[str, Number | None]
-
-
-class Record(BaseModel):
-    """A JSON object with at least these fields; none is converted, and others may stand beside them."""
-
-    model_config = ConfigDict(strict=True, extra="ignore")
 
 
 class TallyRecord(Record):
@@ -62,6 +74,7 @@ class FailureRecord(Record):
 class PackedRecord(Record):
     """What `data build` packed into a shard."""
 
+    shard: Count | None = None
     rows: Count
     samples: Count
     bytes: Count
@@ -83,13 +96,19 @@ class OriginRecord(Record):
     digest: str
 
 
-class StageRecord(Record):
-    """stage.json, and a stage in run.json."""
+class ChangeRecord(Record):
+    """Another peak learning rate from a step of a stage on."""
 
-    key: str
-    files: dict[str, str] | None = None
+    step: Count
+    lr: Number
+
+
+class StageEntry(Record):
+    """A stage in run.json."""
+
     index: Count | None = None
     model: str | None = None
+    key: str
     status: str | None = None
     epochs: Number | None = None
     steps: Count | None = None
@@ -100,8 +119,8 @@ class StageRecord(Record):
     gap_s: Number | None = None
     data_wait_s: Number | None = None
     lr: Number | None = None
-    changes: list[dict[str, Number]] | None = None
-    transfer: dict[str, Any] | None = None
+    changes: list[ChangeRecord] | None = None
+    transfer: Json | None = None
     checkpoint: str | None = None
     origin: OriginRecord | None = None
     metrics: Metrics | None = None
@@ -111,10 +130,22 @@ class StageRecord(Record):
     former: str | None = None
 
 
-class CountersRecord(BaseModel):
+class StageRecord(StageEntry, Versioned):
+    """stage.json."""
+
+    files: dict[str, str] | None = None
+
+    def entry(self, *, metrics: Mapping[str, float], **own: Any) -> StageEntry:
+        """The stage as run.json has it, with these metrics and fields of the run's own."""
+        found = self.content()
+        found |= plain({"metrics": metrics, **own})
+        return StageEntry.of({name: value for name, value in found.items() if name not in ("schema", "files")})
+
+
+class CountersRecord(Record):
     """The counters of a checkpoint."""
 
-    model_config = ConfigDict(strict=True, extra="forbid")
+    model_config = ConfigDict(extra="forbid")
     step: Count
     samples: Count
     wall_s: Number
@@ -128,6 +159,7 @@ class CheckpointRecord(Record):
     key: str
     counters: CountersRecord | None = None
     files: dict[str, str] | None = None
+    former: str | None = None
 
 
 class RestartRecord(Record):
@@ -151,23 +183,43 @@ class EvaluationRecord(Record):
 class HealthRecord(Record):
     """What of the data cannot be used, in run.json."""
 
+    shards: Count | None = None
+    samples: Count | None = None
+    bad: dict[str, Count] | None = None
+    examples: list[dict[str, str]] | None = None
     decoded: dict[str, TallyRecord] | None = None
+    """What only decoding found, by shard identity."""
+
+
+class TotalsRecord(Record):
+    """What a chain costs in all, in run.json."""
+
+    macs: Number | None = None
+    baseline_macs: Number | None = None
+    percent_of_baseline: Number | None = None
+    speedup: Number | None = None
+    wall_s: Number | None = None
 
 
 class ConfigRecord(Record):
     """The experiment in run.json."""
 
-    data: dict[str, Any] | None = None
-    evaluate: dict[str, Any] | None = None
+    data: Json | None = None
+    evaluate: Json | None = None
 
 
-class RunRecord(Record):
+class RunRecord(Versioned):
     """run.json."""
 
     name: str | None = None
     status: str | None = None
     config: ConfigRecord | None = None
-    stages: list[StageRecord] | None = None
+    environment: Json | None = None
+    metrics: Json | None = None
+    """The definition of every metric, by name."""
+    score: str | None = None
+    stages: list[StageEntry] | None = None
+    totals: TotalsRecord | None = None
     restarts: list[RestartRecord] | None = None
     evaluations: list[EvaluationRecord] | None = None
     data_health: HealthRecord | None = None
@@ -212,7 +264,16 @@ class ClaimRecord(Record):
     host: str = "unknown"
     pid: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
     process: str = ""
+    counter: int | None = None
+    """Renewals, so that the file changes with each."""
     held: bool = True
+
+
+class ChainedRecord(Record):
+    """A stage of a trial's chain."""
+
+    model: str
+    epochs: Number
 
 
 class TrialRecord(Record):
@@ -220,23 +281,29 @@ class TrialRecord(Record):
 
     number: Annotated[int, Field(ge=0, le=10**9)]
     kind: Literal["planned", "sampled", "control", "equal-macs", "full"]
-    params: dict[str, Any]
+    chain: list[ChainedRecord] | None = None
+    transfer: Json | None = None
+    macs: Number | None = None
+    metrics: Metrics | None = None
     status: str
     reason: str | None = None
     reached: Count | None = None
+    params: Json
+    keys: list[str] | None = None
 
 
 class PassedRecord(Record):
     """Chains that passed a rung of a search."""
 
     rung: Count
+    macs: Number | None = None
     values: dict[str, Number]
 
 
-class VerdictRecord(BaseModel):
+class VerdictRecord(Record):
     """Why chains of a search ended early."""
 
-    model_config = ConfigDict(strict=True, extra="forbid")
+    model_config = ConfigDict(extra="forbid")
     macs: Number
     value: Number
     needed: Number
@@ -250,118 +317,70 @@ class HalvingRecord(Record):
     behind: dict[str, VerdictRecord]
 
 
-class SearchRecord(Record):
-    """search.json."""
+class BaselineRecord(Record):
+    """The model alone against which a search compares."""
 
+    model: str | None = None
+    epochs: Number | str | None = None
+    macs: Number | None = None
+    metrics: Metrics | None = None
+
+
+class ComparedRecord(Record):
+    """A model alone beside a search's best chain; its metric stands under the metric's name."""
+
+    trial: Count
+    epochs: Number
+    macs: Number
+    chain_is_ahead_by: Number
+
+
+class ComparisonRecord(Record):
+    """A search's best chain against one model alone."""
+
+    model: str
+    at_equal_macs: ComparedRecord | None = None
+    at_most: ComparedRecord | None = None
+
+
+class CheckRecord(Record):
+    """A chain of a search's proxy that was trained in full."""
+
+    trial: Count
+    full_trial: Count
+    proxy: Number
+    full: Number
+
+
+class ProxyRecord(Record):
+    """How well a search's proxy ranks chains; its settings stand beside these fields."""
+
+    checked: list[CheckRecord] | None = None
+    rank_correlation: Number | None = None
+
+
+class SearchRecord(Versioned):
+    """search.json. Searches of schema 1 go on where their settings are the same and their data is untouched."""
+
+    SCHEMA: ClassVar[int] = 2
+    version: Version = Field(default=2, alias="schema")
+    name: str | None = None
+    status: str | None = None
     identity: str
+    metric: str | None = None
+    metrics: Json | None = None
+    """The definition of every metric, by name."""
+    config: Json | None = None
+    space_size: Count | None = None
     trials: list[TrialRecord] | None = None
+    pareto: list[TrialRecord] | None = None
+    best: TrialRecord | None = None
+    baseline: BaselineRecord | None = None
+    comparisons: list[ComparisonRecord] | None = None
+    stage_epochs_requested: Number | None = None
+    stage_epochs_trained: Number | None = None
+    stage_epochs_of_chains: dict[str, Number] | None = None
+    proxy: ProxyRecord | None = None
+    asha: HalvingRecord | None = None
     trained: list[str] | None = None
     begun: dict[Annotated[str, Field(pattern="^[0-9]{1,9}$")], list[str]] | None = None
-    asha: HalvingRecord | None = None
-
-
-Kind = TypeVar("Kind", bound=Record)
-
-
-def read(folder: Folder, name: str, kind: type[Kind], *, quiet: bool = False) -> dict[str, Any] | None:
-    """The record in a file; None where there is none, or none that can be used, of which a warning tells.
-
-    Raises OSError where the folder cannot be read.
-    """
-    record, problem = examine(folder, name, kind)
-    if problem and not quiet:
-        warn(f"{name} in {folder.address} {problem}")
-    return record
-
-
-def take(folder: Folder, name: str, kind: type[Kind]) -> dict[str, Any] | None:
-    """The record that `read` gives, for who writes the file next: one that cannot be used is kept beside it."""
-    record, problem = examine(folder, name, kind)
-    if problem and record is None:
-        problem += f"; kept as {set_aside(folder, name)}"
-    if problem:
-        warn(f"{name} in {folder.address} {problem}")
-    return record
-
-
-def set_aside(folder: Folder, name: str) -> str:
-    """Moves what stands at `name` to the first free `<name>.damaged-N`, which is returned. Raises OSError."""
-    parent, _, base = name.rpartition("/")
-    taken = set(folder.list(parent))
-    free = next(new for n in range(1, len(taken) + 2) if (new := f"{base}.damaged-{n}") not in taken)
-    folder.fs.move(folder.join(name), folder.join(f"{parent}/{free}" if parent else free))
-    return free
-
-
-def document(content: bytes) -> Any:
-    """What the JSON says; None where it is none, or is nested too deep for a record."""
-    try:
-        found = json.loads(content)
-    except (ValueError, RecursionError):
-        return None
-    level, depth = [found], 0
-    while level and depth <= DEEPEST:
-        level = [inner for value in level for inner in _inner(value)]
-        depth += 1
-    return None if level else found
-
-
-def parse(content: bytes, kind: type[Kind]) -> dict[str, Any] | None:
-    """The record that the JSON says; None where it is none."""
-    return clean(document(content), kind)[0]
-
-
-def clean(value: Any, kind: type[Kind]) -> tuple[dict[str, Any] | None, list[str]]:
-    """A record without its fields of a wrong kind, and their names; None where one of them is needed."""
-    if not isinstance(value, dict):
-        return None, []
-    try:
-        kind.model_validate({name: field for name, field in value.items() if name in kind.model_fields})
-    except ValidationError as error:
-        wrong = list(dict.fromkeys(str(problem["loc"][0]) for problem in error.errors(include_url=False)))
-        needed = any(kind.model_fields[name].is_required() for name in wrong if name in kind.model_fields)
-        return (None if needed else {k: v for k, v in value.items() if k not in wrong}), wrong
-    return value, []
-
-
-def is_a(value: Any, kind: type[Kind]) -> bool:
-    """Whether all its fields are of their kinds."""
-    found, wrong = clean(value, kind)
-    return found is not None and not wrong
-
-
-def is_taken(folder: Folder, name: str) -> bool:
-    """Whether anything has the name, a link that leads nowhere too."""
-    return folder.exists(name) or (folder.local and os.path.lexists(folder.join(name)))
-
-
-def content(folder: Folder, name: str) -> bytes | None:
-    """What a file holds; None where there is none, or where something else than a file has its name."""
-    if folder.fs.get_file_info(folder.join(name)).type != fs.FileType.File:
-        return None
-    return folder.read(name)
-
-
-def examine(folder: Folder, name: str, kind: type[Kind]) -> tuple[dict[str, Any] | None, str]:
-    """The record that `read` gives, with what is wrong with it; nothing where there is no file."""
-    found = content(folder, name)
-    if found is None:
-        return None, "is no file" if is_taken(folder, name) else ""
-    value = document(found)
-    if value is None:
-        return None, "is not JSON, or nested too deep"
-    record, wrong = clean(value, kind)
-    if record is None:
-        return None, f"names no {' and no '.join(wrong)}" if wrong else "is no JSON object"
-    return record, f"has something else than it should in {', '.join(map(repr, wrong))}" if wrong else ""
-
-
-def _inner(value: Any) -> list[Any]:
-    values = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return [inner for inner in values if isinstance(inner, dict | list)]
-
-
-@cache
-def warn(message: str) -> None:
-    """Logs it once a process, as several readers may meet the same record."""
-    log.warning("%s", message)

@@ -179,8 +179,8 @@ from raychain.config.loading import validate
 from test_backend_ray import of_the_process
 tree = yaml.safe_load(open(sys.argv[1]))
 logging.getLogger("ray").setLevel(logging.CRITICAL)
-before, inside, handle = of_the_process(), [], driver.RunLog.handle
-driver.RunLog.handle = lambda log, event: (inside.append(of_the_process()), handle(log, event))
+before, inside, handle = of_the_process(), [], driver.RunLog.dispatch
+driver.RunLog.dispatch = lambda log, event: (inside.append(of_the_process()), handle(log, event))
 print(raychain.run(validate(tree))["status"])
 after = of_the_process()
 assert inside and all(state["streams"] == before["streams"] for state in inside)

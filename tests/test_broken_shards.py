@@ -29,6 +29,7 @@ from raychain.data.spec import Spec
 from raychain.data.tar import split_name
 from raychain.errors import InputError
 from raychain.evaluators.data import resolve_retrieval
+from raychain.records import TallyRecord
 
 
 def add(tar: tarfile.TarFile, name: str, content: bytes = b"", **fields: Any) -> None:
@@ -309,7 +310,7 @@ def test_a_tally_keeps_the_first_of_each_kind_and_survives_json() -> None:
     counted = tally(found)
     assert counted.counts == {"a": 10, "b": 1}
     assert [bad.key for bad in counted.examples] == ["0", "1", "2", "x"]
-    assert Tally.from_dict(json.loads(json.dumps(counted.as_dict()))) == counted
+    assert Tally.of(TallyRecord.of(json.loads(counted.record().document()))) == counted
     assert str(counted) == "10 a, 1 b: 0 (a), 1 (a), 2 (a), x (b: why)"
 
 

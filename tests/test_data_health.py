@@ -15,12 +15,14 @@ from raychain.config.loading import validate
 from raychain.data.health import Bad, tally
 from raychain.data.shards import Shard
 from raychain.errors import RunFailed
+from raychain.events import BadSamples, Saved
+from raychain.records import RunRecord
 from raychain.reporting.health import LISTED, DataHealth
 from raychain.reporting.table import result_table
 
 
-def found(shard: Shard, *bad: Bad) -> dict:
-    return {"event": "bad_samples", "shard": shard.address, "identity": shard.identity, "bad": tally(bad).as_dict()}
+def found(shard: Shard, *bad: Bad) -> BadSamples:
+    return BadSamples(shard.address, shard.identity, tally(bad))
 
 
 A = Shard("/x/a.tar", 1, "a", 90, tally([Bad("truncated shard", "9.jpg")]))
@@ -31,15 +33,15 @@ UNREADABLE = Bad("unreadable picture", "b7", "why")
 def test_each_shard_counts_once_however_many_tell():
     health = DataHealth([A, B], 0.01)
     for _ in range(3):
-        health.handle(found(B, UNREADABLE))
-        health.handle({"event": "step"})
-    health.handle(found(Shard("/y/c.tar", 1, "c", 5), UNREADABLE))
-    record = health.record()
+        health.dispatch(found(B, UNREADABLE))
+        health.dispatch(Saved(stage=0, step=1))
+    health.dispatch(found(Shard("/y/c.tar", 1, "c", 5), UNREADABLE))
+    record = health.record().content()
     assert (record["shards"], record["samples"]) == (2, 200)
     assert record["bad"] == {"truncated shard": 1, "unreadable picture": 1}
     assert [(e["shard"], e["key"]) for e in record["examples"]] == [("/x/a.tar", "9.jpg"), ("/x/b.tar", "b7")]
     assert not health.exceeded, "2 of 200 are 1 %"
-    health.handle(found(Shard("/y/a.tar", 1, "a", 90), UNREADABLE))
+    health.dispatch(found(Shard("/y/a.tar", 1, "a", 90), UNREADABLE))
     assert health.exceeded
     assert "3 of 200 samples (1.50%)" in health.describe()
     assert "/x/b.tar: b7 (unreadable picture: why)" in health.describe()
@@ -47,11 +49,11 @@ def test_each_shard_counts_once_however_many_tell():
 
 def test_an_earlier_calls_findings_are_kept_for_shards_that_are_the_same():
     first = DataHealth([A, B], 0.01)
-    first.handle(found(B, UNREADABLE))
-    earlier = json.loads(json.dumps({"data_health": first.record()}))
+    first.dispatch(found(B, UNREADABLE))
+    earlier = RunRecord.of(json.loads(RunRecord(data_health=first.record()).document()))
     assert DataHealth([A, B], 0.01, earlier).record() == first.record()
     assert DataHealth([A], 0.01, earlier).bad == {"truncated shard": 1}
-    for other in (None, [], {}, {"data_health": None}):
+    for other in (None, RunRecord(), RunRecord(data_health=None)):
         assert DataHealth([B], 0.01, other).bad == {}
 
 
@@ -62,7 +64,7 @@ def test_long_lists_are_cut():
 
 def test_the_final_table_has_a_line_if_anything_was_bad():
     health = DataHealth([A, B], 0.01)
-    for bad, line in ((health.record(), "data: 1 of 200 samples not used: 1 truncated shard"), (None, "")):
+    for bad, line in ((health.record().content(), "data: 1 of 200 samples not used: 1 truncated shard"), (None, "")):
         console = Console(file=io.StringIO(), width=100)
         result_table({"data_health": bad}, console)
         assert line in console.file.getvalue()

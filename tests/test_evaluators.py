@@ -22,6 +22,7 @@ from raychain.evaluators.metrics import (
     written_down,
 )
 from raychain.evaluators.suite import Evaluation, Suite
+from raychain.records import StageRecord
 
 BASE: dict[str, Any] = {"name": "x", "data": {"train": "a.tar"}, "chain": [{"model": "CoM-micro-S", "epochs": 1}]}
 NAMED = {
@@ -162,29 +163,34 @@ def evaluation(name: str, kind: str, digest: str) -> Evaluation:
 def test_a_record_keeps_what_others_measured_and_only_new_sets_are_missing() -> None:
     food, cars = evaluation("food", "zero_shot", "f"), evaluation("cars", "zero_shot", "c")
     first = Suite((food,))
-    record = first.recorded({"f": {"top1": 10.0, "top5": 20.0}})
-    assert record["metrics"] == {"food/top1": 10.0, "food/top5": 20.0}
-    assert record["evaluation"] == first.digest
+    record = first.recorded(StageRecord(key="k"), {"f": {"top1": 10.0, "top5": 20.0}})
+    assert record.metrics == {"food/top1": 10.0, "food/top5": 20.0}
+    assert record.evaluation == first.digest
 
     both = Suite((cars, replace(food, name="dishes", definitions=define("dishes", "zero_shot", ZERO_SHOT))))
     assert [found.name for found in both.missing(record)] == ["cars"]
-    assert both.shown(record)["metrics"] == {"dishes/top1": 10.0, "dishes/top5": 20.0}, "its data is what it was"
-    later = both.recorded(both.results(record) | {"c": {"top1": 1.0, "top5": 2.0}})
+    assert both.shown(record).metrics == {"dishes/top1": 10.0, "dishes/top5": 20.0}, "its data is what it was"
+    later = both.recorded(record, both.results(record) | {"c": {"top1": 1.0, "top5": 2.0}})
     assert not first.missing(later)
-    assert first.shown(later)["metrics"] == record["metrics"]
-    assert both.recorded(both.results(record))["evaluation"] is None, "one is missing"
-    assert Suite().missing({}) == ()
+    assert first.shown(later).metrics == record.metrics
+    assert both.recorded(record, both.results(record)).evaluation is None, "one is missing"
+    assert Suite().missing(StageRecord(key="k")) == ()
+
+
+def of_before(metrics: dict[str, float], evaluation: str | None) -> StageRecord:
+    """A stage's record as raychain 0.1 wrote it."""
+    return StageRecord(key="k", metrics=dict(metrics), evaluation=evaluation)
 
 
 def test_records_of_before_are_read_whichever_of_the_two_sets_they_had() -> None:
     zero_shot, retrieval = evaluation("zero_shot", "zero_shot", "z"), evaluation("retrieval", "retrieval", "r")
     both, alone = Suite((zero_shot, retrieval)), Suite((zero_shot,))
     values = {"zero_shot_top1": 1.0, "zero_shot_top5": 2.0, "i2t_r1": 3.0}
-    assert both.missing({"metrics": values, "evaluation": both.digest}) == ()
-    assert both.missing({"metrics": values, "evaluation": alone.digest}) == (retrieval,)
-    assert both.missing({"metrics": values, "evaluation": Suite((retrieval,)).digest}) == (zero_shot,)
-    for other in ("else", None, 3):
-        assert both.missing({"metrics": values, "evaluation": other}) == both.evaluations
-    shown = both.shown({"metrics": values, "evaluation": both.digest})["metrics"]
+    assert both.missing(of_before(values, both.digest)) == ()
+    assert both.missing(of_before(values, alone.digest)) == (retrieval,)
+    assert both.missing(of_before(values, Suite((retrieval,)).digest)) == (zero_shot,)
+    for other in ("else", None):
+        assert both.missing(of_before(values, other)) == both.evaluations
+    shown = both.shown(of_before(values, both.digest)).metrics
     assert shown == {**values, "zero_shot/top1": 1.0, "zero_shot/top5": 2.0, "retrieval/i2t_r1": 3.0}
     assert both.digest == "597bc6640aebab109c8ce3122dc357c0", "as raychain 0.1 wrote it"

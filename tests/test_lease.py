@@ -395,8 +395,8 @@ def test_a_claimant_that_was_taken_for_dead_does_not_hold_it(
     if pause == "before it writes":
         monkeypatch.setattr(slow, "_write", late(slow._write, lambda own, held: held))
     else:
-        write_json = late(slow.folder.write_json, lambda name, claim: claim["held"])
-        monkeypatch.setattr(slow.folder, "write_json", write_json)
+        write = late(slow.folder.write, lambda name, claim: json.loads(claim)["held"])
+        monkeypatch.setattr(slow.folder, "write", write)
     got: list[bool] = []
     thread = threading.Thread(target=lambda: got.append(slow.acquire(lambda holder: not holder.held)))
     thread.start()

@@ -89,8 +89,8 @@ def test_workers_know_the_models_by_their_configs_alone(ray_session, tree, folde
     task = make_task(experiment, f"{tree['storage']}/own")
     shutil.rmtree(folder)
     run = run_chain(task)
-    assert [stage["status"] for stage in run["stages"]] == ["trained", "trained"]
-    assert all(stage["metrics"]["zero_shot_top5"] >= 0 for stage in run["stages"])
+    assert [stage.status for stage in run.stages] == ["trained", "trained"]
+    assert all(stage.metrics["zero_shot_top5"] >= 0 for stage in run.stages)
     trained = open_clip.create_model_and_transforms(f"local-dir:{tree['storage']}/own/stages/1-mine-M")[0]
     assert trained.visual.conv1.out_channels == 96
 

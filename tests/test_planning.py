@@ -29,6 +29,7 @@ from raychain.planning.principles import (
 )
 from raychain.planning.proposals import Limits, Proposal, describe, enumerate_chains, propose, why
 from raychain.planning.resources import Peak, Throughput, hours, measured_rate, memory_bytes
+from raychain.records import ConfigRecord, RunRecord, StageEntry
 from raychain.schema.allocation import Budget, parse_budget
 
 CC3M = Setting(samples=2_890_000, items={"image": 1, "text": 7})
@@ -237,8 +238,9 @@ def test_hours_come_from_a_peak_or_a_throughput(vits: dict[str, ModelSize]) -> N
 
 
 def test_a_finished_runs_speed_goes_by_model_and_else_by_macs(vits: dict[str, ModelSize]) -> None:
-    done = {"model": "CoM-ViT-S-16", "status": "trained", "wall_s": 10.0, "samples_seen": 5000, "macs": 2e15}
-    rate = measured_rate([done, {"model": "x", "status": "failed", "wall_s": 1.0, "samples_seen": 9, "macs": 9}])
+    done = StageEntry(key="a", model="CoM-ViT-S-16", status="trained", wall_s=10.0, samples_seen=5000, macs=2e15)
+    failed = StageEntry(key="b", model="x", status="failed", wall_s=1.0, samples_seen=9, macs=9)
+    rate = measured_rate([done, failed])
     assert rate is not None
     stages = predict([vits["S"], vits["B"]], [10, 5], CC3M).stages
     assert rate.seconds(stages[0]) == pytest.approx(stages[0].samples / 500)
@@ -256,28 +258,30 @@ def test_memory_is_the_stated_sum() -> None:
     assert followed == 22 * student.params + 6 * teacher.params + 2 * kept
 
 
-def runs(count: int, noise: float = 0.0, model: str = "m", **config: object) -> list[dict[str, object]]:
+def runs(count: int, noise: float = 0.0, model: str = "m", **config: object) -> list[RunRecord]:
     """Finished runs of a first stage at 1, 10, 100 … MACs, 10 points better at each."""
     return [
-        {
-            "config": {"data": {"train": "x"}} | config,
-            "stages": [
-                {
-                    "index": 0,
-                    "model": model,
-                    "key": f"{model}{i}{noise}",
-                    "status": "trained",
-                    "macs": 10.0**i,
-                    "metrics": {"zero_shot_top1": 20 + 10 * i + noise * (-1) ** i},
-                }
-            ],
-        }
+        RunRecord.of(
+            {
+                "config": {"data": {"train": "x"}} | config,
+                "stages": [
+                    {
+                        "index": 0,
+                        "model": model,
+                        "key": f"{model}{i}{noise}",
+                        "status": "trained",
+                        "macs": 10.0**i,
+                        "metrics": {"zero_shot_top1": 20 + 10 * i + noise * (-1) ** i},
+                    }
+                ],
+            }
+        )
         for i in range(count)
     ]
 
 
 def test_accuracy_is_predicted_from_three_comparable_points_and_not_from_fewer() -> None:
-    like = {"data": {"train": "x"}}
+    like = ConfigRecord(data={"train": "x"})
     two = points(runs(2), like)
     assert "2 comparable finished stages" in str(predict_metric(two, "m", grown=False, macs=10))
     assert "0 comparable" in str(predict_metric(points(runs(5), like), "m", grown=True, macs=10))
@@ -288,7 +292,7 @@ def test_accuracy_is_predicted_from_three_comparable_points_and_not_from_fewer()
 
 
 def test_the_interval_widens_with_noise_and_distance() -> None:
-    like = {"data": {"train": "x"}}
+    like = ConfigRecord(data={"train": "x"})
     near, far = (predict_metric(points(runs(6, noise=1), like), "m", grown=False, macs=m) for m in (1e2, 1e8))
     assert not isinstance(near, str)
     assert not isinstance(far, str)

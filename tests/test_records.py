@@ -16,6 +16,7 @@ import raychain
 from raychain import records
 from raychain.backend_ray import connection
 from raychain.config.loading import validate
+from raychain.core.json import plain
 from raychain.core.storage import Folder
 from raychain.errors import InputError
 from raychain.lease import LEASE, Lease, is_abandoned
@@ -192,8 +193,59 @@ def test_any_claim_on_a_lease_is_one_that_goes_stale(content, tmp_path):
 def test_a_cleaned_record_is_the_content_less_its_wrong_fields(value, kind):
     found, wrong = records.clean(value, kind)
     if found is not None:
-        assert records.is_a(found, kind)
-        assert found == {name: field for name, field in value.items() if name not in wrong}
+        kept = {name: field for name, field in value.items() if name not in wrong}
+        assert found.content() == {"schema": kind.SCHEMA} | plain(kept)
+        assert records.is_a(found.content(), kind)
+        assert json.loads(found.document()) == found.content()
+
+
+NEWER = {"run.json": 2, "stages/1-CoM-micro-M/stage.json": 2}
+
+
+@pytest.mark.parametrize("name", NEWER)
+def test_a_record_of_a_newer_version_is_refused_and_left_as_it_is(name, finished):
+    _, out, tree = finished
+    file = out / name
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"schema": NEWER[name]}))
+    content = file.read_bytes()
+    with pytest.raises(InputError) as refused:
+        raychain.run(validate(tree))
+    assert f"schema {NEWER[name]}, which a newer raychain wrote" in str(refused.value)
+    assert name in str(refused.value)
+    assert file.read_bytes() == content
+    assert not list(out.rglob("*.damaged*"))
+
+
+WRITTEN = {
+    "run": records.RunRecord,
+    "stage": records.StageRecord,
+    "stage-of-0.1": records.StageRecord,
+    "search": records.SearchRecord,
+}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_files_that_were_written_before_records_had_models_are_read_and_written_as_they_were(name):
+    content = json.loads((Path(__file__).parent / "golden" / "records" / f"{name}.json").read_text())
+    record, wrong = records.clean(content, WRITTEN[name])
+    assert wrong == []
+    assert json.loads(record.document()) == {"schema": 1} | content
+
+
+@pytest.mark.parametrize("kind", [records.RunRecord, records.StageRecord, records.SearchRecord])
+def test_a_version_that_is_none_counts_as_the_usual_one(kind):
+    needed = {"key": "k", "identity": "i", "stages": []}
+    for odd_version in (True, "2", 0, -1, 10**30, 1.5, None):
+        found, wrong = records.clean(needed | {"schema": odd_version}, kind)
+        assert (found.version, wrong) == (kind.SCHEMA, ["schema"])
+
+
+def test_a_large_whole_number_is_written_as_it_was_read():
+    """Training MACs are beyond what a float holds exactly."""
+    content = json.dumps({"key": "k", "macs": 2**70 + 1, "epochs": 3, "lr": 1.0}).encode()
+    record = records.parse(content, records.StageRecord)
+    assert json.loads(record.document()) == {"schema": 1} | json.loads(content)
+    assert b'"epochs": 3,' in record.document()
 
 
 @pytest.mark.parametrize("content", RAW)

@@ -27,6 +27,7 @@ from raychain.backend_ray.worker import train_chain
 from raychain.config.loading import validate
 from raychain.core.storage import Folder
 from raychain.errors import Diverged, InputError, RunFailed
+from raychain.events import TrunkShared
 from raychain.runs.policy import slower
 from raychain.runs.resolve import make_task
 from raychain.training.checkpoint import MARKER, OPTIMIZER, WEIGHTS, Checkpoints, _digest
@@ -142,7 +143,7 @@ def test_states_before_a_change_are_the_unchanged_stages_and_outlive_those_after
     twice = Checkpoints(out, NAME, keys_of({4: KEYS[0], 6: KEYS[1]}, KEYS[2]), keep=1)
     twice.arrange(KEYS)
     assert twice.latest() == 6
-    assert twice.marker(6)["key"] == KEYS[1]  # type: ignore[index]
+    assert twice.marker(6).key == KEYS[1]
     twice.clear()
     assert list((tmp_path / "checkpoints").iterdir()) == [], "the stage is finished"
 
@@ -212,14 +213,14 @@ def test_a_change_after_a_trunk_goes_on_from_the_trunk_of_the_unchanged_stage(tr
     step(at, 18)
     plain.share(at)
     plain.finish()
-    assert [event["event"] for event in told] == ["trunk"]
+    assert [type(event) for event in told] == [TrunkShared]
     late = states("late", "second")
     place = late.furthest()
     assert place[0] == late.resumed(*place).step == 18
     late.resumed(*place).states.load(18, state(1))
     late.share(at)
     late.finish()
-    assert told[1]["trunk"] == told[0]["trunk"], "until a change it is one trunk"
+    assert told[1].trunk == told[0].trunk, "until a change it is one trunk"
     assert late.furthest(17)[0] == 0
     assert states("early", "second").furthest()[0] == 0, "the unchanged trunk is past its change"
     at.student.model.logit_scale.data.fill_(math.nan)

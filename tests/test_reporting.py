@@ -20,8 +20,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from raychain.core import wording
 from raychain.core.environment import environment
 from raychain.core.storage import Folder
+from raychain.events import CATEGORIES, Evaluated, Span, StageEnded, StageStarted, Step, Warned
+from raychain.records import RunRecord, StageEntry, TotalsRecord
 from raychain.reporting import runlog
-from raychain.reporting.events import CATEGORIES, event
 from raychain.reporting.progress import Progress
 from raychain.reporting.runlog import RunLog
 from raychain.reporting.table import result_table
@@ -29,6 +30,7 @@ from raychain.terminal import counting
 
 HEADER = {"name": "demo", "config": {"train": {"lr": 1e-3}}, "environment": {"python": "3.11"}}
 RECORD = {
+    "key": "k" * 16,
     "index": 0,
     "model": "CoM-micro-S",
     "status": "trained",
@@ -43,28 +45,27 @@ RECORD = {
 
 def stage_start(stage=0, start_step=0, **changes):
     fields = {"model": "CoM-micro-S", "params": 311_234, "steps": 8, "global_batch": 128, "epoch_samples": 512}
-    return event("stage_start", stage=stage, start_step=start_step, **{"world_size": 1} | fields | changes)
+    return StageStarted(stage=stage, start_step=start_step, **{"world_size": 1} | fields | changes)
 
 
 def step(index, stage=0, loss=2.5, **changes):
-    fields = {"task_loss": loss, "distill_loss": None, "alpha": 0.0, "lr": 1e-3, "logit_scale": 14.3}
+    fields = {"task_loss": loss, "distill_loss": None, "alpha": 0.0, "lr": 1e-3, "report": {"logit_scale": 14.3}}
     fields |= {"samples_per_s": 64.0, "data_wait_s": 0.1, "world_size": 1}
     samples = 128 * (index + 1)
-    return (
-        event("step", stage=stage, step=index + 1, samples=samples, epoch=samples / 512, loss=loss, **fields) | changes
-    )
+    place = {"stage": stage, "step": index + 1, "samples": samples, "epoch": samples / 512, "loss": loss}
+    return Step(**place | fields | changes)
 
 
 def span(name, category, start, end, stage=0):
-    return event("span", name=name, category=category, start=start, end=end, stage=stage)
+    return Span(name, category, start, end, stage)
 
 
 def log(folder, *events, stages=(None, None), finish=True):
-    records = RunLog(folder, HEADER, list(stages))
+    records = RunLog(folder, RunRecord.of(HEADER), [stage and StageEntry.of(stage) for stage in stages])
     for item in events:
-        records.handle(item)
+        records.dispatch(item)
     if finish:
-        records.finish("succeeded", {"macs": 1.0})
+        records.finish("succeeded", TotalsRecord(macs=1.0))
     return records
 
 
@@ -92,14 +93,14 @@ def test_run_json_follows_the_run_from_running_to_its_status(tmp_path):
         "restarts": [],
         "evaluations": [],
     }
-    records.handle(event("stage_end", stage=1, record={"index": 1, "status": "failed", "loss": float("nan")}))
-    records.handle(event("stage_end", stage=0, record=RECORD))
+    records.dispatch(StageEnded(stage=1, record=StageEntry.of({"key": "b", "status": "failed", "loss": float("nan")})))
+    records.dispatch(StageEnded(stage=0, record=StageEntry.of(RECORD)))
     now = folder.read_json("run.json")
-    assert now["stages"] == [RECORD, {"index": 1, "status": "failed", "loss": None}]
+    assert now["stages"] == [RECORD, {"key": "b", "status": "failed", "loss": None}]
     assert now["status"] == "running"
-    records.finish("failed", {"macs": 3})
+    records.finish("failed", TotalsRecord(macs=3))
     assert folder.read_json("run.json") == now | {"status": "failed", "totals": {"macs": 3}}
-    assert records.run == folder.read_json("run.json")
+    assert records.run.content() == folder.read_json("run.json")
     assert not list(tmp_path.rglob("*.tmp"))
 
 
@@ -109,7 +110,7 @@ def test_reused_stages_stand_in_run_json_from_the_start(tmp_path):
 
 
 def test_metrics_lines_carry_the_contract_keys_and_valid_json(tmp_path):
-    log(Folder(str(tmp_path)), stage_start(), step(0), step(1, loss=float("nan")), event("unheard_of"))
+    log(Folder(str(tmp_path)), stage_start(), step(0), step(1, loss=float("nan")))
     first, second = metric_lines(tmp_path)
     keys = (
         "stage step samples epoch loss task_loss distill_loss alpha lr logit_scale samples_per_s data_wait_s world_size"
@@ -120,9 +121,9 @@ def test_metrics_lines_carry_the_contract_keys_and_valid_json(tmp_path):
 
 def test_evaluations_stand_in_run_json_and_those_after_a_resumed_step_are_measured_again(tmp_path):
     folder = Folder(str(tmp_path))
-    measured = [event("evaluation", stage=0, step=n, metrics={"zero_shot_top1": 1.0 * n}) for n in (4, 8)]
+    measured = [Evaluated(stage=0, step=n, metrics={"zero_shot_top1": 1.0 * n}) for n in (4, 8)]
     log(folder, stage_start(), *measured, finish=False)
-    log(folder, stage_start(0, 4), event("evaluation", stage=0, step=8, metrics={"zero_shot_top1": 9.0}))
+    log(folder, stage_start(0, 4), Evaluated(stage=0, step=8, metrics={"zero_shot_top1": 9.0}))
     found = folder.read_json("run.json")["evaluations"]
     assert [(e["stage"], e["step"], e["metrics"]) for e in found] == [
         (0, 4, {"zero_shot_top1": 4.0}),
@@ -142,7 +143,7 @@ def test_a_resumed_stage_replaces_the_lines_it_runs_again_and_no_others(tmp_path
 
 
 def test_tensorboard_has_the_losses_and_the_evaluations_over_samples(tmp_path):
-    measured = event("evaluation", stage=0, step=8, metrics={"zero_shot_top1": 31.25})
+    measured = Evaluated(stage=0, step=8, metrics={"zero_shot_top1": 31.25})
     log(Folder(str(tmp_path)), stage_start(), *map(step, range(8)), measured)
     read = scalars(tmp_path)
     assert [(s.step, s.value) for s in read.Scalars("loss")] == [(128 * (i + 1), 2.5) for i in range(8)]
@@ -153,7 +154,7 @@ def test_tensorboard_has_the_losses_and_the_evaluations_over_samples(tmp_path):
 @pytest.mark.parametrize("start", [0, 4])
 def test_tensorboard_shows_no_step_twice_after_a_resume(tmp_path, start):
     folder = Folder(str(tmp_path))
-    at_start = event("evaluation", stage=0, step=4, metrics={"zero_shot_top1": 9.0})
+    at_start = Evaluated(stage=0, step=4, metrics={"zero_shot_top1": 9.0})
     log(folder, stage_start(), *map(step, range(4)), at_start, step(4), step(5))
     time.sleep(1.1)  # TensorBoard reads event files in the order of their names, which hold whole seconds
     log(folder, stage_start(0, start), *(step(i, loss=1.5) for i in range(start, 8)))
@@ -167,8 +168,8 @@ def test_trace_is_valid_throughout_and_keeps_earlier_runs(tmp_path):
     folder = Folder(str(tmp_path))
     records = log(folder, finish=False)
     assert bars(tmp_path) == []
-    records.handle(span("stage 0", "stage", 100.0, 103.5))
-    records.handle(event("stage_end", stage=0, record=RECORD))
+    records.dispatch(span("stage 0", "stage", 100.0, 103.5))
+    records.dispatch(StageEnded(stage=0, record=StageEntry.of(RECORD)))
     log(folder, span("export", "export", 200.0, 200.25, None))
     assert [(b["name"], b["ts"], b["dur"]) for b in bars(tmp_path)] == [
         ("stage 0", 100_000_000, 3_500_000),
@@ -188,8 +189,8 @@ def test_the_trace_of_a_driver_that_is_killed_lacks_the_last_seconds_alone(tmp_p
     records = log(Folder(str(tmp_path)), span("first", "export", 1.0, 2.0), finish=False)
     assert bars(tmp_path) == []
     clock[0] += runlog.TRACE_EVERY_S
-    records.handle(span("second", "export", 3.0, 4.0))
-    records.handle(span("third", "export", 5.0, 6.0))
+    records.dispatch(span("second", "export", 3.0, 4.0))
+    records.dispatch(span("third", "export", 5.0, 6.0))
     assert [bar["name"] for bar in bars(tmp_path)] == ["first", "second"]
 
 
@@ -217,11 +218,11 @@ def test_a_remote_folder_gets_files_now_and_then_and_all_of_them_at_the_end(tmp_
     assert remote.read_json("run.json")["status"] == "running"
     assert not remote.read("metrics.jsonl")  # the first upload was a moment ago
     monkeypatch.setattr(runlog.time, "monotonic", lambda: 1e12)
-    records.handle(step(1))
+    records.dispatch(step(1))
     assert len(remote.read("metrics.jsonl").splitlines()) == 2
-    records.finish("succeeded", {})
+    records.finish("succeeded", TotalsRecord())
     resumed = log(remote, stage_start(0, 1), step(1), step(2), span("export", "export", 1.0, 2.0))
-    assert resumed.run["status"] == remote.read_json("run.json")["status"] == "succeeded"
+    assert resumed.run.status == remote.read_json("run.json")["status"] == "succeeded"
     assert [json.loads(x)["step"] for x in remote.read("metrics.jsonl").splitlines()] == [1, 2, 3]
     assert len(remote.list("tensorboard/stage0-CoM-micro-S")) == 2
     read = scalars(remote.fetch("", tmp_path / "copy"))
@@ -234,7 +235,7 @@ def test_a_failed_upload_is_tried_again_and_does_not_stop_the_run(monkeypatch):
         patch.setattr(remote, "write", lambda *_: (_ for _ in ()).throw(OSError("storage is away")))
         records = log(remote, step(0), finish=False)
         with pytest.raises(OSError, match="away"):
-            records.finish("failed", {})
+            records.finish("failed", TotalsRecord())
     records = log(remote, step(0))
     assert remote.read_json("run.json")["status"] == "succeeded"
 
@@ -250,7 +251,7 @@ def shown(*events, **console):
     file = io.StringIO()
     with Progress(3, Console(file=file, **{"width": 80, "force_terminal": False} | console)) as progress:
         for item in events:
-            progress.handle(item)
+            progress.dispatch(item)
     return file.getvalue()
 
 
@@ -262,7 +263,7 @@ def test_the_opening_line_says_when_pictures_are_cached_as_jpeg():
 
 def test_plain_progress_prints_a_line_per_ten_seconds_and_stage():
     steps = [step(i, time=1000.0 + 2 * i) for i in range(12)]  # 22 seconds
-    out = shown(stage_start(steps=12), *steps, event("stage_end", stage=0, record=RECORD)).splitlines()
+    out = shown(stage_start(steps=12), *steps, StageEnded(stage=0, record=StageEntry.of(RECORD))).splitlines()
     assert out[0] == "stage 1/3 CoM-micro-S: 0.311 M parameters, 3 epochs, 12 steps on 1 worker"
     assert out[1] == "stage 1/3 CoM-micro-S: epoch 0.2/3 · loss 2.50 · 64.0 images/s · ETA 0:22"
     assert [line.split()[4] for line in out[1:4]] == ["0.2/3", "1.5/3", "2.8/3"]  # steps 0, 5 and 10
@@ -272,11 +273,9 @@ def test_plain_progress_prints_a_line_per_ten_seconds_and_stage():
 
 def test_plain_progress_names_distillation_evaluation_warning_and_resume():
     grown = step(5, 1, loss=3.0, task_loss=2.0, distill_loss=0.5, alpha=2.0)
-    measured = event("evaluation", stage=1, step=6, metrics={"i2t_r1": 7.0})
-    reused = event("stage_end", stage=2, record={"model": "CoM-micro-L", "status": "reused"})
-    out = shown(
-        stage_start(1, 5, world_size=2), grown, measured, event("warning", message="a [bold] word"), reused
-    ).splitlines()
+    measured = Evaluated(stage=1, step=6, metrics={"i2t_r1": 7.0})
+    reused = StageEnded(stage=2, record=StageEntry(key="c", model="CoM-micro-L", status="reused"))
+    out = shown(stage_start(1, 5, world_size=2), grown, measured, Warned(message="a [bold] word"), reused).splitlines()
     assert out[0].endswith("8 steps on 2 workers, resumed at step 5")
     assert "loss 3.00 (task 2.00, distill 0.500)" in out[1]
     assert out[2:] == [
@@ -288,8 +287,8 @@ def test_plain_progress_names_distillation_evaluation_warning_and_resume():
 
 @pytest.mark.parametrize("terminal", [False, True])
 def test_progress_survives_odd_events(terminal):
-    odd = [{}, {"event": "new"}, step(0, 7), {"event": "step", "stage": 0}, stage_start(steps=0, epoch_samples=0)]
-    odd += [stage_start(), step(0, samples_per_s=0), step(1, loss=None), event("evaluation", stage=None), None]
+    odd = [step(0, 7), stage_start(steps=0, epoch_samples=0), StageEnded(stage=1, record=None), None]
+    odd += [stage_start(), step(0, samples_per_s=0), step(1, loss=None), Evaluated(stage=None, step=None, metrics={})]
     assert "stage 1/3 CoM-micro-S: 0.311 M parameters" in shown(*odd, force_terminal=terminal)
 
 

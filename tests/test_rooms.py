@@ -8,7 +8,8 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "raychain"
 ROOMS = [
-    *("errors", "core", "terminal", "signals", "records", "lease", "schema", "data", "feed", "dataprep", "demo"),
+    *("errors", "core", "terminal", "signals", "records", "events", "lease", "schema", "data", "feed", "dataprep"),
+    "demo",
     *("models", "growth", "evaluators", "planning", "paradigms", "config", "reporting", "pages", "unexpected"),
     *("training", "backend_ray", "runs", "searching", "api", "cli"),
 ]

@@ -19,6 +19,7 @@ import raychain
 from raychain.config import load_experiment
 from raychain.config.loading import validate
 from raychain.errors import InputError, Interrupted
+from raychain.records import StageEntry
 from raychain.searching import driver
 from raychain.searching.campaign import Job, JobEnded, StageDone
 from raychain.searching.halving import Halving, Point, Verdict
@@ -84,7 +85,8 @@ class Instant:
         for place, stage in enumerate(task.stages):
             if stage.key in job.keys:
                 metrics = {"zero_shot_top1": task.stages[0].steps ** 0.5 + place}
-                record = {"key": stage.key, "status": "trained", "metrics": metrics, "evaluation": task.suite.digest}
+                digest = task.suite.digest
+                record = StageEntry(key=stage.key, status="trained", metrics=metrics, evaluation=digest)
                 done.append(StageDone(job, stage.key, record))
         self._notices += [*done, JobEnded(job)]
 

@@ -23,6 +23,7 @@ from raychain.cli.search import search_command
 from raychain.config.loading import validate
 from raychain.errors import InputError
 from raychain.evaluators.metrics import Definition
+from raychain.records import HalvingRecord, StageEntry
 from raychain.searching.campaign import Campaign, Job, JobEnded, StageDone, Trial, ratio
 from raychain.searching.halving import Halving, Point, Verdict
 from raychain.searching.outcome import best_chain, comparisons, pareto, rank_correlation
@@ -91,7 +92,7 @@ class Simulated:
                 return
             self.trained.append(key)
             self.busy += costs[key]
-            self._push(at, StageDone(job, key, {"status": "trained", "metrics": {"top1": 1.0}}))
+            self._push(at, StageDone(job, key, StageEntry(key=key, status="trained", metrics={"top1": 1.0})))
         self._push(at, JobEnded(job))
 
     def wait(self) -> StageDone | JobEnded:
@@ -112,7 +113,7 @@ class Simulated:
         heapq.heappush(self.events, (at, next(self.order), notice))
 
 
-def campaign(runner: Simulated, slots: int, known: dict[str, Any] | None = None) -> Campaign:
+def campaign(runner: Simulated, slots: int, known: dict[str, StageEntry] | None = None) -> Campaign:
     return Campaign(runner, slots, known=lambda step: (known or {}).get(step.key))
 
 
@@ -170,7 +171,7 @@ def test_a_search_that_was_stopped_goes_on_and_trains_the_rest(chains: Any, slot
     trials = [trial(number, chain) for number, chain in enumerate(chains)]
     first = stopped(runner, trials, slots)
     again = Simulated()
-    second = campaign(again, slots, {key: {"status": "trained", "metrics": {}} for key in runner.trained})
+    second = campaign(again, slots, {key: StageEntry(key=key, status="trained") for key in runner.trained})
     cut = {job.trial.number for job in first.cut}
     for one in [trial(number, chain) for number, chain in enumerate(chains)]:
         second.resume(one) if one.number in cut else second.add(one)
@@ -187,7 +188,7 @@ def test_stages_that_differ_in_length_share_their_trunk(chains: Any, slots: int,
     nodes = {step.key: step.share * step.stage.epochs for one in trials for step in one.path}
     stopped(runner, trials, slots)
     again = Simulated()
-    second = campaign(again, slots, {key: {"status": "trained", "metrics": {}} for key in runner.trained})
+    second = campaign(again, slots, {key: StageEntry(key=key, status="trained") for key in runner.trained})
     for one in [with_trunk(number, chain) for number, chain in enumerate(chains)]:
         second.add(one)
     assert second.run(lambda: None)
@@ -217,7 +218,7 @@ def test_chains_are_compared_at_the_same_macs_whenever_they_are_measured() -> No
     halving.judge(["c"], Point(40, 40.0))
     assert halving.passed == {0: {"b": 20.0, "c": 10.0}, 1: {"b": 40.0}}, "it ends at the first rung where it is behind"
     again = Halving(grace=10, factor=2)
-    again.restore(json.loads(json.dumps(halving.state())))
+    again.restore(HalvingRecord.of(json.loads(halving.state().document())))
     assert (again.passed, again.behind) == (halving.passed, halving.behind)
     assert again.judge(["a", "b"], Point(24, 48.0)) is None, "judged once"
 
@@ -253,7 +254,7 @@ def test_stopped_trials_free_their_worker_groups_and_leave_the_others_their_stag
 def test_a_stage_that_is_there_needs_nothing_of_its_trunk() -> None:
     runner = Simulated()
     one = with_trunk(0, [("a", 2.0), ("b", 1.0)])
-    work = campaign(runner, 1, {one.keys[0]: {"status": "trained", "metrics": {}}})
+    work = campaign(runner, 1, {one.keys[0]: StageEntry(key=one.keys[0], status="trained")})
     work.add(one)
     assert work.run(lambda: None)
     assert runner.trained == ["a2/b@80", "a2/b1/"]
@@ -451,7 +452,7 @@ def test_the_front_has_what_nothing_beats_and_controls_are_compared() -> None:
     equal = finished(3, "equal-macs", [("b", 3)], 41.0)
     trials = [chain, worse, small, equal]
     assert [t.number for t in pareto(trials, TOP1)] == [2, 3]
-    against = {found["model"]: found for found in comparisons(trials, chain, TOP1)}
+    against = {found.model: found.content() for found in comparisons(trials, chain, TOP1)}
     assert against["a"]["at_equal_macs"]["chain_is_ahead_by"] == 10
     assert against["b"]["at_most"]["chain_is_ahead_by"] == -1
 
@@ -466,7 +467,7 @@ def test_where_lower_is_better_the_lowest_is_best_and_on_the_front() -> None:
     trials = [chain, worse, small, equal]
     assert [t.number for t in pareto(trials, LOSS)] == [2, 3]
     assert best_chain(trials, LOSS) is chain
-    against = {found["model"]: found for found in comparisons(trials, chain, LOSS)}
+    against = {found.model: found.content() for found in comparisons(trials, chain, LOSS)}
     assert against["a"]["at_equal_macs"] | {"epochs": 0, "macs": 0} == {
         "trial": 2, "epochs": 0, "macs": 0, "set/loss": 3.0, "chain_is_ahead_by": 0.5}  # fmt: skip
     assert against["b"]["at_most"]["chain_is_ahead_by"] == -0.1

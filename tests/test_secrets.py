@@ -16,10 +16,12 @@ from typer.testing import CliRunner
 
 from raychain.cli.commands import commands
 from raychain.cli.program import guarded
+from raychain.core.json import plain
 from raychain.core.storage import Folder
 from raychain.errors import InputError, one_line, without_secrets
 from raychain.pages.markup import plain_text
-from raychain.reporting.runlog import RunLog, plain
+from raychain.records import ConfigRecord, RunRecord
+from raychain.reporting.runlog import RunLog
 
 SECRET = "hunter2"
 SHOWN = {
@@ -91,7 +93,7 @@ def test_messages_records_logs_and_reports_hold_none(
     said += [str(InputError("x", "y" * (990 - n) + " " + long, "", "")) for n in range(0, 300, 20)]
     folder = Folder(str(tmp_path))
     folder.write_json("a.json", {"storage": [ADDRESS]})
-    RunLog(folder, {"name": "x", "config": {"storage": ADDRESS}, "environment": {}}, [])
+    RunLog(folder, RunRecord(name="x", config=ConfigRecord.of({"storage": ADDRESS}), environment={}), [])
     said += [path.read_text() for path in tmp_path.glob("*.json")]
     assert len(said) > 20
     assert [text for text in said if SECRET in text] == []
@@ -134,5 +136,6 @@ def test_a_build_keeps_none(tmp_path: Path) -> None:
     (tmp_path / "t.jsonl").write_text("".join(json.dumps({"url": row, "caption": "c"}) + "\n" for row in rows))
     said = CliRunner().invoke(commands, ["data", "build", str(tmp_path / "t.jsonl"), "--out", str(tmp_path / "out")])
     assert "1 pictures of 2 rows" in said.output, said.output
-    assert "s3://…@bucket" in (tmp_path / "out" / "failed.jsonl").read_text()
+    failed = (tmp_path / "out" / "failed.jsonl").read_text()
+    assert "s3://…@bucket" in json.loads(failed)["image"]
     assert [p.name for p in (tmp_path / "out").iterdir() if SECRET.encode() in p.read_bytes()] == []

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from pyarrow import fs
 
 import raychain
+from raychain import records
 from raychain.config.loading import validate
 from raychain.core.storage import Folder, below
 from raychain.errors import InputError, RunFailed
@@ -288,8 +289,9 @@ def test_metrics_on_held_out_data_that_was_touched_are_not_taken_over(
     task = task_of(tree | {"evaluate": own()["evaluate"]}, out)
     take_over(task, Folder(str(out)), None, lambda _: None)
     assert keys(out) == [stage.key for stage in task.stages]
-    record = json.loads((out / "stages" / STAGES[0] / "stage.json").read_text())
-    assert (record["evaluation"], task.measured(record)) == (task.suite.former, False)
+    record = records.read(Folder(str(out)), f"stages/{STAGES[0]}/stage.json", records.StageRecord)
+    assert record is not None
+    assert (record.evaluation, task.measured(record)) == (task.suite.former, False)
 
 
 def test_unfinished_states_of_schema_2_go_on(out: Path, tree: dict[str, Any]) -> None:

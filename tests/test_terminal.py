@@ -20,7 +20,10 @@ from hypothesis import strategies as st
 from rich.console import Console
 from test_broken_shards import pair, shard_of
 
+from raychain.data.health import Bad, Tally
 from raychain.errors import InputError, one_line, printable
+from raychain.events import BadSamples, Restarted, StageEnded, Warned
+from raychain.records import StageEntry
 from raychain.reporting.progress import Progress
 from raychain.terminal.console import make_console
 
@@ -82,11 +85,10 @@ def test_a_narrow_terminal_gets_a_table_too(tmp_path: Path) -> None:
 
 def test_progress_says_hostile_messages_in_one_line_each(capsys: pytest.CaptureFixture[str]) -> None:
     progress = Progress(1)
-    progress.handle({"event": "warning", "message": HOSTILE})
-    progress.handle({"event": "restart", "message": HOSTILE})
-    tally = {"counts": {HOSTILE: 1}, "examples": [["kind", HOSTILE, HOSTILE]]}
-    progress.handle({"event": "bad_samples", "identity": "1", "shard": HOSTILE, "bad": tally})
-    progress.handle({"event": "stage_end", "stage": 0, "record": {"model": HOSTILE, "status": HOSTILE}})
+    progress.dispatch(Warned(HOSTILE))
+    progress.dispatch(Restarted("failure", 1, HOSTILE))
+    progress.dispatch(BadSamples(HOSTILE, "1", Tally({HOSTILE: 1}, (Bad("kind", HOSTILE, HOSTILE),))))
+    progress.dispatch(StageEnded(0, StageEntry(key="k", model=HOSTILE, status=HOSTILE)))
     said = capsys.readouterr().err
     assert len(said.splitlines()) == 4
     assert not obeyed(said)

@@ -17,13 +17,13 @@ from raychain.config.loading import validate
 from raychain.core.storage import Folder
 from raychain.data.order import Order
 from raychain.errors import InputError
+from raychain.events import Evaluated, Step
 from raychain.reporting import trackers
-from raychain.reporting.events import event
-from raychain.reporting.scalars import STEP_SCALARS
 from raychain.reporting.trackers import Trackers, check_trackers
 from raychain.runs.resolve import Reading, resolve_stages
 
 BATCH = 1024  # the default
+SCALARS = ("task_loss", "alpha", "lr", "samples_per_s", "data_wait_s", "world_size")
 STEPS = (8, 200)
 
 
@@ -41,12 +41,12 @@ def database(tmp_path_factory):
 
 
 def step(stage, index, loss=2.5):
-    scalars = dict.fromkeys(STEP_SCALARS, 1.0) | {"loss": loss, "distill_loss": None}
-    return event("step", stage=stage, step=index, samples=index * BATCH, **scalars)
+    scalars = dict.fromkeys(SCALARS, 1.0) | {"loss": loss, "distill_loss": None, "report": {"logit_scale": 1.0}}
+    return Step(stage=stage, step=index, samples=index * BATCH, epoch=1.0, **scalars)
 
 
 def measured(stage, index, value):
-    return event("evaluation", stage=stage, step=index, metrics={"zero_shot_top1": value})
+    return Evaluated(stage=stage, step=index, metrics={"zero_shot_top1": value})
 
 
 def session(out, track, *events, status="succeeded", key="k", name="tiny"):
@@ -55,9 +55,9 @@ def session(out, track, *events, status="succeeded", key="k", name="tiny"):
     experiment = validate(MINIMAL | {"track": track, "name": name})
     trackers = Trackers(Folder(str(out)), experiment, key, STEPS, warnings.append)
     for item in events:
-        trackers.handle(item)
+        trackers.dispatch(item)
     trackers.finish(status, {"macs": 3, "speedup": 1.5})
-    return [warning["message"] for warning in warnings]
+    return [warning.message for warning in warnings]
 
 
 def mlflow_runs(database, name):

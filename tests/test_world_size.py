@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from raychain.config.experiment import Distill
 from raychain.config.loading import validate
 from raychain.core.dist import mean_over_ranks, rank_slice
+from raychain.events import Event, Step
 from raychain.models import build
 from raychain.paradigms.clip.objective import ClipObjective
 from raychain.paradigms.objective import Projector
@@ -141,11 +142,11 @@ def _train(rank: int, world: int, rendezvous: str, task: Any, leave: int | None)
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
     place = [(0, 0)]
 
-    def emit(event: dict[str, Any]) -> None:
-        if event["event"] == "step":
-            place[0] = event["stage"], event["step"]
+    def emit(event: Event) -> None:
+        if isinstance(event, Step):
+            place[0] = event.stage, event.step
             with Path(task.out, "events").open("a") as file:
-                file.write(json.dumps({k: event[k] for k in ("stage", "step", "loss")}) + "\n")
+                file.write(json.dumps({"stage": event.stage, "step": event.step, "loss": event.loss}) + "\n")
 
     worker = ChainWorker(task, torch.device("cpu"), emit, lambda: leave is not None and place[0] >= (1, leave))
     try:

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from raychain.core.json import Json
 from raychain.core.storage import local_path
 from raychain.errors import InputError, RunFailed, nearest
 from raychain.terminal.counting import CountingLine
@@ -34,7 +35,7 @@ def evaluate(
     cache: str = CACHE,
     budget: int | None = None,
     models: str | None = None,
-) -> dict[str, Any]:
+) -> Json:
     """Measures a checkpoint in fp32 on each of the addresses `data` and by `evaluators`; returns what `--json` prints.
 
     `checkpoint` is what `read_checkpoint` takes, also on object storage; `model` names the architecture of a weights
@@ -155,7 +156,7 @@ def _read(checkpoint: str, model: str | None) -> Any:
         raise InputError("CHECKPOINT", checkpoint, FORMS, f"{error}; {stages_in(checkpoint) or fix}") from None
 
 
-def _preprocessing(clip: Any, checkpoint: str) -> tuple[int, Any, dict[str, Any]]:
+def _preprocessing(clip: Any, checkpoint: str) -> tuple[int, Any, Json]:
     """Pixels a side, how pictures get there, and open_clip's `preprocess_cfg`."""
     from open_clip.model import get_model_preprocess_cfg
 
@@ -203,7 +204,7 @@ def _cache_folder(cache: str) -> Path:
     return folder
 
 
-def _described(task: Any) -> dict[str, Any]:
+def _described(task: Any) -> Json:
     from raychain.evaluators.data import ZeroShotData
 
     pictures = sum(shard.samples for shard in task.shards)

@@ -26,6 +26,7 @@ from raychain.growth.drift import TowerDrift, measure_backbone_drift, measure_dr
 from raychain.growth.operators import DEFAULT_DEPTH, DEFAULT_WIDTH
 from raychain.models import UnknownModelError, build, model_config, model_names
 from raychain.models.checkpoints import Checkpoint, CheckpointError, read_checkpoint
+from raychain.models.configs import ModelConfig
 from raychain.models.registry import use_models
 from raychain.models.timm_checkpoints import TimmCheckpoint, build_timm, is_timm, read_timm, write_timm
 from raychain.models.tokenizing import make_tokenizer
@@ -157,7 +158,7 @@ def _read(small: str | Path, source: str | None) -> Checkpoint:
         raise InputError("SMALL", small, allowed, f"{error}; {fix}") from None
 
 
-def _target(checkpoint: Checkpoint, to: str) -> tuple[dict[str, Any], int | None]:
+def _target(checkpoint: Checkpoint, to: str) -> tuple[ModelConfig, int | None]:
     """The large model's config and image size: the small model's, unless the large one's trunk has its own."""
     usable_size(Task(), to, None, "--to")
     config = model_config(to)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from raychain.config import Experiment, opened
+from raychain.core.json import Json
 from raychain.errors import InputError
 
 if TYPE_CHECKING:  # torch is imported by what plans, not by --help
@@ -25,7 +26,7 @@ def plan(
     throughput: Sequence[float] = (),
     like: str | None = None,
     models: str | None = None,
-) -> dict[str, Any]:
+) -> Json:
     """What an experiment's chain costs, as `raychain plan --json` prints it; nothing is trained or started.
 
     With a `family` instead of a chain the result is that of the best proposal, and `proposals` lists the next ones.
@@ -53,7 +54,7 @@ def plan(
     }
 
 
-def _chosen(config: Experiment) -> tuple[Experiment, dict[str, Any]]:
+def _chosen(config: Experiment) -> tuple[Experiment, Json]:
     """The experiment with the best proposal's chain, and what else there was: reasons, next proposals, warnings."""
     from raychain.planning.checks import warnings
     from raychain.planning.proposals import why
@@ -85,7 +86,7 @@ def _chosen(config: Experiment) -> tuple[Experiment, dict[str, Any]]:
     return with_chain(config, proposals[0]), chosen
 
 
-def _chain(config: Experiment, cost: ChainCost, samples: int) -> dict[str, Any]:
+def _chain(config: Experiment, cost: ChainCost, samples: int) -> Json:
     from raychain.planning.resources import memory_bytes
 
     workers = config.most_workers
@@ -137,7 +138,7 @@ def _chain(config: Experiment, cost: ChainCost, samples: int) -> dict[str, Any]:
 
 def _time(
     config: Experiment, cost: ChainCost, tflops: float | None, mfu: float, throughput: Sequence[float], like: str | None
-) -> dict[str, Any]:
+) -> Json:
     from raychain.planning.resources import Peak, Rate, Throughput, hours
 
     if sum((tflops is not None, bool(throughput), like is not None)) > 1:
@@ -172,23 +173,23 @@ def _measured_rate(like: str) -> Measured:
     from raychain.records import RunRecord, read
 
     try:
-        run = read(Folder(like), "run.json", RunRecord) or {}
+        run = read(Folder(like), "run.json", RunRecord)
     except OSError as error:
         raise InputError("--like", like, "a run folder that can be read", str(error)) from None
-    rate = measured_rate(run.get("stages") or [])
+    rate = measured_rate((run and run.stages) or [])
     if rate is None:
         raise InputError("--like", like, "a run folder with run.json and a finished stage", "give another folder")
     return rate
 
 
-def _prediction(config: Experiment, cost: ChainCost) -> dict[str, Any]:
+def _prediction(config: Experiment, cost: ChainCost) -> Json:
     """What finished runs under `storage` say about the last stage's accuracy; nothing where there are none, or where
     part of what it costs is unknown.
     """
     from raychain.core.storage import Folder
     from raychain.evaluators.metrics import FORMER
     from raychain.planning.measured import points, predict_metric
-    from raychain.records import RunRecord, read
+    from raychain.records import ConfigRecord, RunRecord, read
 
     if any(stage.origin is not None for stage in cost.stages):
         return {}
@@ -198,7 +199,7 @@ def _prediction(config: Experiment, cost: ChainCost) -> dict[str, Any]:
     except (OSError, InputError):  # planning needs no storage
         return {}
     score = config.evaluate.judged_by or FORMER[0]
-    measured = points(runs, config.model_dump(mode="json"), score)
+    measured = points(runs, ConfigRecord.of(config.model_dump(mode="json")), score)
     if not measured:
         return {}
     grown = len(cost.stages) > 1

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 
 from raychain.config import Experiment, opened
+from raychain.core.json import Json
 from raychain.errors import RunFailed
 from raychain.terminal import say
 
@@ -18,7 +18,7 @@ def run(
     address: str | None = None,
     verbose: bool = False,
     models: str | None = None,
-) -> dict[str, Any]:
+) -> Json:
     """Trains a chain and returns the content of its run.json.
 
     `experiment` is a YAML path, a shipped experiment's name, or an Experiment; `overrides` are "dotted.key=value";
@@ -45,7 +45,7 @@ def run(
     for line in remarks(task):
         say(line)
     try:
-        return run_chain(task, address=address, verbose=verbose)
+        return run_chain(task, address=address, verbose=verbose).content()
     except RunFailed as error:
         if error.overrides and given.family:
             error.overrides = (*_as_overrides(config), *error.overrides)

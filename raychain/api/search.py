@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from raychain.config import Experiment, opened
+from raychain.core.json import Json
 
 
 def search(
@@ -16,7 +15,7 @@ def search(
     address: str | None = None,
     verbose: bool = False,
     models: str | None = None,
-) -> dict[str, Any]:
+) -> Json:
     """Tries chains as the experiment's `search` says and returns the content of search.json.
 
     `trials` replaces `search.trials`, `models` the experiment's folder of model configs. The same call again continues,
@@ -44,4 +43,4 @@ def search(
     plan = plan_search(
         config, writable(folder).address, writable(config.storage, "storage").address if shared else folder
     )
-    return run_search(plan, address=address, verbose=verbose)
+    return run_search(plan, address=address, verbose=verbose).content()

@@ -6,12 +6,12 @@ import contextlib
 
 from ray.util.metrics import Counter, Gauge
 
-from raychain.reporting.events import Event
+from raychain.events import Evaluated, Event, Listener, Restarted, StageStarted, Step
 
 TAGS = ("run", "model")
 
 
-class Gauges:
+class Gauges(Listener):
     """Turns events into metrics; needs a connection to Ray. `run` tells runs of one cluster apart."""
 
     def __init__(self, run: str) -> None:
@@ -20,35 +20,40 @@ class Gauges:
         self._images = Gauge("raychain_images_per_second", "Images a second, all workers together.", TAGS)
         self._wait = Counter("raychain_data_wait_seconds", "Time the training loop has waited for data.", TAGS)
         self._loss = Gauge("raychain_loss", "Loss of the last logged step, distillation included.", TAGS)
-        self._step = Gauge("raychain_step", "Optimiser steps done of the stage.", TAGS)
+        self._steps = Gauge("raychain_step", "Optimiser steps done of the stage.", TAGS)
         self._stage = Gauge("raychain_stage", "Index of the stage that trains, from 0.", TAGS)
         self._workers = Gauge("raychain_workers", "Workers of the group that trains.", TAGS)
         self._metric = Gauge("raychain_metric", "What was measured last on held-out data.", (*TAGS, "metric"))
         self._restarts = Counter("raychain_restarts", "Worker groups that ended early.", (*TAGS, "reason"))
 
-    def handle(self, event: Event) -> None:
-        """Takes one event; kinds that say nothing here are ignored."""
+    def dispatch(self, event: Event) -> None:
+        """Takes one event. Raises nothing."""
         with contextlib.suppress(Exception):  # a number for a dashboard is no reason to lose a run
-            self._handle(event)
+            super().dispatch(event)
 
-    def _handle(self, event: Event) -> None:
-        match event["event"]:
-            case "stage_start":
-                self._tags["model"] = self._models[event["stage"]] = event["model"]
-                self._stage.set(event["stage"], self._tags)
-                self._step.set(event["start_step"], self._tags)
-                self._workers.set(event["world_size"], self._tags)
-            case "step":
-                self._images.set(event["samples_per_s"], self._tags)
-                self._loss.set(event["loss"], self._tags)
-                self._step.set(event["step"], self._tags)
-                if event["data_wait_s"] > 0:  # a counter takes no zero
-                    self._wait.inc(event["data_wait_s"], self._tags)
-            case "evaluation":
-                for name, value in event["metrics"].items():
-                    if value is not None:
-                        model = self._models.get(event["stage"], "")
-                        self._metric.set(value, {**self._tags, "model": model, "metric": name})
-            case "restart":
-                self._workers.set(0, self._tags)
-                self._restarts.inc(1, {**self._tags, "reason": event["reason"]})
+    def stage_started(self, event: StageStarted) -> None:
+        """Sets the model, the stage, its step and the number of workers."""
+        self._tags["model"] = self._models[event.stage] = event.model
+        self._stage.set(event.stage, self._tags)
+        self._steps.set(event.start_step, self._tags)
+        self._workers.set(event.world_size, self._tags)
+
+    def step(self, event: Step) -> None:
+        """Sets speed, loss and step, and adds the time waited for data."""
+        self._images.set(event.samples_per_s, self._tags)
+        self._loss.set(event.loss, self._tags)
+        self._steps.set(event.step, self._tags)
+        if event.data_wait_s > 0:  # a counter takes no zero
+            self._wait.inc(event.data_wait_s, self._tags)
+
+    def evaluated(self, event: Evaluated) -> None:
+        """Sets the metrics."""
+        for name, value in event.metrics.items():
+            if value is not None:
+                model = self._models.get(event.stage, "")
+                self._metric.set(value, {**self._tags, "model": model, "metric": name})
+
+    def restarted(self, event: Restarted) -> None:
+        """Counts the restart; no worker trains until the next group begins."""
+        self._workers.set(0, self._tags)
+        self._restarts.inc(1, {**self._tags, "reason": event.reason})

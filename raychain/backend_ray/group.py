@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import pickle
 import threading
 import uuid
 from collections.abc import Mapping
@@ -18,7 +19,7 @@ from raychain.backend_ray.cluster import Resources
 from raychain.backend_ray.environment import environment
 from raychain.backend_ray.worker import Mailbox, train_chain
 from raychain.core.storage import Folder
-from raychain.reporting.events import Event
+from raychain.events import Event
 from raychain.training.task import ChainTask
 
 SETTINGS = {
@@ -51,8 +52,8 @@ class Workers:
     def events(self) -> list[Event]:
         """The events since the last call."""
         with contextlib.suppress(ray.exceptions.RayError):
-            found: list[Event] = ray.get(self.mailbox.drain.remote(), timeout=30)
-            return found
+            pushed: list[bytes] = ray.get(self.mailbox.drain.remote(), timeout=30)
+            return [event for events in pushed for event in pickle.loads(events)]  # noqa: S301 - of our own workers
         return []
 
     def close(self) -> None:

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from raychain.events import Event, Span, Warned
+
 if TYPE_CHECKING:
     from raychain.training.stage import ChainWorker
     from raychain.training.task import ChainTask
@@ -44,7 +46,7 @@ class PreloadActor:
         sources = [Source(stage.feed, chain.experiment.train.global_batch) for stage in chain.stages]
         self.preloader = Preloader(sources, ShardCache(preload.cache, preload.budget), cpus)
 
-    def report(self, stage: int, step: int, waiting: float) -> list[dict[str, Any]]:
+    def report(self, stage: int, step: int, waiting: float) -> list[Span]:
         """See Preloader.report."""
         run_when_idle()
         return self.preloader.report(stage, step, waiting) if self.preloader else []
@@ -71,7 +73,7 @@ class PreloadLink:
     If the actor is lost, the loaders fetch for themselves.
     """
 
-    def __init__(self, task: ChainTask, worker: ChainWorker, emit: Callable[[dict[str, Any]], None]) -> None:
+    def __init__(self, task: ChainTask, worker: ChainWorker, emit: Callable[[Event], None]) -> None:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         actor: Any = ray.remote(num_cpus=0)(PreloadActor)
         # two at once: a report does not wait for a measurement
@@ -100,16 +102,16 @@ class PreloadLink:
                 spans = ray.get(self.actor.report.remote(stage, step, fraction))
             except ray.exceptions.RayError:
                 if not self._closed.is_set():
-                    self._emit({"event": "warning", "message": "a preloader died; the loaders fetch for themselves"})
+                    self._emit(Warned("a preloader died; the loaders fetch for themselves"))
                 self._worker.preloading = False
                 self._worker.hurry.set()
                 return
             for span in spans:
-                self._emit({"event": "span", **span})
+                self._emit(span)
 
 
 def preloading(
-    task: ChainTask, worker: ChainWorker, emit: Callable[[dict[str, Any]], None]
+    task: ChainTask, worker: ChainWorker, emit: Callable[[Event], None]
 ) -> contextlib.AbstractContextManager[PreloadLink | None]:
     """The link of the one worker of each node that keeps the node's helper; a null context for the others."""
     import ray.train

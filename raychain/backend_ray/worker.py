@@ -9,14 +9,15 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import pickle
 import threading
-import time
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import ray
 
 from raychain.errors import Diverged, InputError
+from raychain.events import Event, Failed, OutOfMemory, Warned, WorkerStarted
 
 if TYPE_CHECKING:
     from raychain.backend_ray.measuring import OnRay
@@ -31,17 +32,18 @@ class Mailbox:
     """An actor between workers and driver: events one way, the wish to stop the other way."""
 
     def __init__(self) -> None:
-        self.events: list[dict[str, Any]] = []
+        self.events: list[bytes] = []
         self.groups: list[Any] = []
         self.stop = False
 
-    def push(self, events: list[dict[str, Any]]) -> bool:
-        """Takes events; returns whether the driver wants the run stopped."""
-        self.events += events
+    def push(self, events: bytes) -> bool:
+        """Takes pickled events, which are not looked at here; returns whether the driver wants the run stopped."""
+        if events:
+            self.events.append(events)
         return self.stop
 
-    def drain(self) -> list[dict[str, Any]]:
-        """The events since the last call."""
+    def drain(self) -> list[bytes]:
+        """What was pushed since the last call."""
         events, self.events = self.events, []
         return events
 
@@ -68,15 +70,15 @@ class Link:
 
     def __init__(self, mailbox: Any) -> None:
         self.mailbox, self.stopping = mailbox, False
-        self._events: list[dict[str, Any]] = []
+        self._events: list[Event] = []
         self._lock, self._closed = threading.Lock(), threading.Event()
         self._thread = threading.Thread(target=self._work, name="events", daemon=True)
         self._thread.start()
 
-    def emit(self, event: dict[str, Any]) -> None:
+    def emit(self, event: Event) -> None:
         """Queues an event."""
         with self._lock:
-            self._events.append({"time": time.time(), **event})
+            self._events.append(event)
 
     def close(self) -> None:
         """Sends what is left."""
@@ -92,7 +94,7 @@ class Link:
         with self._lock:
             events, self._events = self._events, []
         with contextlib.suppress(ray.exceptions.RayError):
-            self.stopping = ray.get(self.mailbox.push.remote(events), timeout=10)
+            self.stopping = ray.get(self.mailbox.push.remote(pickle.dumps(events) if events else b""), timeout=10)
 
 
 class _Warnings(logging.Handler):
@@ -103,13 +105,23 @@ class _Warnings(logging.Handler):
         self.link = link
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.link.emit({"event": "warning", "message": record.getMessage()})
+        self.link.emit(Warned(record.getMessage()))
 
 
-def train_chain(config: dict[str, Any]) -> bool:
-    """Ray Train's worker function: {`task`: reference to a ChainTask, `mailbox`: actor, `micro_batch`: {stage: pairs or
-    None}, `until`: stage}. Returns whether the stages up to that one are finished.
-    """
+class Settings(TypedDict):
+    """What Ray Train hands to every worker of a group."""
+
+    task: ray.ObjectRef[ChainTask]
+    mailbox: Any
+    """The Mailbox actor."""
+    micro_batch: dict[int, int | None]
+    """Samples at once, of each stage by index; None: a worker's whole share."""
+    until: int
+    """The last stage that the group trains."""
+
+
+def train_chain(config: Settings) -> bool:
+    """Ray Train's worker function. Returns whether the stages up to `until` are finished."""
     import ray.train.torch
     import torch
 
@@ -127,7 +139,7 @@ def train_chain(config: dict[str, Any]) -> bool:
     link = Link(config["mailbox"])
     handler = _Warnings(link)
     logging.getLogger("raychain").addHandler(handler)
-    link.emit({"event": "worker", "rank": rank(), "node": ray.get_runtime_context().get_node_id(), "pid": os.getpid()})
+    link.emit(WorkerStarted(rank(), ray.get_runtime_context().get_node_id(), os.getpid()))
     worker = ChainWorker(
         task,
         device,
@@ -144,12 +156,11 @@ def train_chain(config: dict[str, Any]) -> bool:
                 worker.beside = Beside(_place(task, worker, helper), worker.measured_beside)
             return worker.run()
     except (FloatingPointError, InputError, ChangedError) as error:
-        known = {"stage": error.stage, "step": error.step} if isinstance(error, Diverged) else {}
-        link.emit({"event": "failure", "kind": "fatal", "message": str(error), **known})
+        link.emit(Failed(str(error), (error.stage, error.step) if isinstance(error, Diverged) else None))
         raise
     except torch.OutOfMemoryError as error:
         message = str(error).strip().splitlines()[0]
-        link.emit({"event": "failure", "kind": "memory", "message": message, **worker.holding()})
+        link.emit(OutOfMemory(message, *worker.holding()))
         raise
     finally:
         logging.getLogger("raychain").removeHandler(handler)

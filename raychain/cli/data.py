@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -126,7 +127,7 @@ def build_command(
         raise RunFailed(f"none of the {result['rows']:,} rows gave a picture; --retry-failed tries them again")
 
 
-def _built(result: dict[str, Any], listed: str) -> str:
+def _built(result: Mapping[str, Any], listed: str) -> str:
     failed = sum(result["failed"].values())
     pictures = f"{result['samples']:,} pictures of {result['rows']:,} rows"
     text = f"{result['folder']}: {result['shards']:,} shards, {pictures} ({result['bytes'] / 2**20:,.1f} MiB)"

@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from raychain.config.experiment import Experiment
+from raychain.core.json import Json
 from raychain.core.storage import regular_file
 from raychain.errors import InputError, nearest
 from raychain.schema.problems import WHERE, explain
@@ -74,7 +75,7 @@ def opened(experiment: str | Experiment, overrides: Sequence[str] = (), models: 
     return config
 
 
-def validate(tree: dict[str, Any], source: str = "experiment") -> Experiment:
+def validate(tree: Json, source: str = "experiment") -> Experiment:
     """An Experiment from plain data; InputError with every problem in it."""
     try:
         return Experiment.model_validate(tree)
@@ -82,7 +83,7 @@ def validate(tree: dict[str, Any], source: str = "experiment") -> Experiment:
         raise _explained(error, source) from None
 
 
-def _apply(tree: dict[str, Any], override: str) -> None:
+def _apply(tree: Json, override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not all(key.split(".")):
         raise InputError("--set", override, "dotted.key=value", "for example --set train.lr=5e-4")

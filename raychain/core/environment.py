@@ -8,13 +8,14 @@ import subprocess
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+
+from raychain.core.json import Json
 
 PACKAGES = {"raychain": "raychain", "torch": "torch", "ray": "ray", "open_clip": "open_clip_torch", "timm": "timm"}
 CHECKOUT = Path(__file__).resolve().parents[2]
 
 
-def environment() -> dict[str, Any]:
+def environment() -> Json:
     """Python, platform, cores and GPU names of this machine, package versions, raychain's git commit, the date.
 
     `commit` ends in `-dirty` when the checkout has changes, and is None where raychain is not run from a checkout.

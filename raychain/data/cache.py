@@ -229,7 +229,7 @@ def _write(
         last = batch
     assert writer is not None, "a shard without samples is an error of decoding"
     assert last is not None
-    found = json.dumps(tally(bad).as_dict()).encode()
+    found = json.dumps(tally(bad).record().content()).encode()
     reserve(size + pa.ipc.get_record_batch_size(last.slice(0, 0)) + FRAME_BATCH + len(found))
     writer.write_batch(last.slice(0, 0), custom_metadata={BAD: found})
     writer.close()

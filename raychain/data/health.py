@@ -11,6 +11,8 @@ from typing import Any, NamedTuple, TypeVar
 
 from PIL import Image, UnidentifiedImageError
 
+from raychain.records import TallyRecord
+
 log = logging.getLogger("raychain.data")
 
 Picture = TypeVar("Picture")
@@ -75,14 +77,14 @@ class Tally:
         counts = {kind: count for kind, count in self.counts.items() if (kind in USED) == used}
         return Tally(counts, tuple(bad for bad in self.examples if bad.kind in counts))
 
-    def as_dict(self) -> dict[str, Any]:
-        """The tally in the types of JSON."""
-        return {"counts": dict(self.counts), "examples": [list(bad) for bad in self.examples]}
+    def record(self) -> TallyRecord:
+        """The tally as records hold it."""
+        return TallyRecord(counts=dict(self.counts), examples=[list(bad) for bad in self.examples])
 
     @classmethod
-    def from_dict(cls, given: Mapping[str, Any]) -> Tally:
-        """The reverse of `as_dict`."""
-        return cls(dict(given["counts"]), tuple(Bad(*example) for example in given["examples"]))
+    def of(cls, record: TallyRecord) -> Tally:
+        """The reverse of `record`."""
+        return cls(dict(record.counts), tuple(Bad(*example) for example in record.examples))
 
 
 def tally(found: Iterable[Bad]) -> Tally:

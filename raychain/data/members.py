@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
+from raychain.core.json import Json
 from raychain.data.health import (
     DOTTED,
     DUPLICATE,
@@ -56,9 +57,13 @@ class Wanted:
         return f"a picture ({', '.join(IMAGES)}){described}"
 
 
+Sample = dict[str, Any]
+"""A sample of a tar file: its `key`, and the content of each member by extension."""
+
+
 def samples(
     file: BinaryIO, wanted: Wanted, *, names_only: bool = False, report: Callable[[Bad], None] = lambda _: None
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[Sample]:
     """Usable samples of an open tar file in order: {`key`, extension: bytes, …} (bytes are None with `names_only`).
 
     A sample is a run of members with one base name; it is usable if it has a picture and one of the wanted members.
@@ -67,7 +72,7 @@ def samples(
     reports; a sample with a member cut short by the file's end, or too large to be read, is not used.
     Raises OSError where the file cannot be read.
     """
-    current: dict[str, Any] = {}
+    current: Sample = {}
     skip = False
     seen: set[str] = set()
     last: Bad | None = None
@@ -146,7 +151,7 @@ class _Dotted:
         return [s for s, key in self._pictures.items() if key not in self.pictured or s in self._described]
 
 
-def _usable(sample: dict[str, Any], wanted: Wanted, bad: Callable[[str, str], None]) -> bool:
+def _usable(sample: Sample, wanted: Wanted, bad: Callable[[str, str], None]) -> bool:
     """Whether the sample has a picture and, if any are wanted, a wanted member; one with half of that is reported."""
     pictured = any(image in sample for image in IMAGES)
     if not wanted.extensions:
@@ -159,12 +164,12 @@ def _usable(sample: dict[str, Any], wanted: Wanted, bad: Callable[[str, str], No
     return pictured and described
 
 
-def picture(sample: dict[str, Any]) -> bytes:
+def picture(sample: Sample) -> bytes:
     """The encoded picture."""
     return next(sample[image] for image in IMAGES if image in sample)
 
 
-def annotation(sample: dict[str, Any], wanted: Wanted) -> tuple[list[str], int]:
+def annotation(sample: Sample, wanted: Wanted) -> tuple[list[str], int]:
     """A sample's captions, at least one if any are wanted, and its label, -1 if none is. Raises Unusable."""
     try:
         found = captions(sample, wanted.captions)
@@ -179,13 +184,13 @@ def annotation(sample: dict[str, Any], wanted: Wanted) -> tuple[list[str], int]:
         raise Unusable(NO_LABEL, f"{sample['cls'][:20]!r} is no whole number") from None
 
 
-def captions(sample: dict[str, Any], keys: tuple[str, ...]) -> list[str]:
+def captions(sample: Sample, keys: tuple[str, ...]) -> list[str]:
     """All captions of a sample in the order of `keys`, without empty ones and repetitions.
 
     Raises ValueError for text that is not UTF-8 or not JSON.
     """
     found: list[str] = []
-    parsed: dict[str, Any] = {}
+    parsed: Json = {}
     for key in map(caption_key, keys):
         if key.extension not in sample:
             continue

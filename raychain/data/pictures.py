@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from raychain.core.json import Json
 from raychain.data.crops import crop_boxes
 from raychain.data.decode import decode, scale
 from raychain.data.health import Bad
@@ -45,7 +46,7 @@ class PictureReader:
     @property
     def identity(self) -> Mapping[str, Any]:
         wanted, captions = self.spec.wanted, {"keys": list(self.spec.wanted.captions), "per_image": self.per_image}
-        found: dict[str, Any] = {"crop": self.crop, "pixels": self.spec.pixels}
+        found: Json = {"crop": self.crop, "pixels": self.spec.pixels}
         found |= {"captions": captions} if wanted.captions else {}
         found |= {"label": True} if wanted.label else {}
         return found | ({} if wanted.key_split == "first" else {"key_split": wanted.key_split})

@@ -9,11 +9,12 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from itertools import chain, islice
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from raychain.data.cache import ShardCache
 from raychain.data.loader import Feed
 from raychain.data.order import Window, extend
+from raychain.events import Span
 
 log = logging.getLogger("raychain.data")
 
@@ -83,7 +84,7 @@ class Preloader:
         self._rest = max(0.0, self._threads / cpus - 1)
         """Seconds of rest for each second of work."""
         self._place: tuple[int, int, float] | None = None
-        self._spans: list[dict[str, Any]] = []
+        self._spans: list[Span] = []
         self._failed: set[Item] = set()
         self._looked = 0.0
         """When what is wanted was last marked as used: what was used since does not make room for more."""
@@ -92,9 +93,9 @@ class Preloader:
         self._thread = threading.Thread(target=self._work, name="preloader", daemon=True)
         self._thread.start()
 
-    def report(self, stage: int, step: int, waiting: float) -> list[dict[str, Any]]:
+    def report(self, stage: int, step: int, waiting: float) -> list[Span]:
         """Where the training loop is, and the share of its time it waited for data; returns the spans since the last
-        call: {`name`, `category`, `start`, `end`, `stage`}.
+        call.
         """
         self._place = (stage, step, waiting)
         self._news.set()
@@ -151,6 +152,5 @@ class Preloader:
             self._closed.wait(IDLE_S)
             return
         name = shard.address.rpartition("/")[2]
-        times = {"start": started, "end": time.time()}
-        self._spans.append({"name": f"preload {name}", "category": "preload", "stage": item.stage, **times})
+        self._spans.append(Span(f"preload {name}", "preload", started, time.time(), item.stage))
         self._closed.wait((time.time() - started) * self._rest)

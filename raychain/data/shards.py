@@ -13,7 +13,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import repeat
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote, unquote
 
 import braceexpand
@@ -217,8 +216,7 @@ def _survey(address: str, wanted: members.Wanted, cache: Path, where: str) -> Sh
         name = f"{shard.identity}-{wanted.digest}.json"
         noted = records.take(counts, name, records.CountRecord)
         if noted is not None:
-            bad = Tally.from_dict(noted["bad"])
-            return replace(shard, samples=noted["samples"], bad=bad, former=noted["former"])
+            return replace(shard, samples=noted.samples, bad=Tally.of(noted.bad), former=noted.former)
         found: list[Bad] = []
         with unchanged(shard), open_input(address) as file:
             former = former_identity(file, shard.size)
@@ -232,7 +230,7 @@ def _survey(address: str, wanted: members.Wanted, cache: Path, where: str) -> Sh
         raise InputError(where, address, "a file that can be read", f"replace or remove the shard ({error})") from None
     bad = health.tally(found)
     try:
-        counts.write_json(name, {"samples": samples, "bad": bad.as_dict(), "former": former})
+        records.write(counts, name, records.CountRecord(samples=samples, bad=bad.record(), former=former))
     except OSError as error:
         raise InputError("preload.cache", counts.address, f"a folder that can be written ({error})",
                          "give another folder") from None  # fmt: skip
@@ -241,7 +239,7 @@ def _survey(address: str, wanted: members.Wanted, cache: Path, where: str) -> Sh
 
 def read(
     shard: Shard, wanted: members.Wanted, report: Callable[[Bad], None] = lambda _: None
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[members.Sample]:
     """The usable samples of a shard in file order; `report` as for `members.samples`.
 
     Raises OSError, naming the shard, where it cannot be read, and ChangedError, at the latest at its end, where it is

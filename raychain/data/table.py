@@ -11,6 +11,7 @@ import xxhash
 
 from raychain.data.decode import from_jpeg
 from raychain.data.health import Tally
+from raychain.records import TallyRecord
 
 SEAL = b"xxh3-128:"
 BLANK = b"0" * 32
@@ -62,7 +63,7 @@ class Table:
         """Whether it holds a file, not memory."""
         self.size = data.num_rows
         notes = reader.get_batch_with_custom_metadata(reader.num_record_batches - 1).custom_metadata
-        found = Tally.from_dict(json.loads(notes[BAD]))
+        found = Tally.of(TallyRecord.of(json.loads(notes[BAD])))
         self.bad, self.noted = found.part(used=False), found.part(used=True)
         """Samples that turned out unusable and have no row, and those that have one and are worth a word."""
         self._jpeg = data.schema.metadata[b"pixels"] == b"jpeg"

@@ -19,11 +19,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from PIL import Image
 
 from raychain import records
+from raychain.core.json import Json
 from raychain.core.storage import Folder, is_local
 from raychain.data import pixels
 from raychain.data.health import Unusable, picture
@@ -31,6 +32,7 @@ from raychain.data.pixels import Frame, check_range, framed, opened, rgb
 from raychain.dataprep.fetch import FetchError, fetch
 from raychain.dataprep.table import Entry, PictureTable
 from raychain.errors import InputError, without_secrets
+from raychain.records import FailureRecord, PackedRecord
 
 log = logging.getLogger("raychain.dataprep")
 MARKER, FAILED = "build.json", "failed.jsonl"
@@ -74,7 +76,7 @@ def build(
     out: str,
     options: Options,
     on_progress: Callable[[int, int, int], None] = lambda *_: None,
-) -> dict[str, Any]:
+) -> Json:
     """Packs the table into shards in `out`: {`folder`, `shards`, `rows`, `lines` (of the table, that the
     rows take), `samples`, `bytes`, `failed` (reason → rows)}.
 
@@ -102,18 +104,18 @@ def build(
                     raise OSError(f"{_stats_name(shard)} is not what was written")
             else:
                 done += len(part)
-                failures += len(kept["failed"])
+                failures += len(kept.failed)
             stats.append(kept)
-    failed = [row for shard in stats for row in shard["failed"]]
-    folder.write(FAILED, without_secrets("".join(json.dumps(row) + "\n" for row in failed)).encode())
+    failed = [row for shard in stats for row in shard.failed]
+    folder.write(FAILED, "".join(json.dumps(row.content()) + "\n" for row in failed).encode())
     return {
         "folder": folder.path,
         "shards": len(stats),
         "rows": rows,
         "lines": lines,
-        "samples": sum(shard["samples"] for shard in stats),
-        "bytes": sum(shard["bytes"] for shard in stats),
-        "failed": dict(Counter(row["reason"] for row in failed).most_common()),
+        "samples": sum(shard.samples for shard in stats),
+        "bytes": sum(shard.bytes for shard in stats),
+        "failed": dict(Counter(row.reason for row in failed).most_common()),
     }
 
 
@@ -201,7 +203,7 @@ def _measure(table: PictureTable) -> tuple[int, int, str]:
     return rows, lines, digest.hexdigest()
 
 
-def _claim(out: str, made_of: dict[str, Any]) -> Folder:
+def _claim(out: str, made_of: Json) -> Folder:
     """The folder, marked as this build's. Raises InputError if it holds anything else."""
     if not is_local(out):
         raise InputError("--out", out, "a folder of this machine", "build here, then copy the shards")
@@ -229,21 +231,21 @@ def _stats_name(shard: int) -> str:
     return f"{shard:05d}_stats.json"
 
 
-def _stats(folder: Folder, shard: int, rows: int) -> dict[str, Any] | None:
+def _stats(folder: Folder, shard: int, rows: int) -> PackedRecord | None:
     """What was written of a packed shard of so many rows; None where nothing was, or something else stands there."""
-    found = records.take(folder, _stats_name(shard), records.PackedRecord)
-    if found and (found["rows"], found["samples"] + len(found["failed"])) != (rows, rows):
+    found = records.take(folder, _stats_name(shard), PackedRecord)
+    if found and (found.rows, found.samples + len(found.failed)) != (rows, rows):
         log.warning("%s in %s is of another shard: packed again", _stats_name(shard), folder.address)
         return None
     return found
 
 
-def _finished(folder: Folder, shard: int, rows: int, retry_failed: bool) -> dict[str, Any] | None:
+def _finished(folder: Folder, shard: int, rows: int, retry_failed: bool) -> PackedRecord | None:
     """The statistics of a shard that need not be packed again."""
     stats = _stats(folder, shard, rows)
     if stats is None or not folder.exists(f"{shard:05d}.tar"):
         return None
-    return None if retry_failed and stats["failed"] else stats
+    return None if retry_failed and stats.failed else stats
 
 
 def _pack(
@@ -259,22 +261,15 @@ def _pack(
     with scratch.open("wb") as file, TarWriter(file, user="", group="", mtime=0, encoder=False) as tar:
         for row, (entry, result) in enumerate(zip(entries, fetchers.results(entries), strict=True), first):
             if isinstance(result, str):
-                failed.append({"row": row, "image": entry.image, "reason": result})
+                failed.append(FailureRecord(row=row, image=entry.image, reason=result))
                 yield None
                 continue
             tar.write(_sample(f"{row:09d}", entry, result))
             yield result
     scratch.replace(target)
-    folder.write_json(
-        _stats_name(shard),
-        {
-            "shard": shard,
-            "rows": len(entries),
-            "samples": len(entries) - len(failed),
-            "bytes": target.stat().st_size,
-            "failed": failed,
-        },
-    )
+    size, samples = target.stat().st_size, len(entries) - len(failed)
+    stats = PackedRecord(shard=shard, rows=len(entries), samples=samples, bytes=size, failed=failed)
+    records.write(folder, _stats_name(shard), stats)
 
 
 def _sample(key: str, entry: Entry, packed: Packed) -> dict[str, str | bytes]:

@@ -10,10 +10,10 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
-from typing import Any
 
 from PIL import Image
 
+from raychain.core.json import Json
 from raychain.data import members
 from raychain.data.fetch import open_input
 from raychain.data.health import DEEP, NO_CAPTION, Bad, Unusable, picture, tally
@@ -83,7 +83,7 @@ def default_workers() -> int:
     return os.cpu_count() or 1
 
 
-def summary(found: Sequence[Checked]) -> dict[str, Any]:
+def summary(found: Sequence[Checked]) -> Json:
     """The findings together: `shards`, `samples`, `usable`, `bad` (kind → count), `bad_fraction`, `missing_captions`,
     `width`, `height` (pixels) and `captions` (a picture) as {min, median, max}, and every bad sample in `bad_samples`;
     `noted` and `noted_samples` are of those that are used and worth a word.

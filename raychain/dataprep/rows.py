@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from pyarrow import fs, parquet
 
+from raychain.core.json import Json
 from raychain.core.storage import regular_file, resolve
 from raychain.data.fetch import patiently
 from raychain.errors import InputError
@@ -131,7 +132,7 @@ def _resolved(address: str) -> tuple[fs.FileSystem, str]:
 def _json_rows(address: str) -> Iterator[Row]:
     twice: list[str] = []
 
-    def checked(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    def checked(pairs: list[tuple[str, Any]]) -> Json:
         made = dict(pairs)
         twice[:] = [] if len(made) == len(pairs) else [key for key, _ in pairs]  # the outermost object comes last
         return made

@@ -5,8 +5,8 @@ import json
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
 
+from raychain.core.json import Json
 from raychain.demo.captions import ZERO_SHOT_TEMPLATES
 from raychain.demo.shards import Arguments, Job
 
@@ -77,7 +77,7 @@ def holds(out: Path, arguments: Arguments) -> bool:
     return all(path.is_file() and path.stat().st_size == size for path, size in paths)
 
 
-def read_marker(out: Path) -> dict[str, Any] | None:
+def read_marker(out: Path) -> Json | None:
     """The marker's content; None where there is none that this package wrote."""
     try:
         marker = json.loads((out / MARKER).read_text(encoding="utf-8"))

@@ -16,6 +16,7 @@ from pydantic import (
     model_validator,
 )
 
+from raychain.core.json import Json
 from raychain.errors import InputError, nearest
 from raychain.evaluators import registry
 from raychain.evaluators.evaluator import Evaluator
@@ -53,7 +54,7 @@ def evaluation_files() -> dict[str, Path]:
     return shipped("evaluation")
 
 
-def _of_file(name: str, root: str | None) -> dict[str, Any]:
+def _of_file(name: str, root: str | None) -> Json:
     """The evaluators, as a user writes them, of a YAML file or of one that comes with raychain."""
     known = evaluation_files()
     path = known.get(name, Path(name))
@@ -126,9 +127,9 @@ class Evaluate(Component):
         return self
 
     @model_serializer(mode="wrap")
-    def _as_written(self, handler: SerializerFunctionWrapHandler, info: SerializationInfo) -> dict[str, Any]:
+    def _as_written(self, handler: SerializerFunctionWrapHandler, info: SerializationInfo) -> Json:
         plain = handler(self)
-        found: dict[str, Any] = {} if info.exclude_unset else dict.fromkeys(_SHORT)
+        found: Json = {} if info.exclude_unset else dict.fromkeys(_SHORT)
         for name, given in plain.pop("named", {}).items():
             short = name == given["type"] and {k for k, v in given.items() if v is not None} <= {"type", "data"}
             found[name] = given["data"] if short and name in _SHORT else given

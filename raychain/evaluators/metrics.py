@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, NamedTuple
 
+from raychain.core.json import Json
 from raychain.errors import InputError, nearest
 
 Direction = Literal["high", "low"]
@@ -113,7 +114,7 @@ def find(definitions: Iterable[Definition], name: str, where: str) -> Definition
     raise InputError(where, name, allowed, nearest(name, list(known), "name one of these, or add it to evaluate"))
 
 
-def written_down(definitions: Iterable[Definition]) -> dict[str, dict[str, Any]]:
+def written_down(definitions: Iterable[Definition]) -> dict[str, Json]:
     """The definitions as run.json and search.json hold them, by name."""
     return {found.name: {k: v for k, v in asdict(found).items() if k != "name"} for found in definitions}
 

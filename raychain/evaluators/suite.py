@@ -12,10 +12,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from raychain.core.json import plain
 from raychain.evaluators.config import Evaluate
 from raychain.evaluators.data import RetrievalData, ZeroShotData
 from raychain.evaluators.evaluator import HeldOut, Setting
 from raychain.evaluators.metrics import Definition, define
+from raychain.records import StageEntry, StageRecord
 
 Results = dict[str, dict[str, float]]
 """Metrics by key, of each digest."""
@@ -73,15 +75,16 @@ class Suite:
         """Every metric."""
         return tuple(d for e in self.evaluations for d in e.definitions)
 
-    def results(self, record: Mapping[str, Any]) -> Results:
+    def results(self, record: StageEntry) -> Results:
         """What a stage's record knows, of these evaluators and of others."""
-        held = record.get("evaluations")
-        if isinstance(held, Mapping):
-            entries = {str(d): entry.get("metrics") for d, entry in held.items() if isinstance(entry, Mapping)}
-            return {digest: dict(metrics) for digest, metrics in entries.items() if isinstance(metrics, Mapping)}
+        if record.evaluations is not None:
+            return {
+                digest: {name: value for name, value in entry.metrics.items() if value is not None}
+                for digest, entry in record.evaluations.items()
+            }
         return self._of_former(record)
 
-    def missing(self, record: Mapping[str, Any]) -> tuple[Evaluation, ...]:
+    def missing(self, record: StageEntry) -> tuple[Evaluation, ...]:
         """The evaluators whose metrics a stage's record does not have."""
         known = self.results(record)
         return tuple(e for e in self.evaluations if e.digest not in known)
@@ -93,35 +96,34 @@ class Suite:
             found |= evaluation.named(results.get(evaluation.digest, {}))
         return found
 
-    def shown(self, record: Mapping[str, Any]) -> dict[str, Any]:
-        """The stage's record with the metrics of these evaluators alone, under their names."""
-        return {**record, "metrics": self.metrics(self.results(record))}
+    def shown(self, record: StageRecord, **own: Any) -> StageEntry:
+        """The stage as a run shows it: the metrics of these evaluators alone, under their names, and the run's `own`
+        fields.
+        """
+        return record.entry(metrics=self.metrics(self.results(record)), **own)
 
-    def recorded(self, results: Results) -> dict[str, Any]:
-        """What a stage's record says of its measurements."""
+    def recorded(self, record: StageRecord, results: Results) -> StageRecord:
+        """The record of a stage of which this and nothing else is measured."""
         names = {e.digest: e.name for e in self.evaluations}
-        held = {d: {"name": names[d]} if d in names else {} for d in results}
-        return {
-            "metrics": self.metrics(results),
-            "evaluation": self.digest if all(e.digest in results for e in self.evaluations) else None,
-            "evaluations": {digest: entry | {"metrics": results[digest]} for digest, entry in held.items()},
-        }
+        held = {d: {"name": names[d], "metrics": found} if d in names else {"metrics": found}
+                for d, found in results.items()}  # fmt: skip
+        complete = all(e.digest in results for e in self.evaluations)
+        measured = {"metrics": self.metrics(results), "evaluation": self.digest if complete else None,
+                    "evaluations": held}  # fmt: skip
+        return StageRecord.of(record.content() | plain(measured))
 
-    def taken_over(self, record: Mapping[str, Any], began: float) -> str | None:
+    def taken_over(self, record: StageRecord, began: float) -> str | None:
         """Today's digest of what a stage of schema 2 was measured on; None where that is other data, or was touched
         since `began`, in seconds since 1970.
         """
-        same = [s for s in self._of_before if s.former == record.get("evaluation") and s.changed <= began]
+        same = [s for s in self._of_before if s.former == record.evaluation and s.changed <= began]
         return same[0].digest if same else None
 
-    def _of_former(self, record: Mapping[str, Any]) -> Results:
+    def _of_former(self, record: StageEntry) -> Results:
         """The results in a record of raychain 0.1, which names the digest of all that it had been measured on."""
-        metrics = record.get("metrics")
-        if not isinstance(metrics, Mapping) or not metrics:
-            return {}
-        for measured in self._of_before:
-            if record.get("evaluation") == measured.digest:
-                return {e.digest: e.unnamed(metrics) for e in measured.evaluations}
+        for measured in self._of_before if record.metrics else ():
+            if record.evaluation == measured.digest:
+                return {e.digest: e.unnamed(record.metrics or {}) for e in measured.evaluations}
         return {}
 
     @property

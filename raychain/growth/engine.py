@@ -2,11 +2,11 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
+from raychain.core.json import Json
 from raychain.growth.plan import Describe, GrowthPlan, Match, TowerGrowth, plan_growth
 from raychain.growth.width import Cell
 from raychain.models.architectures import describe
@@ -25,7 +25,7 @@ class GrowthReport:
     total: int
     towers: dict[str, TowerGrowth]
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> Json:
         """The report in JSON's types; `identity` lists the layers that start as identity blocks."""
         towers = {
             name: {

@@ -18,6 +18,8 @@ from open_clip.transform import PreprocessCfg
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from raychain.core.json import Json
+from raychain.models.configs import ModelConfig
 from raychain.models.registry import model_config
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -46,7 +48,7 @@ def build(
 
 
 def build_config(
-    config: dict[str, Any], *, seed: int, image_size: int | None = None, device: str | torch.device = "cpu"
+    config: ModelConfig, *, seed: int, image_size: int | None = None, device: str | torch.device = "cpu"
 ) -> CLIP | CustomTextCLIP:
     """`build` for a `model_cfg` without a registered name, such as the one in a checkpoint's open_clip_config.json.
 
@@ -84,7 +86,7 @@ def encode_one(model: Any, tower: Literal["image", "text"], embed_dim: int) -> N
         raise UnbuildableError(f"its {tower} tower gives {shape} and not one vector of {embed_dim} numbers")
 
 
-def at_image_size(model: nn.Module, config: dict[str, Any], image_size: int) -> nn.Module:
+def at_image_size(model: nn.Module, config: ModelConfig, image_size: int) -> nn.Module:
     """The model of `config` for pictures of `image_size` pixels: itself, or a copy on its device whose position
     embeddings are interpolated (bicubic, as open_clip loads checkpoints of another resolution).
 
@@ -105,7 +107,7 @@ def at_image_size(model: nn.Module, config: dict[str, Any], image_size: int) -> 
     return resized
 
 
-def preprocessing_of(model: nn.Module) -> dict[str, Any]:
+def preprocessing_of(model: nn.Module) -> Json:
     """open_clip's `preprocess_cfg` of a model: size, mean and std of its pictures, interpolation."""
     return dict(cast(Any, model.visual).preprocess_cfg)
 
@@ -205,9 +207,9 @@ class _Seeded(TorchFunctionMode):
         return func(*args, **options)
 
 
-def _with_image_size(config: dict[str, Any], image_size: int | None) -> dict[str, Any]:
+def _with_image_size(config: ModelConfig, image_size: int | None) -> ModelConfig:
     """The config for pictures of that size, without the wish for pretrained weights. Raises ValueError."""
-    vision: dict[str, Any] = {**config["vision_cfg"], "timm_model_pretrained": False}
+    vision: ModelConfig = {**config["vision_cfg"], "timm_model_pretrained": False}
     timm_name, patch = vision.get("timm_model_name"), vision.get("patch_size", 16)
     if image_size is not None and image_size != vision.get("image_size"):
         native = timm.get_pretrained_cfg(timm_name, allow_unregistered=False) if timm_name else None

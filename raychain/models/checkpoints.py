@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from raychain.core.finite import not_finite
 from raychain.models.building import build_config, encode_one
-from raychain.models.configs import ConfigError, check_config, check_preprocessing, read_json
+from raychain.models.configs import ConfigError, ModelConfig, check_config, check_preprocessing, read_json
 from raychain.models.registry import UnknownModelError, model_config, refused
 from raychain.models.tokenizing import check_tokenizer
 
@@ -41,7 +41,7 @@ class Checkpoint:
     """A model read from a file: in fp32 on the CPU, with its open_clip `model_cfg`."""
 
     model: Any
-    config: dict[str, Any]
+    config: ModelConfig
 
 
 def read_checkpoint(
@@ -107,7 +107,7 @@ def existing(path: str | Path) -> Path:
     return path
 
 
-def _document(folder: Path) -> dict[str, Any]:
+def _document(folder: Path) -> ModelConfig:
     """The checked content of open_clip_config.json; empty where there is none."""
     path = folder / CONFIG
     if not path.exists():
@@ -128,7 +128,7 @@ def _document(folder: Path) -> dict[str, Any]:
     return document
 
 
-def _meta_model(config: dict[str, Any], which: str) -> dict[str, torch.Tensor]:
+def _meta_model(config: ModelConfig, which: str) -> dict[str, torch.Tensor]:
     """Names, shapes and types of the config's model, which is known to encode pictures and captions."""
     try:
         model = build_config(config, seed=0, device="meta")

@@ -15,6 +15,11 @@ from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 from open_clip.transform import PreprocessCfg
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
+from raychain.core.json import Json
+
+ModelConfig = Json
+"""An open_clip `model_cfg`, whose keys are those of open_clip's dataclasses."""
+
 LARGEST_FILE = 2**20
 """Bytes of the largest file that is read as a config; open_clip's own have less than a thousand."""
 _LARGEST_NUMBER = 2**20
@@ -98,7 +103,7 @@ def _no_number(text: str) -> NoReturn:
     raise ConfigError(f"holds {text}, which is no number of JSON")
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _once(pairs: list[tuple[str, Any]]) -> ModelConfig:
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]

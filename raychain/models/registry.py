@@ -28,7 +28,7 @@ import timm
 from raychain.core.braces import count_alternatives
 from raychain.errors import InputError
 from raychain.models import micro_swin as micro_swin  # timm knows the model once this is imported
-from raychain.models.configs import ConfigError, check_config, read_json
+from raychain.models.configs import ConfigError, ModelConfig, check_config, read_json
 
 CONFIG_FOLDER = Path(__file__).parent / "model_configs"
 _TIMM_PREFIX = "timm/"
@@ -37,7 +37,7 @@ _SHIPPED = (CONFIG_FOLDER, Path(open_clip.__file__).parent / "model_configs")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 """What a user's own model may be called: it becomes part of folders' names, and patterns and lists hold it."""
 _MOST_NAMES = 10_000
-_users: dict[str, dict[str, Any]] = {}
+_users: dict[str, ModelConfig] = {}
 """The configs of the folder that `use_models` read last."""
 
 open_clip.add_model_config(CONFIG_FOLDER)
@@ -54,7 +54,7 @@ def use_models(source: str | Path | None, where: str = "models") -> None:
     `source` may be one file too, as for `open_clip.add_model_config`. Raises InputError, which names `where` it was
     given, for a file that is no such config, and for a name that stands for another model already.
     """
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, ModelConfig] = {}
     for path in _config_files(source, where) if source is not None else ():
         try:
             found[path.stem] = _read_config(path)
@@ -65,7 +65,7 @@ def use_models(source: str | Path | None, where: str = "models") -> None:
     _users.update(found)
 
 
-def own_configs(names: Iterable[str]) -> dict[str, dict[str, Any]]:
+def own_configs(names: Iterable[str]) -> dict[str, ModelConfig]:
     """Configs by name, out of known names, of those that neither raychain nor open_clip nor timm brings along."""
     mine = [name for name in names if _known(name) is None and name.removeprefix(_TIMM_PREFIX) not in _timm_names()]
     return {name: model_config(name) for name in mine}
@@ -126,7 +126,7 @@ def _config_files(source: str | Path, where: str) -> list[Path]:
     return files
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def _read_config(path: Path) -> ModelConfig:
     """The config in a file of a user's folder. Raises ConfigError, to be read after "it"."""
     name, config = path.stem, read_json(path)
     if _NAME.fullmatch(name) is None:
@@ -144,13 +144,13 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _known(name: str) -> dict[str, Any] | None:
+def _known(name: str) -> ModelConfig | None:
     """The config of a name of raychain's or open_clip's own, whatever has been registered under it since."""
     if "/" in name or "\0" in name:
         return None
     for folder in _SHIPPED:
         if (path := folder / f"{name}.json").is_file():
-            config: dict[str, Any] = read_json(path)
+            config: ModelConfig = read_json(path)
             return config
     return None
 
@@ -197,7 +197,7 @@ def family_of(name: str) -> list[str]:
     return sorted(other for other in own if other.startswith(prefix)) if name in own else []
 
 
-def model_config(name: str) -> dict[str, Any]:
+def model_config(name: str) -> ModelConfig:
     """The open_clip `model_cfg` of a model, as a copy the caller may change.
 
     `name` is a name of raychain's families, one of the user's folder (`use_models`), one in open_clip's registry, or an
@@ -238,7 +238,7 @@ def native_size(config: Mapping[str, Any]) -> int:
     return int(size if isinstance(size, int) else size[0])
 
 
-def refused(name: str, config: dict[str, Any]) -> str | None:
+def refused(name: str, config: ModelConfig) -> str | None:
     """Why the model of a `model_cfg` cannot be built here; None if it can. `name` is what the reason calls it."""
     text, vision = (config[tower] if isinstance(config[tower], dict) else {} for tower in ("text_cfg", "vision_cfg"))
     example = "for example 'CoM-ViT-T-16'"
@@ -269,7 +269,7 @@ def _timm_names() -> frozenset[str]:
     return frozenset(timm.list_models())
 
 
-def _timm_config(name: str) -> dict[str, Any]:
+def _timm_config(name: str) -> ModelConfig:
     pretrained = timm.get_pretrained_cfg(name, allow_unregistered=False)
     image_size = pretrained.input_size[-1] if pretrained else 224
     return {

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from raychain import records
+from raychain.core.json import Json
 from raychain.core.storage import Folder
 from raychain.errors import InputError
 from raychain.evaluators.metrics import Definition, read_back
@@ -40,7 +41,7 @@ class Stage:
     """Training MACs of the stages before it."""
     metrics: dict[str, float]
     record: Mapping[str, Any]
-    lines: list[dict[str, Any]] = field(repr=False)
+    lines: list[Json] = field(repr=False)
     """Its lines of metrics.jsonl."""
 
     @property
@@ -65,7 +66,7 @@ class Stage:
 class Run:
     """A run folder."""
 
-    run: dict[str, Any]
+    run: Json
     stages: list[Stage]
     bars: list[trace.Bar] = field(repr=False)
 
@@ -76,16 +77,16 @@ class Run:
         return sorted(found, key=lambda definition: definition.name != self.run.get("score"))
 
     @property
-    def lines(self) -> list[dict[str, Any]]:
+    def lines(self) -> list[Json]:
         """Every line of metrics.jsonl, in the order of the stages."""
         return [line for stage in self.stages for line in stage.lines]
 
 
-def read(folder: Folder) -> tuple[Run | None, dict[str, Any] | None]:
+def read(folder: Folder) -> tuple[Run | None, Json | None]:
     """The run and the search of a folder. Raises InputError where it has neither, or cannot be read."""
     allowed, fix = "the folder of a run (run.json) or of a search (search.json)", "give its path or s3:// address"
     try:
-        found, searched = (records.read(folder, name, records.Record, quiet=True) for name in (RUN, SEARCH))
+        found, searched = (_document(folder, name) for name in (RUN, SEARCH))
         if found is None and searched is None:
             there = "no such folder" if not folder.exists("") else "it holds neither file, or no readable one"
             raise InputError("RUN_DIR", folder.address, allowed, f"{there}; {fix}")
@@ -99,7 +100,13 @@ def read(folder: Folder) -> tuple[Run | None, dict[str, Any] | None]:
     return Run(found, _stages(found, _lines(lines)), [bar for bar in bars if _drawable(bar)]), searched
 
 
-def _ended(folder: Folder, record: dict[str, Any] | None) -> dict[str, Any] | None:
+def _document(folder: Folder, name: str) -> Json | None:
+    """The JSON object in a file, whatever it holds."""
+    record = records.read(folder, name, records.Record, quiet=True)
+    return record.content() if record else None
+
+
+def _ended(folder: Folder, record: Json | None) -> Json | None:
     """The record; one that says `running` although its driver was killed says `interrupted` instead."""
     if record is None or record.get("status") != "running" or not is_abandoned(folder, LEASE):
         return record
@@ -124,12 +131,12 @@ def count(value: Any) -> int:
     return int(amount(value) or 0)
 
 
-def mapping(value: Any) -> dict[str, Any]:
+def mapping(value: Any) -> Json:
     """`value` if it is a JSON object, else an empty one."""
     return value if isinstance(value, dict) else {}
 
 
-def mappings(value: Any) -> list[dict[str, Any]]:
+def mappings(value: Any) -> list[Json]:
     """The JSON objects of a list."""
     return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
 
@@ -139,9 +146,9 @@ def numbers(value: Any) -> dict[str, float]:
     return {str(k): v for k, raw in mapping(value).items() if (v := number(raw)) is not None}
 
 
-def _lines(content: bytes) -> dict[int, list[dict[str, Any]]]:
+def _lines(content: bytes) -> dict[int, list[Json]]:
     """Lines of metrics.jsonl by stage, in the order of the steps; one that is cut off is left out."""
-    found: dict[int, list[dict[str, Any]]] = {}
+    found: dict[int, list[Json]] = {}
     for raw in content.splitlines():
         line = mapping(records.document(raw))
         stage = amount(line.get("stage"))
@@ -155,7 +162,7 @@ def _drawable(bar: trace.Bar) -> bool:
     return all(t is not None and 0 <= t < 1e17 for t in times)
 
 
-def _stages(run: dict[str, Any], lines: dict[int, list[dict[str, Any]]]) -> list[Stage]:
+def _stages(run: Json, lines: dict[int, list[Json]]) -> list[Stage]:
     config = mapping(run.get("config"))
     planned = mappings(config.get("chain"))
     records = {count(record.get("index")): record for record in mappings(run.get("stages"))}
@@ -226,7 +233,7 @@ def _captions(config: Mapping[str, Any], entry: Mapping[str, Any]) -> int:
 
 
 def _planned_samples(
-    run: Mapping[str, Any], config: Mapping[str, Any], entry: Mapping[str, Any], lines: list[dict[str, Any]]
+    run: Mapping[str, Any], config: Mapping[str, Any], entry: Mapping[str, Any], lines: list[Json]
 ) -> float | None:
     """Samples that an unfinished stage will have seen."""
     batch = count(mapping(config.get("train")).get("global_batch"))

@@ -6,8 +6,8 @@ import base64
 import hashlib
 from datetime import datetime
 from importlib.resources import files
-from typing import Any
 
+from raychain.core.json import Json
 from raychain.core.wording import clock, macs, percent, uncounted
 from raychain.core.wording import number as digits
 from raychain.pages import searched, tables
@@ -25,7 +25,7 @@ OTHERS = 4
 """Metrics beside the score in the headline."""
 
 
-def page(run: Run | None, found: dict[str, Any] | None) -> str:
+def page(run: Run | None, found: Json | None) -> str:
     """The document for a run, a search, or both."""
     search = searched.parse(found) if found is not None else None
     content: list[Markup | None] = []
@@ -96,7 +96,7 @@ def _headline(run: Run, tale: Story | None) -> Markup:
     )
 
 
-def _title(name: str, document: dict[str, Any]) -> Markup:
+def _title(name: str, document: Json) -> Markup:
     """The name, and how the run or the search ended."""
     status = str(document.get("status") or "unknown")
     chip = tag("span", tag("i", STATES.get(status, "?"), aria_hidden="true"), f" {status}",

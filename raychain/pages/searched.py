@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from raychain.core.json import Json
 from raychain.core.wording import MISSING, macs
 from raychain.evaluators.metrics import Definition, read_back
 from raychain.pages.loading import amount, mapping, mappings, number, numbers
@@ -42,7 +43,7 @@ class Trial(NamedTuple):
     status: str
     reason: str
     """Why it failed or was stopped early; else empty."""
-    rest: dict[str, Any]
+    rest: Json
 
 
 class Search(NamedTuple):
@@ -53,8 +54,8 @@ class Search(NamedTuple):
     best: Trial | None
     metric: Definition
     """What trials are judged by."""
-    baseline: dict[str, Any]
-    comparisons: list[dict[str, Any]]
+    baseline: Json
+    comparisons: list[Json]
     requested: float | None
     trained: float | None
     measures: list[Definition]
@@ -76,7 +77,7 @@ KNOWN = {
 }  # fmt: skip
 
 
-def parse(document: dict[str, Any]) -> Search:
+def parse(document: Json) -> Search:
     """What of search.json can be shown. Trials in `pareto` and `best` may stand as indices or as the trials are."""
     raw = mappings(document.get("trials"))
     trials = [_trial(i, entry) for i, entry in enumerate(raw)]
@@ -108,7 +109,7 @@ def _judged_by(definitions: Sequence[Definition], name: Any, trials: Sequence[Tr
     return next(had, fallback)
 
 
-def _trial(index: int, entry: dict[str, Any]) -> Trial:
+def _trial(index: int, entry: Json) -> Trial:
     chain = entry.get("chain")
     steps = tuple(_step(stage) for stage in chain[:16]) if isinstance(chain, list) else ()
     keys = entry.get("keys")
@@ -140,7 +141,7 @@ def _step(stage: Any) -> Step:
     return Step(str(stage.get("model", "?")), length, json.dumps(rest, sort_keys=True, default=str) if rest else "")
 
 
-def _find(item: Any, raw: Sequence[dict[str, Any]], trials: Sequence[Trial]) -> Trial | None:
+def _find(item: Any, raw: Sequence[Json], trials: Sequence[Trial]) -> Trial | None:
     if isinstance(item, int) and not isinstance(item, bool):
         return trials[item] if 0 <= item < len(trials) else None
     for key in ("id", "trial", "index", "number", "key"):

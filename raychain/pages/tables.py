@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from raychain.core.json import Json
 from raychain.core.wording import MISSING, clock, macs
 from raychain.core.wording import number as digits
 from raychain.evaluators.metrics import means
@@ -84,7 +85,7 @@ def measured(run: Run) -> Markup | None:
     return table((("metric", False), ("unit", False), *((stage.model, True) for stage in done)), rows)
 
 
-def _progress(lines: Sequence[dict[str, Any]]) -> str | None:
+def _progress(lines: Sequence[Json]) -> str | None:
     step = number(lines[-1].get("step")) if lines else None
     return None if step is None else f"{step:,.0f} so far"
 

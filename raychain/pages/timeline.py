@@ -6,11 +6,11 @@ import itertools
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from raychain.events import CATEGORIES
 from raychain.pages.loading import Run, mapping, number
 from raychain.pages.markup import Markup, drawing, join, label, tag, text_width
 from raychain.pages.plot import Frame, colour, fitted, path, shortened
 from raychain.pages.scales import Scale, moment, short, span, ticks, time_ticks
-from raychain.reporting.events import CATEGORIES
 
 ROWS = {"stage": "training", "build": "build", "preload": "preload", "evaluation": "evaluate",
         "checkpoint": "checkpoint", "export": "export", "restart": "restart"}  # fmt: skip
@@ -179,7 +179,7 @@ class Clock:
 
 def timeline(run: Run, tale: Story) -> Markup:
     """Rows of bars, world size and images/s over one time axis."""
-    rows = [c for c in CATEGORIES if any(bar.category == c for bar in tale.bars)]
+    rows: list[str] = [c for c in CATEGORIES if any(bar.category == c for bar in tale.bars)]
     rows += sorted({bar.category for bar in tale.bars} - set(rows))[:8]
 
     def draw(width: float, narrow: bool) -> tuple[float, Markup]:

@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from raychain.models.building import build_config, encode_one
+from raychain.models.configs import ModelConfig
 
 Items = Mapping[str, float]
 """How many inputs of each part a sample has: {"image": 1, "text": captions in the loss}."""
@@ -68,7 +69,7 @@ def stage_macs(student: ModelSize, teacher: ModelSize | None, samples: int, item
 
 
 def tower_sizes(
-    config: dict[str, Any], image_size: int | None = None, *, every_layer: bool = False
+    config: ModelConfig, image_size: int | None = None, *, every_layer: bool = False
 ) -> tuple[PartSize, PartSize]:
     """The image and the text tower of an open_clip config, counted on shapes alone (nothing is allocated or computed).
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from raychain.evaluators.metrics import FORMER, Definition
+from raychain.records import ConfigRecord, RunRecord
 
 FEWEST = 3
 _T95 = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
@@ -49,20 +50,19 @@ class Prediction:
     """How many times the MACs lie beyond the nearest measured ones; 1 within their range."""
 
 
-def points(runs: Iterable[Mapping[str, Any]], like: Mapping[str, Any], metric: Definition = FORMER[0]) -> list[Point]:
-    """The finished stages of run.json contents that had the same data as the config `like`, and whose `metric` was
+def points(runs: Iterable[RunRecord], like: ConfigRecord, metric: Definition = FORMER[0]) -> list[Point]:
+    """The finished stages of runs that had the same data as the config `like`, and whose `metric` was
     measured by the same evaluator."""
     found: dict[str, Point] = {}
     for run in runs:
-        if _comparable(run.get("config"), metric) != _comparable(like, metric):
+        if _comparable(run.config, metric) != _comparable(like, metric):
             continue
-        spent, stages = 0.0, run.get("stages") or []
-        for stage in itertools.takewhile(lambda stage: not stage.get("origin"), stages):  # others' MACs are unknown
-            spent += stage.get("macs") or 0
-            value = metric.value(stage.get("metrics") or {})
-            if stage.get("status") in ("trained", "reused") and value is not None:
-                grown = bool(stage.get("index"))
-                found[str(stage.get("key"))] = Point(str(stage.get("model")), grown, spent, value)
+        spent = 0.0
+        for stage in itertools.takewhile(lambda stage: not stage.origin, run.stages or ()):  # others' MACs are unknown
+            spent += stage.macs or 0
+            value = metric.value(stage.metrics or {})
+            if stage.status in ("trained", "reused") and value is not None:
+                found[stage.key] = Point(str(stage.model), bool(stage.index), spent, value)
     return list(found.values())
 
 
@@ -99,15 +99,15 @@ def student_t(freedom: int) -> float:
     return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
 
 
-def _comparable(config: Any, metric: Definition) -> Any:
-    """What must be equal for two runs' metrics to be points of one line."""
-    if not isinstance(config, Mapping):
-        return None
-    data = config.get("data") or {}
+def _comparable(config: ConfigRecord | None, metric: Definition) -> list[Any]:
+    """What must be equal for two runs' metrics to be points of one line; nothing where that is not known."""
+    if config is None:
+        return []
+    data = config.data or {}
     return [
         data.get("train"),
         data.get("samples"),
         data.get("image_size"),
         data.get("captions"),
-        (config.get("evaluate") or {}).get(metric.name.partition("/")[0]),
+        (config.evaluate or {}).get(metric.name.partition("/")[0]),
     ]

@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 
 from raychain.planning.cost import ChainCost, StageCost
 from raychain.planning.macs import Items, ModelSize
+from raychain.records import StageEntry
 
 FLOPS_A_MAC = 2
 
@@ -57,7 +58,7 @@ def hours(cost: ChainCost, rate: Rate) -> list[float]:
     return [rate.seconds(stage) / 3600 for stage in cost.stages]
 
 
-def measured_rate(stages: Sequence[Mapping[str, object]]) -> Measured | None:
+def measured_rate(stages: Sequence[StageEntry]) -> Measured | None:
     """Rates of the trained stages of a run.json; None if there are none.
 
     A stage that a run continued or reused has the seconds of its own training; stages without are left out.
@@ -65,9 +66,9 @@ def measured_rate(stages: Sequence[Mapping[str, object]]) -> Measured | None:
     rates: dict[str, float] = {}
     macs = seconds = 0.0
     for stage in stages:
-        wall, seen, cost = (_number(stage.get(key)) for key in ("wall_s", "samples_seen", "macs"))
-        if wall and seen and cost and stage.get("status") in ("trained", "reused"):
-            rates[str(stage.get("model"))] = seen / wall
+        wall, seen, cost = stage.wall_s, stage.samples_seen, stage.macs
+        if wall and seen and cost and stage.status in ("trained", "reused"):
+            rates[str(stage.model)] = seen / wall
             macs, seconds = macs + cost, seconds + wall
     return Measured(rates, macs / seconds) if rates else None
 
@@ -96,7 +97,3 @@ def memory_bytes(
     weights = student.params * (16 + 4 * average + 2 * half)
     followed = teacher.params * (4 + 2 * half) if teacher else 0
     return weights + followed + batch * student.kept(items) * (2 if half else 4)
-
-
-def _number(value: object) -> float:
-    return float(value) if isinstance(value, int | float) else 0.0

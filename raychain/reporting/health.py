@@ -3,40 +3,39 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from raychain.data.health import Tally, kinds
 from raychain.data.shards import Shard
-from raychain.reporting.events import Event
+from raychain.events import BadSamples, Listener
+from raychain.records import HealthRecord, RunRecord
 
 LISTED = 20
 """Shards with bad samples that are listed in a message and as examples; run.json counts all."""
 
 
-class DataHealth:
-    """Adds what the workers find when they decode (`handle`) to what the survey found; each shard counts once.
+class DataHealth(Listener):
+    """Adds what the workers find when they decode to what the survey found; each shard counts once.
 
     `limit` is the share of samples that may be bad. `earlier` is the run.json of an earlier call on the same run
     folder: a continued run may read no shard again whose findings stand there.
     """
 
-    def __init__(self, shards: Sequence[Shard], limit: float, earlier: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, shards: Sequence[Shard], limit: float, earlier: RunRecord | None = None) -> None:
         self.limit = limit
         self._shards = {shard.identity: shard for shard in shards}
         self._decoded: dict[str, Tally] = {}
-        noted = (earlier or {}).get("data_health") or {}
-        for identity, found in (noted.get("decoded") or {}).items():
-            self._add(identity, found)
+        noted = earlier.data_health if earlier else None
+        for identity, found in ((noted and noted.decoded) or {}).items():
+            self._add(identity, Tally.of(found))
 
-    def handle(self, event: Event) -> None:
-        """Takes an event of kind `bad_samples`; others pass by."""
-        if event["event"] == "bad_samples":
-            self._add(event["identity"], event["bad"])
+    def bad_samples(self, event: BadSamples) -> None:
+        """Counts what was found in a shard, if that is one of the run's."""
+        self._add(event.identity, event.bad)
 
-    def _add(self, identity: str, bad: Mapping[str, Any]) -> None:
+    def _add(self, identity: str, bad: Tally) -> None:
         if identity in self._shards:
-            self._decoded.setdefault(identity, Tally.from_dict(bad))
+            self._decoded.setdefault(identity, bad)
 
     @property
     def bad(self) -> dict[str, int]:
@@ -67,20 +66,20 @@ class DataHealth:
         share = f"{total:,} of {self.samples:,} samples ({total / max(self.samples, 1):.2%})"
         return f"{share} cannot be used, data.max_bad_fraction is {self.limit:g} ({kinds(bad)}). {where}{more}"
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> HealthRecord:
         """`data_health` of run.json. `decoded` keeps, by shard identity, what only decoding could find."""
         examples = [
             {"shard": shard.address, "key": bad.key, "kind": bad.kind, "detail": bad.detail}
             for shard, found in self._listed()[:LISTED]
             for bad in found.examples
         ]
-        return {
-            "shards": len(self._shards),
-            "samples": self.samples,
-            "bad": self.bad,
-            "examples": examples,
-            "decoded": {identity: found.as_dict() for identity, found in self._decoded.items()},
-        }
+        return HealthRecord(
+            shards=len(self._shards),
+            samples=self.samples,
+            bad=self.bad,
+            examples=examples,
+            decoded={identity: found.record() for identity, found in self._decoded.items()},
+        )
 
     def _listed(self) -> list[tuple[Shard, Tally]]:
         """Every finding with its shard, in the order of the shards."""

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from types import TracebackType
 from typing import Self
@@ -16,10 +15,10 @@ from rich.table import Table
 from rich.text import Text
 
 from raychain.core.wording import clock, number
-from raychain.data.health import Tally
 from raychain.errors import one_line
 from raychain.evaluators.metrics import FORMER, Definition
-from raychain.reporting.events import Event
+from raychain.events import BadSamples, Evaluated, Event, Listener, Restarted, StageEnded, StageStarted, Step, Warned
+from raychain.records import StageEntry
 from raychain.terminal.console import make_console
 
 PLAIN_EVERY_S = 10.0
@@ -27,7 +26,7 @@ SHOWN = 6
 """Metrics of a line."""
 
 
-class Progress:
+class Progress(Listener):
     """Shows events on stderr. Never raises over an event: what cannot be shown is left out."""
 
     def __init__(
@@ -36,7 +35,8 @@ class Progress:
         self.total_stages, self.metrics = total_stages, metrics
         self.console = console or make_console(stderr=True)
         self._live: Live | None = None
-        self._starts: dict[int, Event] = {}
+        self._starts: dict[int, StageStarted] = {}
+        self._models: dict[int, str] = {}
         self._shown_at: dict[int, float] = {}
         self._bad: set[str] = set()
 
@@ -55,91 +55,95 @@ class Progress:
             self._live.stop()
             self._live = None
 
-    def handle(self, event: Event) -> None:
-        """Shows one event."""
+    def dispatch(self, event: Event) -> None:
+        """Shows one event. Raises nothing."""
         with suppress(Exception):  # a display is no reason to lose a run
-            self._show(event)
+            super().dispatch(event)
 
-    def _show(self, event: Event) -> None:
-        match event["event"]:
-            case "stage_start":
-                self._starts[event["stage"]] = event
-                self._shown_at.pop(event["stage"], None)
-                self._print(f"{self._title(event['stage'])}: {_opening(event)}")
-                if self._live:
-                    self._live.update(self._display(event, "waiting for the first step"))
-            case "step":
-                self._step(event)
-            case "evaluation":
-                measured = written(event["metrics"], self.metrics)
-                self._print(f"{self._title(event['stage'])}: step {event['step']:,} · {measured}")
-            case "stage_end":
-                if self._live:
-                    self._live.update(Text())
-                record = event["record"]
-                self._starts.setdefault(event["stage"], {"model": record["model"]})
-                self._print(f"{self._title(event['stage'])}: {_closing(record, self.metrics)}", "bold")
-            case "bad_samples":
-                if event["identity"] not in self._bad:
-                    self._bad.add(event["identity"])
-                    self._print(f"warning: {event['shard']}: skipped {Tally.from_dict(event['bad'])}", "yellow")
-            case "restart":
-                self._print(event["message"], "yellow")
-            case "warning":
-                self._print(f"warning: {event['message']}", "yellow")
+    def stage_started(self, event: StageStarted) -> None:
+        """Says what will be trained."""
+        self._starts[event.stage], self._models[event.stage] = event, event.model
+        self._shown_at.pop(event.stage, None)
+        self._print(f"{self._title(event.stage)}: {_opening(event)}")
+        if self._live:
+            self._live.update(self._display(event, "waiting for the first step"))
 
-    def _step(self, event: Event) -> None:
-        start = self._starts[event["stage"]]
+    def step(self, event: Step) -> None:
+        """Moves the bar on, or prints a line where the last one was some time ago."""
+        start = self._starts[event.stage]
         if self._live:
             self._live.update(self._display(start, _losses(event), event))
             return
-        now = event.get("time") or time.time()
-        shown = self._shown_at.get(event["stage"])
-        if shown is None or abs(now - shown) >= PLAIN_EVERY_S:  # abs: another node's clock after a restart
-            self._shown_at[event["stage"]] = now
+        shown = self._shown_at.get(event.stage)
+        if shown is None or abs(event.time - shown) >= PLAIN_EVERY_S:  # abs: another node's clock after a restart
+            self._shown_at[event.stage] = event.time
             parts = [_epoch(start, event), _losses(event), _rate(event), f"ETA {_left(start, event)}"]
-            self._print(f"{self._title(event['stage'])}: {' · '.join(parts)}")
+            self._print(f"{self._title(event.stage)}: {' · '.join(parts)}")
 
-    def _display(self, start: Event, losses: str, step: Event | None = None) -> Group:
+    def evaluated(self, event: Evaluated) -> None:
+        """Says what was measured."""
+        self._print(f"{self._title(event.stage)}: step {event.step:,} · {written(event.metrics, self.metrics)}")
+
+    def stage_ended(self, event: StageEnded) -> None:
+        """Says how the stage went."""
+        if self._live:
+            self._live.update(Text())
+        self._models.setdefault(event.stage, str(event.record.model))
+        self._print(f"{self._title(event.stage)}: {_closing(event.record, self.metrics)}", "bold")
+
+    def bad_samples(self, event: BadSamples) -> None:
+        """Warns of a shard, once."""
+        if event.identity not in self._bad:
+            self._bad.add(event.identity)
+            self._print(f"warning: {event.shard}: skipped {event.bad}", "yellow")
+
+    def restarted(self, event: Restarted) -> None:
+        """Says why the workers begin again."""
+        self._print(event.message, "yellow")
+
+    def warned(self, event: Warned) -> None:
+        """Shows the warning."""
+        self._print(f"warning: {event.message}", "yellow")
+
+    def _display(self, start: StageStarted, losses: str, step: Step | None = None) -> Group:
         """Two lines: title, bar, ETA; below epoch, loss terms, rate."""
-        done = step["step"] if step else start["start_step"]
+        done = step.step if step else start.start_step
         top = Table.grid(padding=(0, 1), expand=True)
         top.add_column(no_wrap=True)
         top.add_column(ratio=1)
         top.add_column(no_wrap=True)
-        eta = f"{done / max(start['steps'], 1):4.0%} ETA {_left(start, step) if step else '–'}"
-        top.add_row(Text(self._title(start["stage"]), "bold"), ProgressBar(start["steps"], done), Text(eta, "cyan"))
+        eta = f"{done / max(start.steps, 1):4.0%} ETA {_left(start, step) if step else '–'}"
+        top.add_row(Text(self._title(start.stage), "bold"), ProgressBar(start.steps, done), Text(eta, "cyan"))
         parts = [_epoch(start, step), losses, _rate(step)] if step else [losses]
         return Group(top, Text("  " + " · ".join(parts), no_wrap=True, overflow="ellipsis"))
 
     def _title(self, stage: int) -> str:
-        model = self._starts.get(stage, {}).get("model")
+        model = self._models.get(stage)
         return f"stage {stage + 1}/{self.total_stages}" + (f" {model}" if model else "")
 
     def _print(self, text: str, style: str = "") -> None:
         self.console.print(Text(one_line(text), style), soft_wrap=True)
 
 
-def _opening(start: Event) -> str:
-    params, steps, first = number(start["params"] / 1e6), start["steps"], start["start_step"]
-    workers = start["world_size"]
+def _opening(start: StageStarted) -> str:
+    params, steps, first, workers = number(start.params / 1e6), start.steps, start.start_step, start.world_size
     resumed = f", resumed at step {first:,}" if first else ""
     plural = "s" if workers != 1 else ""
-    cached = ", pictures cached as JPEG to fit preload.budget" if start.get("cached_as") == "jpeg" else ""
+    cached = ", pictures cached as JPEG to fit preload.budget" if start.cached_as == "jpeg" else ""
     length = f"{_epochs(start):.4g} epochs, {steps:,} steps"
     return f"{params} M parameters, {length} on {workers} worker{plural}{resumed}{cached}"
 
 
-def _closing(record: Event, metrics: Sequence[Definition]) -> str:
-    parts = [str(record["status"])]
-    if record["status"] == "trained":
-        parts.append(f"{record['steps']:,} steps in {clock(record.get('wall_s'))}")
-    if record.get("metrics"):
-        parts.append(written(record["metrics"], metrics))
+def _closing(record: StageEntry, metrics: Sequence[Definition]) -> str:
+    parts = [str(record.status)]
+    if record.status == "trained":
+        parts.append(f"{record.steps:,} steps in {clock(record.wall_s)}")
+    if record.metrics:
+        parts.append(written(record.metrics, metrics))
     return " · ".join(parts)
 
 
-def written(metrics: dict[str, float], definitions: Sequence[Definition]) -> str:
+def written(metrics: Mapping[str, float | None], definitions: Sequence[Definition]) -> str:
     """The metrics that matter most in a line; of many evaluators, the first ones and how many more there are."""
     known = [
         f"{d.label} {d.written(value)}" for d in definitions if d.brief and (value := d.value(metrics)) is not None
@@ -148,26 +152,25 @@ def written(metrics: dict[str, float], definitions: Sequence[Definition]) -> str
     return ", ".join(known if len(known) <= SHOWN else [*known[:SHOWN], f"and {len(known) - SHOWN} more"])
 
 
-def _losses(step: Event) -> str:
-    total = f"loss {number(step['loss'])}"
-    if not step.get("alpha") or step.get("distill_loss") is None:
+def _losses(step: Step) -> str:
+    total = f"loss {number(step.loss)}"
+    if not step.alpha or step.distill_loss is None:
         return total
-    task, distill = (number(step[key]) for key in ("task_loss", "distill_loss"))
-    return f"{total} (task {task}, distill {distill})"
+    return f"{total} (task {number(step.task_loss)}, distill {number(step.distill_loss)})"
 
 
-def _epochs(start: Event) -> float:
-    return float(start["steps"] * start["global_batch"] / start["epoch_samples"])
+def _epochs(start: StageStarted) -> float:
+    return start.steps * start.global_batch / start.epoch_samples
 
 
-def _epoch(start: Event, step: Event) -> str:
-    return f"epoch {step['epoch']:.1f}/{_epochs(start):.4g}"
+def _epoch(start: StageStarted, step: Step) -> str:
+    return f"epoch {step.epoch:.1f}/{_epochs(start):.4g}"
 
 
-def _rate(step: Event) -> str:
-    return f"{number(step['samples_per_s'])} images/s"
+def _rate(step: Step) -> str:
+    return f"{number(step.samples_per_s)} images/s"
 
 
-def _left(start: Event, step: Event) -> str:
-    rate = step["samples_per_s"]
-    return clock((start["steps"] - step["step"]) * start["global_batch"] / rate if rate else None)
+def _left(start: StageStarted, step: Step) -> str:
+    rate = step.samples_per_s
+    return clock((start.steps - step.step) * start.global_batch / rate if rate else None)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, Protocol
 
 from raychain.core.wording import clock, macs, number
 from raychain.errors import one_line
 from raychain.evaluators.metrics import Definition
-from raychain.reporting.events import Event
+from raychain.events import Event, Listener, Measured, Restarted, StageEnded, Step, Warned
+from raychain.records import ChainedRecord, Metrics
 from raychain.terminal import say
 
 STEP_EVERY_S = 60.0
@@ -24,14 +25,14 @@ class ShownTrial(Protocol):
     kind: Any
     status: Any
     reason: str | None
-    metrics: dict[str, float]
+    metrics: Metrics
 
     @property
     def macs(self) -> int:
         """Training MACs."""
 
     @property
-    def chain(self) -> list[dict[str, Any]]:
+    def chain(self) -> list[ChainedRecord]:
         """Models and epochs."""
 
 
@@ -78,10 +79,9 @@ class SearchProgress:
         left = "" if stages == len(job.trial.chain) else f", the last {stages} of {len(job.trial.chain)} stages"
         self.say(f"{_title(job.trial)}: {describe(job.trial.chain)}{left}")
 
-    def event(self, job: ShownJob, event: Event) -> None:
-        """Something happened in a worker group."""
-        with suppress(Exception):  # a display is no reason to lose a search
-            self._event(job, event)
+    def of(self, job: ShownJob) -> Listener:
+        """Hears of what happens in a worker group."""
+        return _OfJob(self, job.trial)
 
     def ended(self, trial: ShownTrial, trials: Sequence[ShownTrial]) -> None:
         """A trial is over."""
@@ -99,38 +99,62 @@ class SearchProgress:
         measured = f"{self.metric.label} {self.metric.written(self.metric.value(trial.metrics))}"
         self.say(f"{_title(trial)}{count}: {describe(trial.chain)} · {macs(trial.macs)} MACs · {measured}{ahead}")
 
-    def _event(self, job: ShownJob, event: Event) -> None:
-        title = _title(job.trial)
-        match event["event"]:
-            case "step":
-                place = job.trial.number, event["stage"]
-                now = time.monotonic()
-                if now - self._shown.setdefault(place, now) >= STEP_EVERY_S:
-                    self._shown[place] = now
-                    model = job.trial.chain[event["stage"]]["model"]
-                    rate = f"{number(event['samples_per_s'])} images/s"
-                    self.say(f"{title}: {model} epoch {event['epoch']:.1f} · loss {number(event['loss'])} · {rate}")
-            case "stage_end":
-                record = event["record"]
-                value = self.metric.value(record["metrics"])
-                measured = f" · {self.metric.label} {self.metric.written(value)}" if value is not None else ""
-                took = f" in {clock(record.get('wall_s'))}"
-                self.say(f"{title}: {record['model']} {record['epochs']:.4g} epochs {record['status']}{took}{measured}")
-            case "measured":
-                value = self.metric.value(event["record"]["metrics"])
-                if value is not None:
-                    measured = f"{self.metric.label} {self.metric.written(value)}"
-                    self.say(f"{title}: {event['record']['model']} {event['record']['epochs']:.4g} epochs: {measured}")
-            case "restart":
-                self.say(f"{title}: {event['message']}")
-            case "warning" if event["message"] not in self._warned:
-                self._warned.add(event["message"])
-                self.say(f"{title}: warning: {event['message']}")
+    def due(self, trial: ShownTrial, stage: int) -> bool:
+        """Whether a line on a stage that trains is due, as the last one was some time ago."""
+        place, now = (trial.number, stage), time.monotonic()
+        if now - self._shown.setdefault(place, now) < STEP_EVERY_S:
+            return False
+        self._shown[place] = now
+        return True
+
+    def is_new(self, warning: str) -> bool:
+        """Whether no chain has warned of this before."""
+        known = warning in self._warned
+        self._warned.add(warning)
+        return not known
 
 
-def describe(chain: Sequence[Mapping[str, Any]]) -> str:
+class _OfJob(Listener):
+    """Prints what happens in one worker group."""
+
+    def __init__(self, progress: SearchProgress, trial: ShownTrial) -> None:
+        self._progress, self._metric, self._trial = progress, progress.metric, trial
+
+    def dispatch(self, event: Event) -> None:
+        with suppress(Exception):  # a display is no reason to lose a search
+            super().dispatch(event)
+
+    def step(self, event: Step) -> None:
+        if self._progress.due(self._trial, event.stage):
+            model, rate = self._trial.chain[event.stage].model, f"{number(event.samples_per_s)} images/s"
+            self._say(f"{model} epoch {event.epoch:.1f} · loss {number(event.loss)} · {rate}")
+
+    def stage_ended(self, event: StageEnded) -> None:
+        record, value = event.record, self._metric.value(event.record.metrics or {})
+        measured = f" · {self._metric.label} {self._metric.written(value)}" if value is not None else ""
+        took = f" in {clock(record.wall_s)}"
+        self._say(f"{record.model} {record.epochs:.4g} epochs {record.status}{took}{measured}")
+
+    def measured(self, event: Measured) -> None:
+        record, value = event.record, self._metric.value(event.record.metrics or {})
+        if value is not None:
+            measured = f"{self._metric.label} {self._metric.written(value)}"
+            self._say(f"{record.model} {record.epochs:.4g} epochs: {measured}")
+
+    def restarted(self, event: Restarted) -> None:
+        self._say(event.message)
+
+    def warned(self, event: Warned) -> None:
+        if self._progress.is_new(event.message):
+            self._say(f"warning: {event.message}")
+
+    def _say(self, text: str) -> None:
+        self._progress.say(f"{_title(self._trial)}: {text}")
+
+
+def describe(chain: Sequence[ChainedRecord]) -> str:
     """`CoM-micro-S 8 → CoM-micro-M 3`."""
-    return " → ".join(f"{stage['model']} {stage['epochs']:.4g}" for stage in chain)
+    return " → ".join(f"{stage.model} {stage.epochs:.4g}" for stage in chain)
 
 
 def _title(trial: ShownTrial) -> str:

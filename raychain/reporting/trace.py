@@ -3,37 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-from raychain.records import BarRecord, TraceRecord, clean, is_a
-from raychain.reporting.events import CATEGORIES, Event
+from raychain.core.json import Json
+from raychain.events import CATEGORIES, Span
+from raychain.records import BarRecord, TraceRecord, is_a
 
-Bar = dict[str, Any]
+Bar = Json
+"""An event of Chrome's trace format."""
 PID = 1
 LANES = 100  # thread ids set aside for a category
 
 
-def bar(span: Event) -> Bar:
+def bar(span: Span) -> Bar:
     """The complete event (`X`, microseconds) of a span; its thread is chosen by `document`."""
-    start = round(span["start"] * 1e6)
+    start = round(span.start * 1e6)
     return {
-        "name": str(span["name"]),
-        "cat": str(span["category"]),
+        "name": span.name,
+        "cat": span.category,
         "ph": "X",
         "ts": start,
-        "dur": max(round(span["end"] * 1e6) - start, 0),
+        "dur": max(round(span.end * 1e6) - start, 0),
         "pid": PID,
-        "args": {"stage": span.get("stage")},
+        "args": {"stage": span.stage},
     }
 
 
-def bars(document: Any) -> list[Bar]:
-    """The complete events of a trace file's content; none if that is no trace."""
-    found, _ = clean(document, TraceRecord)
-    return [event for event in found["traceEvents"] if is_a(event, BarRecord)] if found else []
+def bars(record: TraceRecord | None) -> list[Bar]:
+    """The complete events of a trace file; those that are none are left out."""
+    return [event for event in record.traceEvents if is_a(event, BarRecord)] if record else []
 
 
-def document(process: str, bars: Sequence[Bar]) -> dict[str, Any]:
+def document(process: str, bars: Sequence[Bar]) -> Json:
     """The trace file's content: a thread per category, and more threads where its bars overlap without nesting."""
     names = [*CATEGORIES, *sorted({b["cat"] for b in bars} - set(CATEGORIES))]
     events: list[Bar] = [_name("process_name", 0, process)]

@@ -17,15 +17,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, NamedTuple
 
 from raychain import records
 from raychain.config.experiment import Experiment, Track
+from raychain.core.json import Json, plain
 from raychain.core.storage import Folder
 from raychain.errors import InputError, without_secrets
-from raychain.reporting.events import Event, event
-from raychain.reporting.runlog import plain
-from raychain.reporting.scalars import STEP_SCALARS
+from raychain.events import Evaluated, Event, Listener, Step, Warned
 
 DISTRIBUTIONS = {"wandb": "wandb", "mlflow": "mlflow-skinny"}
 FINISH_S = 60.0  # how long a run that is over waits for its trackers
@@ -57,7 +56,7 @@ class Subject:
     target: str
     name: str
     folder: str | None
-    config: dict[str, Any]
+    config: Json
     steps: Sequence[int]
 
 
@@ -130,7 +129,17 @@ class MLflow:
 TRACKERS: dict[str, type[WeightsAndBiases] | type[MLflow]] = {"wandb": WeightsAndBiases, "mlflow": MLflow}
 
 
-class Trackers:
+class _End(NamedTuple):
+    """The run is over."""
+
+    status: str
+    totals: Mapping[str, float]
+
+
+Line = SimpleQueue[Step | Evaluated | _End]
+
+
+class Trackers(Listener):
     """Hands events to the trackers that `track` names; what goes wrong there is one warning, passed to `warn`.
 
     `key` is the chain's (its last stage's), `steps` the optimiser steps of each stage.
@@ -140,23 +149,30 @@ class Trackers:
         self, out: Folder, experiment: Experiment, key: str, steps: Sequence[int], warn: Callable[[Event], None]
     ) -> None:
         self._out, self._experiment, self._key, self._steps, self._warn = out, experiment, key, steps, warn
-        self._lines: list[tuple[str, threading.Thread, SimpleQueue[Event]]] = []
+        self._lines: list[tuple[str, threading.Thread, Line]] = []
         for name in TRACKERS:
             if target := getattr(experiment.track, name):
-                events: SimpleQueue[Event] = SimpleQueue()
+                events: Line = SimpleQueue()
                 thread = threading.Thread(target=self._serve, args=(name, target, events), name=name, daemon=True)
                 self._lines.append((name, thread, events))
                 thread.start()
 
-    def handle(self, event: Event) -> None:
-        """Takes an event; returns at once."""
+    def step(self, event: Step) -> None:
+        """Takes a step; returns at once."""
+        self._put(event)
+
+    def evaluated(self, event: Evaluated) -> None:
+        """Takes a measurement; returns at once."""
+        self._put(event)
+
+    def _put(self, event: Step | Evaluated | _End) -> None:
         for _, thread, events in self._lines:
-            if thread.is_alive() and event["event"] in ("step", "evaluation", "finish"):
+            if thread.is_alive():
                 events.put(event)
 
     def finish(self, status: str, totals: Mapping[str, float]) -> None:
         """Closes the trackers' runs; waits at most FINISH_S."""
-        self.handle({"event": "finish", "status": status, "totals": {f"totals/{k}": v for k, v in totals.items()}})
+        self._put(_End(status, {f"totals/{k}": v for k, v in totals.items()}))
         deadline = time.monotonic() + FINISH_S
         for name, thread, _ in self._lines:
             thread.join(max(0.0, deadline - time.monotonic()))
@@ -164,36 +180,36 @@ class Trackers:
                 self._tell(name, f"did not take everything within {FINISH_S:g} s")
 
     def _tell(self, name: str, problem: str) -> None:
-        self._warn(event("warning", message=f"track.{name}: {problem}"))
+        self._warn(Warned(f"track.{name}: {problem}"))
 
-    def _serve(self, name: str, target: str, events: SimpleQueue[Event]) -> None:
+    def _serve(self, name: str, target: str, events: Line) -> None:
         try:
             self._track(name, target, events)
         except Exception as error:  # a tracker is no reason to lose a run
             self._tell(name, f"{str(error).strip() or type(error).__name__}; nothing more is logged there")
 
-    def _track(self, name: str, target: str, events: SimpleQueue[Event]) -> None:
-        file, whose = f"track-{name}.json", {"target": without_secrets(target), "key": self._key}
+    def _track(self, name: str, target: str, events: Line) -> None:
+        file, shown = f"track-{name}.json", without_secrets(target)
         state = records.take(self._out, file, records.TrackRecord)
-        if state is None or not whose.items() <= state.items():
-            state = {"id": uuid.uuid4().hex[:12], **whose, "logged": {}}
-            self._out.write_json(file, state)
+        if state is None or (state.target, state.key) != (shown, self._key):
+            state = records.TrackRecord(id=uuid.uuid4().hex[:12], target=shown, key=self._key, logged={})
+            records.write(self._out, file, state)
         run, folder = self._out.path.rstrip("/").rpartition("/")[2], self._out.path if self._out.local else None
         config = plain(self._experiment.model_dump(mode="json", exclude={"track"}))
-        tracker = TRACKERS[name](Subject(state["id"], target, run, folder, config, self._steps))
-        while (event := events.get())["event"] != "finish":
-            series, scalars = f"stage{event['stage']}", {key: event.get(key) for key in STEP_SCALARS}
-            if event["event"] == "evaluation":
-                series, scalars = f"{series}/evaluation", event["metrics"]
-            if event["step"] > state["logged"].get(series, -1):
+        tracker = TRACKERS[name](Subject(state.id, target, run, folder, config, self._steps))
+        while not isinstance(event := events.get(), _End):
+            stage = f"stage{event.stage}"
+            series = stage if isinstance(event, Step) else f"{stage}/evaluation"
+            scalars = event.scalars() if isinstance(event, Step) else event.metrics
+            if event.step > state.logged.get(series, -1):
                 row = {f"{series}/{key}": value for key, value in scalars.items() if value is not None}
-                samples = event["step"] * self._experiment.train.global_batch
-                row[f"stage{event['stage']}/samples"] = samples
-                tracker.log(row, sum(self._steps[: event["stage"]]) + event["step"], samples)
-                state["logged"][series] = event["step"]
+                samples = event.step * self._experiment.train.global_batch
+                row[f"{stage}/samples"] = samples
+                tracker.log(row, sum(self._steps[: event.stage]) + event.step, samples)
+                state.logged[series] = event.step
                 with contextlib.suppress(Exception):  # the storage may be back for the next
-                    self._out.write_json(file, state)
-        tracker.finish(event["status"], event["totals"])
+                    records.write(self._out, file, state)
+        tracker.finish(event.status, event.totals)
 
 
 def _leaves(value: Any, path: str = "") -> list[tuple[str, Any]]:

@@ -17,9 +17,10 @@ from raychain.core.storage import Folder, patiently
 from raychain.errors import Interrupted, RunFailed, one_line
 from raychain.evaluators.metrics import written_down
 from raychain.evaluators.suite import Suite
+from raychain.events import Event, Listener, Measured, Shared, StageEnded, Warned
 from raychain.lease import LEASE, Holder, Lease, patience
 from raychain.pages.writing import leave_report
-from raychain.reporting.events import Event, event
+from raychain.records import ConfigRecord, RunRecord, StageEntry
 from raychain.reporting.health import DataHealth
 from raychain.reporting.progress import Progress
 from raychain.reporting.runlog import RUN, RunLog
@@ -34,16 +35,16 @@ from raychain.training.task import ChainTask, StageTask
 
 
 class Watch(NamedTuple):
-    """Somebody who runs several chains at once: sees their events instead of a person, and can stop them."""
+    """Somebody who runs several chains at once: hears of their events instead of a person, and can stop them."""
 
-    handle: Callable[[Event], None]
+    listener: Listener
     stop: threading.Event
 
 
 def run_chain(
     task: ChainTask, *, address: str | None = None, verbose: bool = False, watch: Watch | None = None
-) -> dict[str, Any]:
-    """Trains what is not published yet; returns the content of run.json.
+) -> RunRecord:
+    """Trains what is not published yet; returns run.json.
 
     Waits for a driver that is at work on the same run folder, and for those that train a stage of it for another.
     Raises RunFailed or Interrupted; run.json says so too, and what was trained is kept. With `watch` nothing is shown.
@@ -69,44 +70,45 @@ def _run(
     task: ChainTask,
     out: Folder,
     store: StageStore | None,
-    finished: Sequence[dict[str, Any] | None],
+    finished: Sequence[StageEntry | None],
     lease: Lease,
     address: str | None,
     verbose: bool,
     watch: Watch | None,
-) -> dict[str, Any]:
+) -> RunRecord:
     """`run_chain` once the stages that have no record are this driver's."""
     started = time.time()
-    header = {
-        "name": task.experiment.name,
-        "config": task.experiment.model_dump(mode="json"),
-        "environment": environment(),
-        "metrics": written_down(task.suite.definitions),
-        "score": score.name if (score := task.experiment.evaluate.judged_by) else None,
-    }
-    health = DataHealth(task.shards, task.experiment.data.max_bad_fraction, records.take(out, RUN, records.RunRecord))
+    health = DataHealth(task.shards, task.experiment.data.max_bad_fraction, records.take(out, RUN, RunRecord))
+    header = RunRecord(
+        name=task.experiment.name,
+        config=ConfigRecord.of(task.experiment.model_dump(mode="json")),
+        environment=environment(),
+        metrics=written_down(task.suite.definitions),
+        score=score.name if (score := task.experiment.evaluate.judged_by) else None,
+        data_health=health.record(),
+    )
     progress = Progress(len(task.stages), metrics=task.suite.definitions)
-    show = watch.handle if watch else progress.handle
+    show: Listener = watch.listener if watch else progress
     steps = [stage.steps for stage in task.stages]
     with signals.settled():  # run.json says `running` until `finish`
-        log = RunLog(out, header | {"data_health": health.record()}, finished)
+        log = RunLog(out, header, finished)
         if health.exceeded:
             log.finish("failed", totals(task, time.time() - started))
             raise RunFailed(health.describe())
         if all(record and task.measured(record) for record in finished):
             log.finish("succeeded", totals(task, time.time() - started))
             return log.run
-        trackers = Trackers(out, task.experiment, task.stages[-1].key, steps, show)
+        trackers = Trackers(out, task.experiment, task.stages[-1].key, steps, show.dispatch)
 
         def finish(status: str) -> None:
-            log.note("data_health", health.record())
+            log.run.data_health = health.record()
             final = totals(task, time.time() - started)
             try:
                 log.finish(status, final)
             except OSError as error:
                 raise RunFailed(f"{task.out} cannot be written: {error}") from error
             finally:
-                trackers.finish(status, final)
+                trackers.finish(status, final.content())
 
         def spoilt() -> bool:
             return health.exceeded or lease.lost or (watch is not None and watch.stop.is_set())
@@ -115,14 +117,14 @@ def _run(
             shown = contextlib.nullcontext() if watch else progress
             with (
                 signals.released(),
-                _sharing(task, out, store, show) as share,
+                _sharing(task, out, store, show.dispatch) as share,
                 shown,
                 session(task, address, verbose),
             ):
                 gauges = Gauges(out.path.rpartition("/")[2])
-                handlers = [health.handle, log.handle, share, trackers.handle, gauges.handle, show]
+                listeners = [health, log, share, trackers, gauges, show]
                 done = {stage.index for stage, record in zip(task.stages, finished, strict=True) if record}
-                complete = _execute(Groups(task, handlers, done, verbose=verbose), spoilt)
+                complete = _execute(Groups(task, listeners, done, verbose=verbose), spoilt)
             if health.exceeded:
                 raise RunFailed(health.describe())
             if lease.lost:
@@ -142,7 +144,7 @@ def _run(
 
 def _claim(
     stage: StageTask, task: ChainTask, out: Folder, store: StageStore | None, stack: contextlib.ExitStack
-) -> dict[str, Any] | None:
+) -> StageEntry | None:
     """The record of a finished stage, or None once this driver is the one to train it. A given one is finished here.
 
     Where another driver trains it, it is waited for. All drivers claim in the order of the chain, so that two never
@@ -169,39 +171,46 @@ def _claim(
     return record
 
 
-def _reused(stage: StageTask, suite: Suite, out: Folder, store: StageStore | None) -> dict[str, Any] | None:
+def _reused(stage: StageTask, suite: Suite, out: Folder, store: StageStore | None) -> StageEntry | None:
     """The record of a stage that is finished, from the run folder or else from the store."""
     name = f"stages/{stage.folder}"
     own = {"index": stage.index} | ({"origin": stage.origin} if stage.origin else {})
     record = store.adopt(stage.key, out, stage.folder, own) if store else usable(out, name, stage.key)
-    if record is None:
-        return None
-    shown = {name: value for name, value in suite.shown(record).items() if name != "files"}
-    return shown | {"status": "given" if stage.given else "reused"}
+    return suite.shown(record, status="given" if stage.given else "reused") if record else None
+
+
+class _Sharing(Listener):
+    """Copies every finished stage to the store, in the background."""
+
+    def __init__(
+        self, task: ChainTask, out: Folder, store: StageStore, tell: Callable[[Event], None], pool: ThreadPoolExecutor
+    ) -> None:
+        self._task, self._out, self._store, self._tell, self._pool = task, out, store, tell, pool
+
+    def stage_ended(self, event: StageEnded) -> None:
+        self._pool.submit(self._contribute, self._task.stages[event.stage], event.record)
+
+    def measured(self, event: Measured) -> None:
+        self._pool.submit(self._contribute, self._task.stages[event.stage], event.record)
+
+    def _contribute(self, stage: StageTask, record: StageEntry) -> None:
+        storage = str(self._task.store)
+        try:
+            patiently(lambda: self._store.contribute(stage.key, self._out, stage.folder), storage)
+            if measured := record.evaluations:
+                patiently(lambda: self._store.add_results(stage.key, measured), storage)
+        except (OSError, UnusableStageError) as error:
+            self._tell(Warned(f"stage {stage.folder} is not shared through {storage}: {error}"))
+        self._tell(Shared(stage.index, record))
 
 
 @contextlib.contextmanager
 def _sharing(
     task: ChainTask, out: Folder, store: StageStore | None, tell: Callable[[Event], None]
-) -> Iterator[Callable[[Event], None]]:
-    """A handler that copies every finished stage to the store, in the background."""
+) -> Iterator[Listener]:
+    """What shares the finished stages, where there is a store; its copies are waited for at the end."""
     with ThreadPoolExecutor(1, thread_name_prefix="share") as pool:
-
-        def contribute(stage: StageTask, record: dict[str, Any]) -> None:
-            assert store
-            try:
-                patiently(lambda: store.contribute(stage.key, out, stage.folder), str(task.store))
-                if record.get("evaluations"):
-                    patiently(lambda: store.add_results(stage.key, record["evaluations"]), str(task.store))
-            except (OSError, UnusableStageError) as error:
-                tell(event("warning", message=f"stage {stage.folder} is not shared through {task.store}: {error}"))
-            tell(event("shared", stage=stage.index, record=record))
-
-        def handle(found: Event) -> None:
-            if store and found["event"] in ("stage_end", "measured"):
-                pool.submit(contribute, task.stages[found["stage"]], found["record"])
-
-        yield handle
+        yield _Sharing(task, out, store, tell, pool) if store else Listener()
 
 
 def _execute(groups: Groups, spoilt: Callable[[], bool]) -> bool:

@@ -18,7 +18,19 @@ from raychain.backend_ray import cluster
 from raychain.backend_ray.failures import failure_of, is_loss
 from raychain.backend_ray.group import Workers
 from raychain.errors import RunFailed
-from raychain.reporting.events import Event, event
+from raychain.events import (
+    Failed,
+    Listener,
+    Listeners,
+    OutOfMemory,
+    Reason,
+    Restarted,
+    Saved,
+    StageEnded,
+    Stopped,
+    Warned,
+    WorkerStarted,
+)
 from raychain.runs.policy import FailurePolicy, MicroBatches, slower
 from raychain.training.task import ChainTask, worker_cpus
 from raychain.unexpected import keep
@@ -53,16 +65,14 @@ class Attempt:
     error: BaseException | None = None
 
 
-class Groups:
-    """Runs worker groups for a chain and hands their events to `handlers`."""
+class Groups(Listener):
+    """Runs worker groups for a chain, and hands their events to `listeners` once it has heard of them itself."""
 
-    def __init__(
-        self, task: ChainTask, handlers: Sequence[Callable[[Event], None]], done: set[int], *, verbose: bool
-    ) -> None:
+    def __init__(self, task: ChainTask, listeners: Sequence[Listener], done: set[int], *, verbose: bool) -> None:
         self.task = task
         self.done = done
         """Stages, by index, that are finished."""
-        self.handlers = [self._follow, *handlers]
+        self.listeners = Listeners([self, *listeners])
         compute = task.experiment.compute
         self.worker: dict[str, float] = {"CPU": worker_cpus(task.experiment)}
         if compute.gpus_per_worker:
@@ -72,8 +82,8 @@ class Groups:
         self.demand = cluster.Demand(self.worker)
         self.attempt: Attempt | None = None
         self.stopping = False
-        self._fatal: Event | None = None
-        self._memory: Event | None = None
+        self._fatal: Failed | None = None
+        self._memory: OutOfMemory | None = None
         self.backend = Workers(task, self.worker, verbose=verbose)
 
     @property
@@ -156,7 +166,7 @@ class Groups:
                 raise RunFailed(f"{missing}. Lower compute.workers or compute.cpus_per_worker, or add nodes.")
             if room < self.fewest and time.monotonic() - told >= REMIND_S:
                 told = time.monotonic()
-                self._tell(event("warning", message=f"waiting for resources: {missing}"))
+                self.listeners.dispatch(Warned(f"waiting for resources: {missing}"))
             time.sleep(POLL_S)
         return 0
 
@@ -196,7 +206,7 @@ class Groups:
             if more:
                 self._ask(attempt, "grow", f"there is room for {attempt.workers + more} workers")
 
-    def _ask(self, attempt: Attempt, reason: str, message: str) -> None:
+    def _ask(self, attempt: Attempt, reason: Reason, message: str) -> None:
         attempt.leave = reason
         self.backend.request_stop()
         self._tell_restart(reason, f"{message}: the workers save, a new group goes on")
@@ -204,15 +214,15 @@ class Groups:
     def _after_failure(self, error: BaseException) -> None:
         """Waits as long as the policy says, or raises RunFailed."""
         if self._fatal is not None:
-            diverged = "step" in self._fatal
-            overrides = slower(self.task.stages[self._fatal["stage"]], self._fatal["step"]) if diverged else ()
-            raise RunFailed(self._fatal["message"], overrides) from error
+            stage, step = self._fatal.diverged or (0, 0)
+            overrides = slower(self.task.stages[stage], step) if self._fatal.diverged else ()
+            raise RunFailed(self._fatal.message, overrides) from error
         if self._memory is not None:
             seen, self._memory = self._memory, None
-            smaller = self.micro.too_large(seen["stage"], seen["micro_batch"])
+            smaller = self.micro.too_large(seen.stage, seen.micro_batch)
             if smaller is None:
-                raise RunFailed(f"{seen['message']} Lower train.micro_batch or train.global_batch.") from error
-            self._tell_restart("memory", f"too little memory for {seen['micro_batch']} pairs at once: trying {smaller}")
+                raise RunFailed(f"{seen.message} Lower train.micro_batch or train.global_batch.") from error
+            self._tell_restart("memory", f"too little memory for {seen.micro_batch} pairs at once: trying {smaller}")
             return
         why, pause = failure_of(error), self.policy.failed()
         if pause is None:
@@ -225,32 +235,37 @@ class Groups:
         while time.monotonic() < until and not self.stopping:
             time.sleep(POLL_S)
 
-    def _tell_restart(self, reason: str, message: str) -> None:
+    def _tell_restart(self, reason: Reason, message: str) -> None:
         workers = self.attempt.workers if self.attempt else 0
-        self._tell(event("restart", reason=reason, workers=workers, message=message))
+        self.listeners.dispatch(Restarted(reason, workers, message))
 
-    def _follow(self, found: Event) -> None:
-        """What the group's own events mean for it."""
-        attempt = self.attempt
-        match found["event"]:
-            case "worker" if attempt:
-                attempt.nodes.add(found["node"])
-            case "saved":
-                self.policy.progressed(found["stage"], found["step"])
-            case "stopped" if attempt:
-                attempt.saved = True
-            case "stage_end":
-                self.policy.progressed(found["stage"] + 1, 0)
-                self.done.add(found["stage"])
-            case "failure" if found["kind"] == "memory":
-                self._memory = found
-            case "failure" if found["kind"] == "fatal":
-                self._fatal = self._fatal or found
+    def worker_started(self, event: WorkerStarted) -> None:
+        """Notes the group's nodes."""
+        if self.attempt:
+            self.attempt.nodes.add(event.node)
 
-    def _tell(self, found: Event) -> None:
-        for handle in self.handlers:
-            handle(found)
+    def saved(self, event: Saved) -> None:
+        """Notes that training goes forward."""
+        self.policy.progressed(event.stage, event.step)
+
+    def stopped(self, event: Stopped) -> None:  # noqa: ARG002 - at whatever step
+        """Notes that the group is about to return."""
+        if self.attempt:
+            self.attempt.saved = True
+
+    def stage_ended(self, event: StageEnded) -> None:
+        """Notes that the stage is finished."""
+        self.policy.progressed(event.stage + 1, 0)
+        self.done.add(event.stage)
+
+    def out_of_memory(self, event: OutOfMemory) -> None:
+        """Notes that the next group needs smaller micro-batches."""
+        self._memory = event
+
+    def failed(self, event: Failed) -> None:
+        """Notes the first error that would only come again."""
+        self._fatal = self._fatal or event
 
     def _drain(self) -> None:
-        for found in self.backend.events():
-            self._tell(found)
+        for event in self.backend.events():
+            self.listeners.dispatch(event)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from raychain.config.experiment import Transfer
+from raychain.core.json import Json
 
 SCHEMA = 3
 """Version of the code's training semantics and of what its keys are made of; part of every stage key."""
@@ -77,7 +78,7 @@ def trunk_key(stage: Determinants, previous: str, schema: int = SCHEMA) -> str:
     return _digest(_content(stage, previous, schema) | {"trunk": True}) if stage.cooldown else ""
 
 
-def _content(stage: Determinants, previous: str, schema: int) -> dict[str, Any]:
+def _content(stage: Determinants, previous: str, schema: int) -> Json:
     """What stages of every length have in common."""
     content = {
         "schema": schema,
@@ -107,7 +108,7 @@ def _content(stage: Determinants, previous: str, schema: int) -> dict[str, Any]:
     return content | ({"task": stage.task} if stage.task else {})
 
 
-def _inherited(transfer: Transfer) -> dict[str, Any]:
+def _inherited(transfer: Transfer) -> Json:
     """The part of `transfer` that a key holds nowhere else; `shrink` came later, stages without it keep their keys."""
     return transfer.model_dump(
         mode="json", exclude={"warmup", "lr_scale"} | ({"shrink"} if transfer.shrink == 1 else set())

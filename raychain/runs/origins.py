@@ -107,7 +107,7 @@ def given_stage(experiment: Experiment, origin: Origin, index: int, folder: str,
         epochs=0.0,
         params=model_size(task, origin.model, size).params,
         macs=0,
-        published=record is not None and record["key"] == key,
+        published=record is not None and record.key == key,
         given=Given(checkpoint, found.digest, origin.where, found.trained.moments is not None),
     )
 
@@ -172,8 +172,8 @@ def _name(paradigm: Paradigm, address: str, where: str, option: str) -> str:
     """The name of a checkpoint's model. Raises InputError where it does not say."""
     with _local(paradigm, address, where, weights=False) as path:
         folder = Folder(str(path if path.is_dir() else path.parent))
-        record = records.read(folder, STAGE_RECORD, records.StageRecord, quiet=True) or {}
-        name = paradigm.model_in(path, str(record.get("model") or ""))
+        record = records.read(folder, STAGE_RECORD, records.StageRecord, quiet=True)
+        name = paradigm.model_in(path, (record.model if record else None) or "")
     if not name:
         raise InputError(option, "nothing", "the name of the checkpoint's model",
                          f"{address} does not say which model it is: write {{checkpoint: …, model: NAME}}")  # fmt: skip

@@ -7,10 +7,11 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from raychain import records
 from raychain.config.experiment import Change, Data, Experiment, Train
+from raychain.core.json import Json
 from raychain.core.storage import Folder, below, is_local, local_path
 from raychain.data.loader import Feed
 from raychain.data.order import Mixture, Order, Stream
@@ -93,7 +94,7 @@ def replan(task: ChainTask, experiment: Experiment, out: str, others: Others = A
     return replace(task, experiment=experiment, out=Folder(out).path if is_local(out) else out, stages=stages)
 
 
-def dry_plan(experiment: Experiment) -> dict[str, Any]:
+def dry_plan(experiment: Experiment) -> Json:
     """What `--dry-run` shows: every stage's steps, MACs and key.
 
     Demo shards that are not there yet are not rendered, and keys are None then.
@@ -286,7 +287,7 @@ def _stage(
         epochs=round(steps * recipe.global_batch / epoch_samples, 4),
         params=student.params,
         macs=stage_macs(student, teacher, steps * recipe.global_batch, paradigm.items(data)),
-        published=record is not None and record["key"] == key,
+        published=record is not None and record.key == key,
         changes=_histories(determinants, previous),
         start=start,
     )

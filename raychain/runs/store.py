@@ -14,6 +14,7 @@ from raychain import records
 from raychain.core.finite import FiniteScan
 from raychain.core.storage import SCRATCH, Folder
 from raychain.lease import STALE_S, Lease
+from raychain.records import MeasuredRecord, StageRecord
 from raychain.training.artifact import OPTIMIZER, PROJECTOR
 from raychain.training.finished import STAGE_RECORD
 
@@ -38,7 +39,7 @@ class ForeignStageError(UnusableStageError):
         self.key = key
 
 
-def verify(folder: Folder, name: str, key: str) -> dict[str, Any] | None:
+def verify(folder: Folder, name: str, key: str) -> StageRecord | None:
     """The record of the stage folder `name` if it is the stage `key`, complete, and every file is the one recorded.
 
     Weights and moments that are not finite are damage too. None if there is no complete stage. Reads every listed file
@@ -46,7 +47,7 @@ def verify(folder: Folder, name: str, key: str) -> dict[str, Any] | None:
     where the folder cannot be read.
     """
     record = _record(folder, name, key)
-    for file, digest in record["files"].items() if record else ():
+    for file, digest in (record.files or {}).items() if record else ():
         scan = FiniteScan()
         try:
             found = folder.sha256(f"{name}/{file}", scan.feed)
@@ -75,7 +76,7 @@ def set_aside(folder: Folder, name: str, why: UnusableStageError) -> str:
     return target
 
 
-def usable(folder: Folder, name: str, key: str) -> dict[str, Any] | None:
+def usable(folder: Folder, name: str, key: str) -> StageRecord | None:
     """The record of the stage folder `name` if it is the stage `key` and whole, else None, and nothing is left there:
     another stage and a damaged one are set aside, an incomplete one is deleted. Raises OSError.
     """
@@ -111,7 +112,7 @@ class StageStore:
 
     def adopt(
         self, key: str, run_folder: Folder, name: str, own: Mapping[str, Any] | None = None
-    ) -> dict[str, Any] | None:
+    ) -> StageRecord | None:
         """Makes the run folder's `stages/<name>` from the store; its record, or None where the store has no such stage.
 
         What the run folder has there stays if it is that stage; another or a damaged one is set aside, an incomplete
@@ -128,14 +129,14 @@ class StageStore:
         try:
             if (record := _record(self.storage, entry, key)) is None:
                 return None
-            record = record | {"checkpoint": target} | dict(own or {})
+            record = StageRecord.of(record.content() | {"checkpoint": target} | dict(own or {}))
             run_folder.delete(target)
             _copy(self.storage, entry, run_folder, target, record)
         except UnusableStageError:
             run_folder.delete(target)
             self._set_aside(key)
             return None
-        run_folder.write_json(f"{target}/{STAGE_RECORD}", record)
+        records.write(run_folder, f"{target}/{STAGE_RECORD}", record)
         return record
 
     def contribute(self, key: str, run_folder: Folder, name: str) -> bool:
@@ -157,30 +158,33 @@ class StageStore:
             _copy(run_folder, source, self.storage, entry, record)
             if lease.lost:
                 raise OSError(f"{entry} in {self.storage.address}: not completed, as the storage was away for too long")
-            self.storage.write_json(f"{entry}/{STAGE_RECORD}", record)
+            records.write(self.storage, f"{entry}/{STAGE_RECORD}", record)
         return True
 
-    def rename(self, former: str, record: dict[str, Any]) -> None:
+    def rename(self, former: str, record: StageRecord) -> None:
         """Makes the stage of `record`, which names its key, of the files of the stage `former`, which stays.
 
         Raises OSError, and UnusableStageError where a file is not what the record says.
         """
-        key = record["key"]
+        key = record.key
         with self._lease(key) as lease:
             lease.acquire()
             if not self._clear(key):
                 _copy(self.storage, f"{STORE}/{former}", self.storage, f"{STORE}/{key}", record)
-                self.storage.write_json(f"{STORE}/{key}/{STAGE_RECORD}", record)
+                records.write(self.storage, f"{STORE}/{key}/{STAGE_RECORD}", record)
 
-    def add_results(self, key: str, evaluations: Mapping[str, Any]) -> None:
+    def add_results(self, key: str, evaluations: Mapping[str, MeasuredRecord]) -> None:
         """Adds what was measured of a stage that is there to its record; what it knows of other data stays."""
         entry = f"{STORE}/{key}"
         with self._lease(key) as lease:
             lease.acquire()
             record = _record(self.storage, entry, key)
-            known = (record or {}).get("evaluations") or {}
-            if record is not None and not evaluations.items() <= known.items():
-                self.storage.write_json(f"{entry}/{STAGE_RECORD}", record | {"evaluations": {**known, **evaluations}})
+            if record is None:
+                return
+            known = record.evaluations or {}
+            if any(known.get(digest) != found for digest, found in evaluations.items()):
+                record.evaluations = {**known, **evaluations}
+                records.write(self.storage, f"{entry}/{STAGE_RECORD}", record)
 
     def _whole(self, key: str) -> bool:
         try:
@@ -215,18 +219,18 @@ class StageStore:
         return Lease(self.storage, f"{STORE}/.leases/{key}", stale_s=self.stale_s)
 
 
-def _record(folder: Folder, name: str, key: str) -> dict[str, Any] | None:
+def _record(folder: Folder, name: str, key: str) -> StageRecord | None:
     """The record of a complete stage `key`, its files not looked at; None if there is none."""
-    record, problem = records.examine(folder, f"{name}/{STAGE_RECORD}", records.StageRecord)
+    record, problem = records.examine(folder, f"{name}/{STAGE_RECORD}", StageRecord)
     if record is None:
         if problem:
             raise UnusableStageError(f"{STAGE_RECORD} {problem}")
         return None
     if problem:
         records.warn(f"{name}/{STAGE_RECORD} in {folder.address} {problem}")
-    if record["key"] != key:
-        raise ForeignStageError(record["key"])
-    files = record.get("files")
+    if record.key != key:
+        raise ForeignStageError(record.key)
+    files = record.files
     if files is None:
         raise UnusableStageError(f"{STAGE_RECORD} lists no files and checksums")
     if strange := [file for file in files if file != _plain(file) or file == STAGE_RECORD]:
@@ -240,9 +244,9 @@ def _record(folder: Folder, name: str, key: str) -> dict[str, Any] | None:
     return record
 
 
-def _copy(source: Folder, name: str, target: Folder, target_name: str, record: dict[str, Any]) -> None:
+def _copy(source: Folder, name: str, target: Folder, target_name: str, record: StageRecord) -> None:
     """Copies the files that the record lists, not the record itself. Raises UnusableStageError where one differs."""
-    for file, digest in record["files"].items():
+    for file, digest in (record.files or {}).items():
         scan = FiniteScan()
         try:
             found = source.copy_file(f"{name}/{file}", target, f"{target_name}/{file}", scan.feed)

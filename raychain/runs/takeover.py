@@ -10,19 +10,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from datetime import datetime
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from pyarrow import fs
 
 from raychain import records
 from raychain.core.storage import Folder
+from raychain.records import StageRecord
 from raychain.reporting.runlog import METRICS
 from raychain.runs.store import STORE, StageStore, UnusableStageError
 from raychain.training.checkpoint import MARKER
 from raychain.training.finished import STAGE_RECORD
 from raychain.training.task import ChainTask, StageTask
 
-Record = dict[str, Any]
 Say = Callable[[str], None]
 
 
@@ -31,7 +31,7 @@ class Found(NamedTuple):
 
     folder: Folder
     name: str
-    record: Record
+    record: StageRecord
     began: float
     """When its training began at the latest, seconds since 1970."""
 
@@ -53,7 +53,7 @@ def take_over(task: ChainTask, out: Folder, store: StageStore | None, say: Say) 
         elif why := _refused(stage, found.began, out, store):
             say(f"{_named(stage)} is trained again: {why}")
         else:
-            out.write_json(f"{name}/{STAGE_RECORD}", _renamed(task, stage, found))
+            records.write(out, f"{name}/{STAGE_RECORD}", _renamed(task, stage, found))
             say(f"{_named(stage)} was trained by an earlier version: taken over as {stage.key[:8]}")
 
 
@@ -80,10 +80,9 @@ def finished(task: ChainTask, out: Folder) -> list[bool]:
     """Whether the run folder has each stage, taken over or to be taken over; nothing is changed."""
     have: list[bool] = []
     for stage in task.stages:
-        record = _read(out, f"stages/{stage.folder}/{STAGE_RECORD}")
         found = _in_run(stage, out, None)
         former = found is not None and not _touched(stage, found.began) and (not have or have[-1])
-        have.append(record.get("key") == stage.key or former)
+        have.append(_key(out, f"stages/{stage.folder}") == stage.key or former)
     return have
 
 
@@ -92,9 +91,9 @@ def _refused(stage: StageTask, began: float, out: Folder | None, store: StageSto
     if why := _touched(stage, began):
         return why
     if before := stage.former.before:
-        records = [_read(out, f"stages/{before.folder}/{STAGE_RECORD}")] if out else []
-        records += [_read(store.storage, f"{STORE}/{before.key}/{STAGE_RECORD}")] if store else []
-        if not any(r.get("key") == before.key and r.get("former") == before.former for r in records):
+        found = [_read(out, f"stages/{before.folder}")] if out else []
+        found += [_read(store.storage, f"{STORE}/{before.key}")] if store else []
+        if not any(r and r.key == before.key and r.former == before.former for r in found):
             return "the stage before it is another or not there"
     return ""
 
@@ -110,11 +109,15 @@ def _touched(stage: StageTask, began: float) -> str:
 
 def _in_run(stage: StageTask, out: Folder, store: StageStore | None) -> Found | None:
     name = f"stages/{stage.folder}"
-    record = _read(out, f"{name}/{STAGE_RECORD}")
-    if record.get("key") != stage.former.key:
+    record = _read(out, name)
+    if record is None or record.key != stage.former.key:
         return None
     shared = _in_store(stage, store) if store else None
-    times = [_logged(out, stage.index), _written(out, name) - _wall(record), shared.began if shared else math.inf]
+    times = [
+        _logged(out, stage.index),
+        _written(out, name) - (record.wall_s or 0),
+        shared.began if shared else math.inf,
+    ]
     return Found(out, name, record, min(times))
 
 
@@ -122,15 +125,17 @@ def _in_store(stage: StageTask, store: StageStore) -> Found | None:
     if not store.has(stage.former.key):
         return None
     name = f"{STORE}/{stage.former.key}"
-    record = _read(store.storage, f"{name}/{STAGE_RECORD}")
-    return Found(store.storage, name, record, _written(store.storage, name) - _wall(record))
+    record = _read(store.storage, name)
+    if record is None:
+        return None
+    return Found(store.storage, name, record, _written(store.storage, name) - (record.wall_s or 0))
 
 
-def _renamed(task: ChainTask, stage: StageTask, found: Found) -> Record:
+def _renamed(task: ChainTask, stage: StageTask, found: Found) -> StageRecord:
     """The record under today's key. Metrics count where the held-out data was not touched either."""
-    record = found.record | {"key": stage.key, "former": stage.former.key}
-    measured = task.suite.taken_over(record, found.began)
-    return record | {"evaluation": measured} if measured else record
+    measured = task.suite.taken_over(found.record, found.began) or found.record.evaluation
+    changes = {"key": stage.key, "former": stage.former.key, "evaluation": measured}
+    return found.record.model_copy(update=changes)
 
 
 def _take_over_checkpoints(stage: StageTask, out: Folder, store: StageStore | None) -> None:
@@ -139,21 +144,25 @@ def _take_over_checkpoints(stage: StageTask, out: Folder, store: StageStore | No
     for step in out.list(folder):
         name = f"{folder}/{step}/{MARKER}"
         state = records.read(out, name, records.CheckpointRecord, quiet=True)
-        if not step.isdigit() or state is None or state["key"] != stage.former.begun:
+        if not step.isdigit() or state is None or state.key != stage.former.begun:
             continue
         if stage.changes and int(step) > stage.changes[0].step:  # it has gone on with the rate of before
             continue
-        began = min(_logged(out, stage.index), _written(out, f"{folder}/{step}") - _wall(state.get("counters") or {}))
+        began = min(
+            _logged(out, stage.index),
+            _written(out, f"{folder}/{step}") - (state.counters.wall_s if state.counters else 0),
+        )
         if not _refused(stage, began, out, store):
-            out.write_json(name, state | {"key": stage.key_at(int(step)), "former": stage.former.begun})
+            state.key, state.former = stage.key_at(int(step)), stage.former.begun
+            records.write(out, name, state)
 
 
 def _logged(out: Folder, index: int) -> float:
     """When the run folder's stage logged its first step; infinite where it tells nothing. A copy tells it too."""
     for line in (records.content(out, METRICS) or b"").splitlines():
         found = records.parse(line, records.StepRecord)
-        if found and found["stage"] == index:
-            return float(found["time"])
+        if found and found.stage == index:
+            return found.time
     return math.inf
 
 
@@ -164,17 +173,13 @@ def _written(folder: Folder, name: str) -> float:
     return min((time.timestamp() for time in times if isinstance(time, datetime)), default=-math.inf)
 
 
-def _wall(record: Record) -> float:
-    """Seconds of training that a record tells of."""
-    return float(record.get("wall_s") or 0)
+def _key(folder: Folder, name: str) -> str | None:
+    record = _read(folder, name)
+    return record.key if record else None
 
 
-def _key(folder: Folder, name: str) -> Any:
-    return _read(folder, f"{name}/{STAGE_RECORD}").get("key")
-
-
-def _read(folder: Folder, name: str) -> Record:
-    return records.read(folder, name, records.StageRecord, quiet=True) or {}
+def _read(folder: Folder, name: str) -> StageRecord | None:
+    return records.read(folder, f"{name}/{STAGE_RECORD}", StageRecord, quiet=True)
 
 
 def _named(stage: StageTask) -> str:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
+from raychain.core.json import Json
+from raychain.records import ChainedRecord, Metrics, StageEntry
 from raychain.searching.tree import StageTree
 from raychain.training.task import ChainTask, StageTask
 
-Record = dict[str, Any]
 Kind = Literal["planned", "sampled", "control", "equal-macs", "full"]
 
 
@@ -40,13 +41,13 @@ class Trial:
 
     number: int
     kind: Kind
-    params: dict[str, Any]
+    params: Json
     """The sampler's choices; for other kinds, what tells it from the others."""
     task: ChainTask
     status: Literal["running", "succeeded", "failed", "stopped"] = "running"
     reason: str | None = None
     """Why it failed or was stopped before its end."""
-    metrics: dict[str, float] = field(default_factory=dict)
+    metrics: Metrics = field(default_factory=dict)
     reached: int | None = None
     """How many nodes of its path were there when it was stopped."""
 
@@ -73,9 +74,9 @@ class Trial:
         return sum(stage.macs for stage in self.task.stages)
 
     @property
-    def chain(self) -> list[dict[str, Any]]:
+    def chain(self) -> list[ChainedRecord]:
         """Models and epochs."""
-        return [{"model": stage.model, "epochs": stage.epochs} for stage in self.task.stages]
+        return [ChainedRecord(model=stage.model, epochs=stage.epochs) for stage in self.task.stages]
 
 
 @dataclass(eq=False)
@@ -96,7 +97,7 @@ class StageDone(NamedTuple):
 
     job: Job
     key: str
-    record: Record
+    record: StageEntry
 
 
 class Measured(NamedTuple):
@@ -105,7 +106,7 @@ class Measured(NamedTuple):
     job: Job
     place: int
     step: int
-    metrics: dict[str, float]
+    metrics: Metrics
 
 
 class JobEnded(NamedTuple):
@@ -146,9 +147,9 @@ class Campaign:
         runner: Runner,
         slots: int,
         *,
-        known: Callable[[Step], Record | None],
+        known: Callable[[Step], StageEntry | None],
         begun: Callable[[Job], None] = lambda _: None,
-        finished: Callable[[str, Record, Job | None], None] = lambda *_: None,
+        finished: Callable[[str, StageEntry, Job | None], None] = lambda *_: None,
         measured: Callable[[Measured], None] = lambda _: None,
         ended: Callable[[Trial], None] = lambda _: None,
         idle: Callable[[], None] = lambda: None,
@@ -158,7 +159,7 @@ class Campaign:
         self.finished, self.measured, self.ended = finished, measured, ended
         self.tree = StageTree()
         self.trials: dict[int, Trial] = {}
-        self.records: dict[str, Record] = {}
+        self.records: dict[str, StageEntry] = {}
         self.running: list[Job] = []
         self.cut: list[Job] = []
         """Jobs that were stopped."""
@@ -251,7 +252,7 @@ class Campaign:
         for number in self.tree.failed(left[0]):
             self._end(number, False, notice.error or "its worker group ended without a result")
 
-    def _done(self, key: str, record: Record, job: Job | None) -> None:
+    def _done(self, key: str, record: StageEntry, job: Job | None) -> None:
         ended = self.tree.done(key)
         if key not in self.records:
             self.records[key] = record
@@ -264,7 +265,7 @@ class Campaign:
         trial.status = "succeeded" if succeeded else "failed"
         trial.reason = None if succeeded else reason
         if succeeded:
-            trial.metrics = dict(self.records[trial.keys[-1]].get("metrics") or {})
+            trial.metrics = dict(self.records[trial.keys[-1]].metrics or {})
         self.ended(trial)
 
 

@@ -11,13 +11,13 @@ from typing import Any
 from raychain import records
 from raychain.config.experiment import Experiment
 from raychain.config.loading import validate
+from raychain.core.json import Json
 from raychain.errors import InputError
 from raychain.models.registry import own_configs
+from raychain.records import SearchRecord
 from raychain.searching.request import Plan, judged_by
 from raychain.training.task import ChainTask
 
-SCHEMA = 2
-"""Version of search.json. Searches of schema 1 go on where their settings are these and their data is untouched."""
 RESULT = "search.json"
 USUAL_METRIC = "zero_shot_top1"
 """What searches were about before a metric was named, and so no part of their identity."""
@@ -34,7 +34,7 @@ def identity(plan: Plan) -> str:
     experiment, space = plan.experiment, plan.space
     tasks = [plan.base] + ([plan.full] if plan.full else [])
     content = {
-        "schema": SCHEMA,
+        "schema": SearchRecord.SCHEMA,
         "stages": [stage.key for task in tasks for stage in task.stages],
         "evaluation": [task.suite.digest for task in tasks],
         "every": str(experiment.evaluate.every) if plan.search.asha else None,  # when chains are judged
@@ -54,28 +54,28 @@ def identity(plan: Plan) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def earlier(plan: Plan, tasks: Tasks) -> dict[str, Any]:
-    """The search.json of an earlier call, empty without one; `tasks` gives the task of a trial's kind and choices.
+def earlier(plan: Plan, tasks: Tasks) -> SearchRecord | None:
+    """The search.json of an earlier call, None without one; `tasks` gives the task of a trial's kind and choices.
 
     Raises InputError for a search of other settings or data.
     """
-    found = records.take(plan.out, RESULT, records.SearchRecord)
-    if not found or found["identity"] == identity(plan):
-        return found or {}
-    if found.get("schema") == 1 and _same_settings(plan, found) and not _touched(plan):
+    found = records.take(plan.out, RESULT, SearchRecord)
+    if found is None or found.identity == identity(plan):
+        return found
+    if found.version == 1 and _same_settings(plan, found) and not _touched(plan):
         return _renamed(found, tasks)
     raise InputError("--out", plan.out.address, "a folder of this search, or a new one",
                      "it holds a search of other settings or other data: give another --out")  # fmt: skip
 
 
-def _same_settings(plan: Plan, found: dict[str, Any]) -> bool:
+def _same_settings(plan: Plan, found: SearchRecord) -> bool:
     try:
-        return _settings(validate(found["config"])) == _settings(plan.experiment)
+        return _settings(validate(found.config or {})) == _settings(plan.experiment)
     except (InputError, KeyError, TypeError, ValueError):
         return False
 
 
-def _settings(experiment: Experiment) -> dict[str, Any]:
+def _settings(experiment: Experiment) -> Json:
     """What schema 1 took for a search's settings; what a machine decided then is as it was decided."""
     precision = experiment.train.precision or ("bf16" if experiment.compute.gpus_per_worker else "fp32")
     left_out = {"compute", "preload", "track", "checkpoint", "storage", "name"}
@@ -94,17 +94,16 @@ def _touched(plan: Plan) -> bool:
     return not isinstance(written, datetime) or changed > written.timestamp()
 
 
-def _renamed(found: dict[str, Any], tasks: Tasks) -> dict[str, Any]:
+def _renamed(found: SearchRecord, tasks: Tasks) -> SearchRecord:
     """The result with today's keys of all its stages, wherever they stand in it."""
-    text = json.dumps(found)
+    text = json.dumps(found.content())
     for former, key in _keys(found, tasks):
         text = text.replace(former, key)
-    result: dict[str, Any] = json.loads(text)
-    return result
+    return SearchRecord.of(json.loads(text))
 
 
-def _keys(found: dict[str, Any], tasks: Tasks) -> Iterator[tuple[str, str]]:
-    for entry in found.get("trials") or ():
-        task = tasks(entry["kind"], entry["params"])
+def _keys(found: SearchRecord, tasks: Tasks) -> Iterator[tuple[str, str]]:
+    for entry in found.trials or ():
+        task = tasks(entry.kind, entry.params)
         for stage in task.stages if task else ():
             yield stage.former.key, stage.key

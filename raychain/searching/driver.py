@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator
-from typing import Any
 
 import yaml
 
@@ -19,14 +18,23 @@ from raychain.errors import InputError, Interrupted, RunFailed, without_secrets
 from raychain.evaluators.metrics import Definition, written_down
 from raychain.lease import LEASE, Lease, patience
 from raychain.pages.writing import leave_report
+from raychain.records import (
+    BaselineRecord,
+    CheckRecord,
+    ProxyRecord,
+    SearchRecord,
+    StageEntry,
+    StageRecord,
+    TrialRecord,
+)
 from raychain.reporting.search_progress import SearchProgress
 from raychain.runs.driver import failing, stop_signals
 from raychain.runs.resolve import replan
 from raychain.runs.store import STORE, StageStore
 from raychain.runs.takeover import take_over_in_store
 from raychain.schema.durations import Duration
-from raychain.searching.campaign import Campaign, Job, Kind, Measured, Record, Step, Trial, ratio
-from raychain.searching.continuing import RESULT, SCHEMA, earlier, identity
+from raychain.searching.campaign import Campaign, Job, Kind, Measured, Step, Trial, ratio
+from raychain.searching.continuing import RESULT, earlier, identity
 from raychain.searching.halving import Halving, Point, Verdict
 from raychain.searching.outcome import best_chain, comparisons, pareto, rank_correlation, score, scored
 from raychain.searching.request import Plan
@@ -46,8 +54,8 @@ TRIES = 50
 """Choices that are asked of a sampler for one new affordable chain, before the space is walked through."""
 
 
-def run_search(plan: Plan, *, address: str | None = None, verbose: bool = False) -> dict[str, Any]:
-    """Searches, or goes on with a search of the same settings in the same folder; returns the content of search.json.
+def run_search(plan: Plan, *, address: str | None = None, verbose: bool = False) -> SearchRecord:
+    """Searches, or goes on with a search of the same settings in the same folder; returns search.json.
 
     Raises RunFailed where no chain could be trained, Interrupted after a signal; what was trained is kept.
     """
@@ -74,10 +82,9 @@ class Searcher:
         self.store = StageStore(Folder(plan.store))
         self.identity = identity(plan)
         self.before = earlier(plan, self._possible)
-        self.trained: set[str] = set(self.before.get("trained") or ())
-        self.earlier: dict[str, int] = {
-            key: int(number) for number, keys in (self.before.get("begun") or {}).items() for key in keys
-        }
+        begun = (self.before and self.before.begun) or {}
+        self.trained: set[str] = set((self.before and self.before.trained) or ())
+        self.earlier: dict[str, int] = {key: int(number) for number, keys in begun.items() for key in keys}
         self.halving = self._halving()
         self.seeds: Iterator[Params] = iter(())
         self.seen: dict[str, Trial] = {}
@@ -85,11 +92,11 @@ class Searcher:
         self.walk: Iterator[Params] | None = None
         self.campaign: Campaign
         self.unsaved = False
-        self._entries: dict[int, dict[str, Any]] = {}
+        self._entries: dict[int, TrialRecord] = {}
 
-    def run(self, slots: int, *, verbose: bool) -> dict[str, Any]:
+    def run(self, slots: int, *, verbose: bool) -> SearchRecord:
         """All phases: chosen chains with the controls, models alone at the best chain's MACs, the proxy's check."""
-        runner = RayRunner(self.progress.event, verbose=verbose)
+        runner = RayRunner(self.progress.of, verbose=verbose)
         self.campaign = campaign = Campaign(
             runner,
             slots,
@@ -140,28 +147,28 @@ class Searcher:
     def _restore(self) -> None:
         """The trials of an earlier call, those first that were under way."""
         self.progress.quiet = True
-        entries = sorted(self.before.get("trials") or (), key=lambda entry: entry["number"])
-        begun = set(map(int, self.before.get("begun") or {}))
+        entries = sorted((self.before and self.before.trials) or (), key=lambda entry: entry.number)
+        begun = set(map(int, (self.before and self.before.begun) or {}))
         for entry in entries:
             trial = self._restored(entry)
             if trial is None:
-                records.warn(f"{RESULT}: trial {entry['number']} is none of this search, and left out")
+                records.warn(f"{RESULT}: trial {entry.number} is none of this search, and left out")
                 continue
             self.sampled += trial.kind in ("planned", "sampled")
             self.seen.setdefault(self._name(trial), trial)
-            if entry["status"] == "stopped":
-                trial.status, trial.reason, trial.reached = "stopped", entry.get("reason"), entry.get("reached")
+            if entry.status == "stopped":
+                trial.status, trial.reason, trial.reached = "stopped", entry.reason, entry.reached
                 self.campaign.trials[trial.number] = trial
                 self._ended(trial)
             else:
-                self.campaign.resume(trial) if entry["number"] in begun else self.campaign.add(trial)
+                self.campaign.resume(trial) if entry.number in begun else self.campaign.add(trial)
         self.progress.quiet = False
         if entries:
             self.progress.continued(len(entries) - self.campaign.waiting(), self.campaign.waiting())
 
-    def _restored(self, entry: dict[str, Any]) -> Trial | None:
+    def _restored(self, entry: TrialRecord) -> Trial | None:
         """A trial of an earlier call; None where its choices are not of this search."""
-        kind, params, number = entry["kind"], entry["params"], entry["number"]
+        kind, params, number = entry.kind, entry.params, entry.number
         if number in self.campaign.trials:
             return None
         try:
@@ -329,20 +336,21 @@ class Searcher:
             raise InputError("search.asha.grace", str(asha.grace), f"fewer than the baseline's {macs(whole)} MACs",
                              'or no chain is ever judged: "10 %" is the default')  # fmt: skip
         halving = Halving(grace, asha.reduction_factor, self.plan.metric.best)
-        if before := self.before.get("asha"):
-            halving.restore(before)
+        if self.before and self.before.asha:
+            halving.restore(self.before.asha)
         return halving
 
-    def _known(self, step: Step) -> Record | None:
+    def _known(self, step: Step) -> StageEntry | None:
         """The record of a stage, or of a part of a trunk, that the storage has already; None where the stage is to be
         trained, or measured."""
         if not step.whole:
-            return trunk_states(self.plan.store, step.stage.trunk).marker(int(step.key.partition("@")[2]))
+            state = trunk_states(self.plan.store, step.stage.trunk).marker(int(step.key.partition("@")[2]))
+            return StageEntry(key=step.key) if state else None
         if not self.store.has(step.key):
             take_over_in_store(self.plan.base, step.stage, self.store, self.progress.say)
         if not self.store.has(step.key):
             return None
-        record = records.read(self.store.storage, f"{STORE}/{step.key}/{STAGE_RECORD}", records.StageRecord)
+        record = records.read(self.store.storage, f"{STORE}/{step.key}/{STAGE_RECORD}", StageRecord)
         suite = self.plan.base.suite
         return suite.shown(record) if record is not None and not suite.missing(record) else None
 
@@ -354,9 +362,9 @@ class Searcher:
         self.unsaved = True
         self.progress.begin(job)
 
-    def _finished(self, key: str, record: Record, job: Job | None) -> None:
+    def _finished(self, key: str, record: StageEntry, job: Job | None) -> None:
         """A stage is there: trained by this search, now or before it was interrupted, or by somebody else."""
-        if (job and record.get("status") == "trained") or (job is None and key in self.earlier):
+        if (job and record.status == "trained") or (job is None and key in self.earlier):
             self.trained.add(key)
         chains = [trial for trial in self._chains() if key in trial.keys[:-1]]
         if chains and (verdict := self._judge(chains[0], chains[0].keys.index(key))):
@@ -384,7 +392,7 @@ class Searcher:
     def _judge(self, trial: Trial, place: int) -> Verdict | None:
         """The verdict on chains that begin with the finished stages up to `place` of the trial's."""
         keys = trial.keys[: place + 1]
-        value = self.plan.metric.value(self.campaign.records[keys[-1]].get("metrics") or {})
+        value = self.plan.metric.value(self.campaign.records[keys[-1]].metrics or {})
         if self.halving is None or value is None:
             return None
         return self.halving.judge(keys, Point(sum(s.macs for s in trial.task.stages[: place + 1]), value))
@@ -405,8 +413,8 @@ class Searcher:
         )
 
     def _ended(self, trial: Trial) -> None:
-        record = self.campaign.records.get(trial.keys[-1], {})
-        if trial.status == "succeeded" and not trial.task.measured(record):
+        record = self.campaign.records.get(trial.keys[-1])
+        if trial.status == "succeeded" and not (record and trial.task.measured(record)):
             trial.status, trial.metrics = "failed", {}
             trial.reason = "its last stage was measured on other data before: give another --out or storage"
         elif trial.status == "succeeded" and score(trial, self.plan.metric) is None:
@@ -419,15 +427,15 @@ class Searcher:
     def _save(self) -> None:
         """search.json as it stands, if anything has changed; compact, as it is written often."""
         if self.unsaved:
-            self.plan.out.write(RESULT, without_secrets(json.dumps(self._result("running"))).encode())
+            self.plan.out.write(RESULT, json.dumps(self._result("running").content()).encode())
             self.unsaved = False
 
-    def _write(self, status: str) -> dict[str, Any]:
+    def _write(self, status: str) -> SearchRecord:
         result = self._result(status)
-        self.plan.out.write_json(RESULT, result)
+        records.write(self.plan.out, RESULT, result)
         return result
 
-    def _result(self, status: str) -> dict[str, Any]:
+    def _result(self, status: str) -> SearchRecord:
         trials, metric = sorted(self.campaign.trials.values(), key=lambda t: t.number), self.plan.metric
         own = [trial for trial in trials if trial.kind != "full"]
         best = best_chain(trials, metric)
@@ -436,56 +444,57 @@ class Searcher:
         baseline = next((t for t in own if t.kind == "control" and t.params == {
             CHAIN: self.space.baseline.model, "length": str(self.space.baseline.epochs)}), None)  # fmt: skip
         begun = {job.trial.number: job.keys for job in (*self.campaign.running, *self.campaign.cut)}
-        return {
-            "schema": SCHEMA,
-            "name": self.plan.experiment.name,
-            "status": status,
-            "identity": self.identity,
-            "metric": metric.recorded,
-            "metrics": written_down(self.plan.base.suite.definitions),
-            "config": self.plan.experiment.model_dump(mode="json"),
-            "space_size": self.space.size,
-            "trials": [self._entry(trial) for trial in trials],
-            "pareto": [self._entry(trial) for trial in pareto(own, metric)],
-            "best": self._entry(best) if best else None,
-            "baseline": {
-                "model": self.space.baseline.model,
-                "epochs": baseline.chain[0]["epochs"] if baseline else str(self.space.baseline.epochs),
-                "macs": baseline.macs if baseline else self.space.baseline_macs,
-                "metrics": baseline.metrics if baseline else {},
-            },
-            "comparisons": comparisons(own, best, metric) if best else [],
-            "stage_epochs_requested": requested,
-            "stage_epochs_trained": trained,
-            "stage_epochs_of_chains": dict(zip(("requested", "trained"), of_chains, strict=True)),
-            "proxy": self._proxy(trials, metric),
-            "asha": self.halving.state() if self.halving else None,
-            "trained": sorted(self.trained),
-            "begun": {str(number): keys for number, keys in begun.items()},
-        }
+        return SearchRecord(
+            name=self.plan.experiment.name,
+            status=status,
+            identity=self.identity,
+            metric=metric.recorded,
+            metrics=written_down(self.plan.base.suite.definitions),
+            config=self.plan.experiment.model_dump(mode="json"),
+            space_size=self.space.size,
+            trials=[self._entry(trial) for trial in trials],
+            pareto=[self._entry(trial) for trial in pareto(own, metric)],
+            best=self._entry(best) if best else None,
+            baseline=BaselineRecord(
+                model=self.space.baseline.model,
+                epochs=baseline.chain[0].epochs if baseline else str(self.space.baseline.epochs),
+                macs=baseline.macs if baseline else self.space.baseline_macs,
+                metrics=baseline.metrics if baseline else {},
+            ),
+            comparisons=comparisons(own, best, metric) if best else [],
+            stage_epochs_requested=requested,
+            stage_epochs_trained=trained,
+            stage_epochs_of_chains=dict(zip(("requested", "trained"), of_chains, strict=True)),
+            proxy=self._proxy(trials, metric),
+            asha=self.halving.state() if self.halving else None,
+            trained=sorted(self.trained),
+            begun={str(number): keys for number, keys in begun.items()},
+        )
 
-    def _entry(self, trial: Trial) -> dict[str, Any]:
+    def _entry(self, trial: Trial) -> TrialRecord:
         if trial.number in self._entries:
             return self._entries[trial.number]
         transfer = trial.task.experiment.transfer.model_dump(mode="json") if len(trial.chain) > 1 else None
-        entry = {
-            "number": trial.number,
-            "kind": trial.kind,
-            "chain": trial.chain,
-            "transfer": transfer,
-            "macs": trial.macs,
-            "metrics": trial.metrics,
-            "status": trial.status,
-            **({"reason": trial.reason} if trial.reason else {}),
-            **({"reached": trial.reached} if trial.status == "stopped" else {}),
-            "params": trial.params,
-            "keys": trial.keys,
-        }
+        entry = TrialRecord(
+            number=trial.number,
+            kind=trial.kind,
+            chain=trial.chain,
+            transfer=transfer,
+            macs=trial.macs,
+            metrics=trial.metrics,
+            status=trial.status,
+            params=trial.params,
+            keys=trial.keys,
+        )
+        if trial.reason:
+            entry.reason = trial.reason
+        if trial.status == "stopped":
+            entry.reached = trial.reached
         if trial.status != "running":
             self._entries[trial.number] = entry
         return entry
 
-    def _proxy(self, trials: list[Trial], metric: Definition) -> dict[str, Any] | None:
+    def _proxy(self, trials: list[Trial], metric: Definition) -> ProxyRecord | None:
         if self.plan.search.proxy is None:
             return None
         pairs = []
@@ -493,12 +502,11 @@ class Searcher:
             cheap = next(t for t in trials if t.kind in ("planned", "sampled") and t.params == full.params)
             small, large = score(cheap, metric), score(full, metric)
             if small is not None and large is not None:
-                pairs.append({"trial": cheap.number, "full_trial": full.number, "proxy": small, "full": large})
-        return {
-            **self.plan.search.proxy.model_dump(mode="json"),
-            "checked": pairs,
-            "rank_correlation": rank_correlation([(float(pair["proxy"]), float(pair["full"])) for pair in pairs]),
-        }
+                pairs.append(CheckRecord(trial=cheap.number, full_trial=full.number, proxy=small, full=large))
+        found = ProxyRecord.of(self.plan.search.proxy.model_dump(mode="json"))
+        found.checked = pairs
+        found.rank_correlation = rank_correlation([(pair.proxy, pair.full) for pair in pairs])
+        return found
 
     def _write_best(self, best: Trial) -> None:
         experiment = self._experiment(best.params)

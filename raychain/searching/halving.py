@@ -7,12 +7,13 @@ metric there is among the best of those that have passed it before. Chains that 
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from raychain.evaluators.metrics import Direction
+from raychain.records import HalvingRecord, PassedRecord, VerdictRecord
 
 
 class Point(NamedTuple):
@@ -74,18 +75,20 @@ class Halving:
         """The verdict on a chain that begins with these stages, if there is one."""
         return next((self.behind[key] for key in keys if key in self.behind), None)
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> HalvingRecord:
         """What is known, for `restore`."""
-        return {
-            "passed": [{"rung": rung, "macs": self.grace * self.factor**rung, "values": values}
-                       for rung, values in sorted(self.passed.items())],
-            "behind": {key: verdict._asdict() for key, verdict in self.behind.items()},
-        }  # fmt: skip
+        return HalvingRecord(
+            passed=[
+                PassedRecord(rung=rung, macs=self.grace * self.factor**rung, values=dict(values))
+                for rung, values in sorted(self.passed.items())
+            ],
+            behind={key: VerdictRecord(**verdict._asdict()) for key, verdict in self.behind.items()},
+        )
 
-    def restore(self, state: Mapping[str, Any]) -> None:
+    def restore(self, state: HalvingRecord) -> None:
         """Goes on from an earlier `state`."""
-        self.passed = {entry["rung"]: dict(entry["values"]) for entry in state["passed"]}
-        self.behind = {key: Verdict(**verdict) for key, verdict in state["behind"].items()}
+        self.passed = {entry.rung: dict(entry.values) for entry in state.passed}
+        self.behind = {key: Verdict(**verdict.content()) for key, verdict in state.behind.items()}
 
     def _rungs(self, above: float, up_to: float) -> Iterator[tuple[int, float]]:
         rung, macs = 0, self.grace

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from raychain.evaluators.metrics import Definition
+from raychain.records import ComparedRecord, ComparisonRecord
 from raychain.searching.campaign import Trial
 
 
@@ -33,25 +33,23 @@ def best_chain(trials: Iterable[Trial], metric: Definition) -> Trial | None:
     return next(iter(scored((t for t in trials if t.kind in ("planned", "sampled")), metric)), None)
 
 
-def comparisons(trials: Sequence[Trial], best: Trial, metric: Definition) -> list[dict[str, Any]]:
+def comparisons(trials: Sequence[Trial], best: Trial, metric: Definition) -> list[ComparisonRecord]:
     """The best chain against every model alone: what it reached with at most the chain's MACs, and at most at all.
 
     `at_equal_macs` is the control of that kind where there is one, else the best that cost no more.
     """
     found = []
     own = score(best, metric)
-    for model in dict.fromkeys(t.chain[0]["model"] for t in trials if t.kind in ("control", "equal-macs")):
-        alone = [t for t in scored(trials, metric) if len(t.chain) == 1 and t.chain[0]["model"] == model]
+    for model in dict.fromkeys(t.chain[0].model for t in trials if t.kind in ("control", "equal-macs")):
+        alone = [t for t in scored(trials, metric) if len(t.chain) == 1 and t.chain[0].model == model]
         if not alone:
             continue
         limit = best.macs * 1.01  # equal MACs are whole steps
         equal = next((t for t in alone if t.macs <= limit), None)
         found.append(
-            {
-                "model": model,
-                "at_equal_macs": _brief(equal, metric, own),
-                "at_most": _brief(alone[0], metric, own),
-            }
+            ComparisonRecord(
+                model=model, at_equal_macs=_brief(equal, metric, own), at_most=_brief(alone[0], metric, own)
+            )
         )
     return found
 
@@ -72,17 +70,19 @@ def _ranks(values: Sequence[float]) -> list[float]:
     return [ordered.index(value) + 1 + (ordered.count(value) - 1) / 2 for value in values]
 
 
-def _brief(trial: Trial | None, metric: Definition, best: float | None) -> dict[str, Any] | None:
+def _brief(trial: Trial | None, metric: Definition, best: float | None) -> ComparedRecord | None:
     value = score(trial, metric) if trial else None
     if trial is None or value is None or best is None:
         return None
-    return {
-        "trial": trial.number,
-        "epochs": trial.chain[0]["epochs"],
-        "macs": trial.macs,
-        metric.recorded: value,
-        "chain_is_ahead_by": round(metric.rank(best) - metric.rank(value), 4),
-    }
+    return ComparedRecord.of(
+        {
+            "trial": trial.number,
+            "epochs": trial.chain[0].epochs,
+            "macs": trial.macs,
+            metric.recorded: value,
+            "chain_is_ahead_by": round(metric.rank(best) - metric.rank(value), 4),
+        }
+    )
 
 
 def _ranked(trials: Iterable[Trial], metric: Definition) -> list[tuple[float, Trial]]:

@@ -8,17 +8,35 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from raychain.errors import InputError, Interrupted, RunFailed
-from raychain.reporting.events import Event
+from raychain.events import Evaluated, Listener, Listeners, Shared, TrunkShared
+from raychain.records import StageEntry
 from raychain.runs.driver import Watch, run_chain
 from raychain.searching.campaign import Job, JobEnded, Measured, Notice, StageDone, trunk_key
 
-ShowEvent = Callable[[Job, Event], None]
+
+class _Notices(Listener):
+    """Turns what happens in a job into notices for who judges the trials."""
+
+    def __init__(self, job: Job, notices: queue.Queue[Notice]) -> None:
+        self._job, self._notices = job, notices
+
+    def shared(self, event: Shared) -> None:
+        # and not before: it has to be there for the other worker groups, and its metrics for those who judge it
+        if self._job.trial.task.measured(event.record):
+            self._notices.put(StageDone(self._job, event.record.key, event.record))
+
+    def trunk_shared(self, event: TrunkShared) -> None:
+        key = trunk_key(event.trunk, event.step)
+        self._notices.put(StageDone(self._job, key, StageEntry(key=key, status="trained")))
+
+    def evaluated(self, event: Evaluated) -> None:
+        self._notices.put(Measured(self._job, event.stage, event.step, dict(event.metrics)))
 
 
 class RayRunner:
-    """Runs jobs on the Ray cluster this process is connected to. `show` gets (job, event) of all of them."""
+    """Runs jobs on the Ray cluster this process is connected to. `show` gives what shows a job's events."""
 
-    def __init__(self, show: ShowEvent, *, verbose: bool = False) -> None:
+    def __init__(self, show: Callable[[Job], Listener], *, verbose: bool = False) -> None:
         self._show, self._verbose = show, verbose
         self._notices: queue.Queue[Notice] = queue.Queue()
         self._stops: dict[Job, threading.Event] = {}
@@ -49,22 +67,12 @@ class RayRunner:
             stop.set()
 
     def _work(self, job: Job) -> None:
-        def handle(found: Event) -> None:
-            # and not before: it has to be there for the other worker groups, and its metrics for those who judge it
-            if found["event"] == "shared" and job.trial.task.measured(found["record"]):
-                self._notices.put(StageDone(job, found["record"]["key"], found["record"]))
-            elif found["event"] == "trunk":
-                key = trunk_key(found["trunk"], found["step"])
-                self._notices.put(StageDone(job, key, {"key": key, "status": "trained"}))
-            elif found["event"] == "evaluation":
-                self._notices.put(Measured(job, found["stage"], found["step"], dict(found["metrics"])))
-            self._show(job, found)
-
+        watch = Watch(Listeners([_Notices(job, self._notices), self._show(job)]), self._stops[job])
         ended = JobEnded(job)
         try:
-            run = run_chain(job.trial.task, verbose=self._verbose, watch=Watch(handle, self._stops[job]))
-            for record in run["stages"]:  # another driver may have trained some
-                self._notices.put(StageDone(job, record["key"], record))
+            run = run_chain(job.trial.task, verbose=self._verbose, watch=watch)
+            for record in run.stages or ():  # another driver may have trained some
+                self._notices.put(StageDone(job, record.key, record))
         except Interrupted:
             ended = JobEnded(job, stopped=True)
         except (RunFailed, InputError) as error:

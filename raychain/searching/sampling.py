@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol
 
 import optuna
 
+from raychain.core.json import Json
 from raychain.evaluators.metrics import Direction
 from raychain.searching.space import CHAIN, Dimension, Params, Space
 
@@ -102,7 +103,7 @@ class Tpe:
         else:
             self._study.tell(trial, list(values) if self._pareto else values[0])
 
-    def _inner(self, params: Params) -> dict[str, Any]:
+    def _inner(self, params: Params) -> Json:
         dimensions = [self._space.chain_dimension, *self._space.dimensions(params[CHAIN])]
         return {d.name: d.choices.index(params[d.name]) if d.ordered else params[d.name] for d in dimensions}
 

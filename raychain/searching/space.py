@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from raychain.config.experiment import Baseline, Distill, Experiment, Stage
 from raychain.config.search import Proxy, Search
+from raychain.core.json import Json
 from raychain.errors import InputError
 from raychain.models import UnknownModelError, matching_models
 from raychain.paradigms import make_paradigm, model_size, usable_size
@@ -20,7 +21,7 @@ from raychain.runs.costing import proposals_for
 from raychain.runs.resolve import Others, epoch_samples
 from raychain.schema.durations import Duration
 
-Params = dict[str, Any]
+Params = Json
 """Choice by dimension: plain text and numbers."""
 ARROW = " → "
 MOST_CHAINS = 4096

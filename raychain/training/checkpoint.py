@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import errno
-import json
 import logging
 import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 import xxhash
@@ -20,7 +19,8 @@ from safetensors.torch import load_file, save_file
 
 from raychain import records
 from raychain.core.storage import Folder
-from raychain.training.state import Snapshot, TrainState, all_finite
+from raychain.records import CheckpointRecord, CountersRecord
+from raychain.training.state import Counters, Snapshot, TrainState, all_finite
 
 log = logging.getLogger("raychain.training")
 MARKER = "state.json"
@@ -82,19 +82,20 @@ class Checkpoints:
                 if found == self.key_at(int(name)) and self.marker(int(name)) is None:
                     self._move(f"{aside}/{name}", f"{self.name}/{name}")
 
-    def marker(self, step: int) -> dict[str, Any] | None:
+    def marker(self, step: int) -> CheckpointRecord | None:
         """What was noted of that step's state; None if there is none. Its files are not looked at."""
         state = self._marker(f"{self.name}/{step:010d}")
-        return state if state is not None and state["key"] == self.key_at(step) else None
+        return state if state is not None and state.key == self.key_at(step) else None
 
-    def _marker(self, folder: str) -> dict[str, Any] | None:
-        state, problem = records.examine(self.out, f"{folder}/{MARKER}", records.CheckpointRecord)
+    def _marker(self, folder: str) -> CheckpointRecord | None:
+        state, problem = records.examine(self.out, f"{folder}/{MARKER}", CheckpointRecord)
         if state is None and problem:  # `latest` tells of what is wrong with a field
             records.warn(f"{folder}/{MARKER} in {self.out.address} {problem}: the state is not used")
         return state
 
     def _key(self, folder: str) -> str:
-        return str((self._marker(folder) or {}).get("key", ""))
+        state = self._marker(folder)
+        return state.key if state else ""
 
     def save(self, state: TrainState, *, wait: bool = False) -> bool:
         """Saves the state; False, and nothing is saved, if it is not finite. While the one before is still being
@@ -127,8 +128,12 @@ class Checkpoints:
         """Restores the checkpoint of that step into `state`."""
         with tempfile.TemporaryDirectory(prefix="raychain-") as scratch:
             folder = self.out.fetch(f"{self.name}/{step:010d}", Path(scratch) / "checkpoint")
-            counters = json.loads((folder / MARKER).read_text())["counters"]
-            state.restore(load_file(folder / WEIGHTS), load_file(folder / OPTIMIZER), counters)
+            marker = records.parse((folder / MARKER).read_bytes(), CheckpointRecord)
+            assert marker is not None
+            assert marker.counters is not None, "`latest` passes such states over"
+            state.restore(
+                load_file(folder / WEIGHTS), load_file(folder / OPTIMIZER), Counters(**marker.counters.content())
+            )
 
     def clear(self) -> None:
         """Removes all checkpoints of the stage, which is finished, and what was moved aside for them."""
@@ -150,12 +155,12 @@ class Checkpoints:
         self.out.fs.create_dir(self.out.join(target.rpartition("/")[0]), recursive=True)
         self.out.move(source, target, MARKER)
 
-    def _damage(self, name: str, state: dict[str, Any]) -> str | None:
+    def _damage(self, name: str, state: CheckpointRecord) -> str | None:
         """What is wrong with a checkpoint's files, or None."""
-        files = state.get("files") or {}
+        files = state.files or {}
         if not {WEIGHTS, OPTIMIZER} <= files.keys():
             return f"{MARKER} does not list its files"
-        if (state.get("counters") or {}).get("step") != int(name.rpartition("/")[2]):
+        if state.counters is None or state.counters.step != int(name.rpartition("/")[2]):
             return f"{MARKER} is of another step"
         with tempfile.TemporaryDirectory(prefix="raychain-") as scratch:
             try:
@@ -172,7 +177,7 @@ class Checkpoints:
         return None
 
     def _write(self, snapshot: Snapshot) -> None:
-        step = snapshot.counters["step"]
+        step = snapshot.counters.step
         name = f"{self.name}/{step:010d}"
         with tempfile.TemporaryDirectory(prefix="raychain-") as scratch:
             folder = Path(scratch)
@@ -180,8 +185,10 @@ class Checkpoints:
                 save_file(snapshot.weights, folder / WEIGHTS)
                 save_file(snapshot.moments, folder / OPTIMIZER)
                 files = {file: _digest(folder / file) for file in (WEIGHTS, OPTIMIZER)}
-                marker = {"key": self.key_at(step), "counters": snapshot.counters, "files": files}
-                (folder / MARKER).write_text(json.dumps(marker))
+                marker = CheckpointRecord(
+                    key=self.key_at(step), counters=CountersRecord(**asdict(snapshot.counters)), files=files
+                )
+                (folder / MARKER).write_bytes(marker.document())
                 self.out.publish(folder, name, MARKER)
             except (OSError, SafetensorError) as error:
                 shutil.rmtree(folder, ignore_errors=True)

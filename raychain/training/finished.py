@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -17,6 +16,7 @@ from raychain.core.storage import Folder, patiently
 from raychain.evaluators.suite import Results
 from raychain.growth import Moments
 from raychain.paradigms.base import Config, Paradigm
+from raychain.records import ChangeRecord, OriginRecord, StageEntry, StageRecord
 from raychain.training.artifact import load_moments, write_artifact
 from raychain.training.state import Counters, TrainState, all_finite
 from raychain.training.task import ChainTask, StageTask
@@ -47,11 +47,11 @@ class FinishedStages:
     def __init__(self, task: ChainTask) -> None:
         self._task, self._out = task, Folder(task.out)
 
-    def record(self, stage: StageTask) -> dict[str, Any] | None:
+    def record(self, stage: StageTask) -> StageRecord | None:
         """The record of the stage; None if it is not finished."""
         name = f"stages/{stage.folder}/{STAGE_RECORD}"
-        record = records.read(self._out, name, records.StageRecord, quiet=True)
-        return record if record is not None and record["key"] == stage.key else None
+        record = records.read(self._out, name, StageRecord, quiet=True)
+        return record if record is not None and record.key == stage.key else None
 
     def load(self, stage: StageTask, device: torch.device) -> Trained:
         """A finished stage. Raises FloatingPointError if it is not finite, as versions before checked none."""
@@ -69,40 +69,39 @@ class FinishedStages:
             )
         return Trained(model.to(device), moments)
 
-    def publish(self, stage: StageTask, state: TrainState, moments: Moments) -> dict[str, Any]:
-        """Writes the stage's folder, and returns its record, which has no metrics yet. Raises OSError."""
+    def publish(self, stage: StageTask, state: TrainState, moments: Moments) -> StageEntry:
+        """Writes the stage's folder, and returns it as runs show it, without metrics yet. Raises OSError."""
         return self._write(stage, state.counters, Trained(state.model, moments), state.student.projector)
 
-    def give(self, stage: StageTask, found: Trained) -> dict[str, Any]:
+    def give(self, stage: StageTask, found: Trained) -> StageEntry:
         """The same of a checkpoint that is a stage, or that one starts from."""
         return self._write(stage, Counters(), found, None)
 
-    def _write(
-        self, stage: StageTask, counters: Counters, found: Trained, projector: nn.Module | None
-    ) -> dict[str, Any]:
+    def _write(self, stage: StageTask, counters: Counters, found: Trained, projector: nn.Module | None) -> StageEntry:
         transfer = self._task.experiment.transfer
         grown = stage.given is None and self._task.before(stage) is not None
-        record = {
-            "index": stage.index,
-            "model": stage.model,
-            "key": stage.key,
-            "status": "given" if stage.given else "trained",
-            "epochs": stage.epochs,
-            "steps": counters.step,
-            "samples_seen": counters.samples,
-            "params": stage.params,
-            "macs": stage.macs,
-            "wall_s": round(counters.wall_s, 3),
-            "gap_s": None if counters.gap_s is None else round(counters.gap_s, 3),
-            "data_wait_s": round(counters.data_wait_s, 3),
-            "lr": None if stage.given else stage.lr,
-            "changes": [{"step": change.step, "lr": change.lr} for change in stage.changes],
-            "transfer": transfer.model_dump(mode="json") if grown else None,
-            "checkpoint": f"stages/{stage.folder}",
-            **({"origin": stage.origin} if stage.origin else {}),
-            **self._task.suite.recorded({}),
-            "published": round(time.time(), 3),
-        }
+        trained = StageRecord(
+            index=stage.index,
+            model=stage.model,
+            key=stage.key,
+            status="given" if stage.given else "trained",
+            epochs=stage.epochs,
+            steps=counters.step,
+            samples_seen=counters.samples,
+            params=stage.params,
+            macs=stage.macs,
+            wall_s=round(counters.wall_s, 3),
+            gap_s=None if counters.gap_s is None else round(counters.gap_s, 3),
+            data_wait_s=round(counters.data_wait_s, 3),
+            lr=None if stage.given else stage.lr,
+            changes=[ChangeRecord(step=change.step, lr=change.lr) for change in stage.changes],
+            transfer=transfer.model_dump(mode="json") if grown else None,
+            checkpoint=f"stages/{stage.folder}",
+            published=round(time.time(), 3),
+        )
+        if stage.origin:
+            trained.origin = OriginRecord.of(stage.origin)
+        record = self._task.suite.recorded(trained, {})
         with tempfile.TemporaryDirectory(prefix="raychain-") as scratch:
             files = write_artifact(
                 Path(scratch),
@@ -113,18 +112,18 @@ class FinishedStages:
                 projector=projector,
                 moments=found.moments,
             )
-            (Path(scratch) / STAGE_RECORD).write_text(json.dumps({**record, "files": files}, indent=2) + "\n")
+            record.files = files
+            (Path(scratch) / STAGE_RECORD).write_bytes(record.document())
             name = f"stages/{stage.folder}"
             patiently(lambda: self._out.publish(Path(scratch), name, STAGE_RECORD), f"{self._out.address}/{name}")
-        return record
+        return self._task.suite.shown(record)
 
-    def add(self, stage: StageTask, results: Results) -> dict[str, Any] | None:
+    def add(self, stage: StageTask, results: Results) -> StageEntry | None:
         """Adds what was measured to the stage's record, and returns it as runs show it; None if it is not finished."""
         record, suite = self.record(stage), self._task.suite
         if record is None:
             return None
         name = f"stages/{stage.folder}/{STAGE_RECORD}"
-        content = record | suite.recorded(suite.results(record) | results)
-        patiently(lambda: self._out.write_json(name, content), f"{self._out.address}/{name}")
-        shown = {key: value for key, value in suite.shown(content).items() if key != "files"}
-        return shown | {"status": stage.status}
+        complete = suite.recorded(record, suite.results(record) | results)
+        patiently(lambda: records.write(self._out, name, complete), f"{self._out.address}/{name}")
+        return suite.shown(complete, status=stage.status)

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import nn
@@ -17,6 +16,7 @@ from raychain.config.experiment import Distill, Train
 from raychain.core.dist import mean_over_ranks, rank, world_size
 from raychain.data.loader import Loader
 from raychain.data.order import mix
+from raychain.events import Event, Step
 from raychain.paradigms.objective import Columns, Objective
 from raychain.training.control import Control, Wish
 from raychain.training.optimizer import learning_rate
@@ -34,8 +34,7 @@ class StageLoop:
     distill: Distill | None
     device: torch.device
     world: int
-    emit: Callable[[dict[str, Any]], None]
-    """Takes events; see reporting.events."""
+    emit: Callable[[Event], None]
     wishes: Callable[[int], Wish]
     """Rank 0's wishes after a step."""
     save: Callable[[bool], None]
@@ -139,22 +138,21 @@ class StageLoop:
             )
         since, samples, waited = logged
         self.emit(
-            {
-                "event": "step",
-                "stage": self.task.index,
-                "step": counters.step,
-                "samples": counters.samples,
-                "epoch": round(counters.step / self.task.steps * self.task.epochs, 4),
-                "loss": task + distill,
-                "task_loss": task,
-                "distill_loss": distill,
-                "alpha": alpha,
-                "lr": lr,
-                **state.student.report(),
-                "samples_per_s": round((counters.samples - samples) / (time.perf_counter() - since), 1),
-                "data_wait_s": round(loader.wait_s - waited, 4),
-                "world_size": self.world,
-            }
+            Step(
+                stage=self.task.index,
+                step=counters.step,
+                samples=counters.samples,
+                epoch=round(counters.step / self.task.steps * self.task.epochs, 4),
+                loss=task + distill,
+                task_loss=task,
+                distill_loss=distill,
+                alpha=alpha,
+                lr=lr,
+                report=state.student.report(),
+                samples_per_s=round((counters.samples - samples) / (time.perf_counter() - since), 1),
+                data_wait_s=round(loader.wait_s - waited, 4),
+                world_size=self.world,
+            )
         )
 
 

@@ -22,6 +22,7 @@ from raychain.data.shards import Shard
 from raychain.errors import Diverged
 from raychain.evaluators.ranks import World
 from raychain.evaluators.suite import Evaluation, Results
+from raychain.events import BadSamples, Category, Evaluated, Event, Measured, Span, StageEnded, StageStarted, Stopped
 from raychain.growth import Moments, grow, grow_moments, read_moments, write_moments
 from raychain.paradigms.objective import Objective
 from raychain.training.average import make_average
@@ -51,7 +52,7 @@ class ChainWorker:
         self,
         task: ChainTask,
         device: torch.device,
-        emit: Callable[[dict[str, Any]], None],
+        emit: Callable[[Event], None],
         stopping: Callable[[], bool],
         *,
         preloading: bool = False,
@@ -97,12 +98,12 @@ class ChainWorker:
         stage, state, loader = self._running
         return stage.index, state.counters.step, loader.wait_s
 
-    def holding(self) -> dict[str, int]:
-        """The stage that is trained and how many pairs' activations this rank holds at once, at the most."""
+    def holding(self) -> tuple[int, int]:
+        """The stage that is trained, by index, and how many pairs' activations this rank holds at once, at the most."""
         index = self._running[0].index if self._running else 0
         own = rank_slice(self.experiment.train.global_batch, self.rank, world_size())
         share = own.stop - own.start
-        return {"stage": index, "micro_batch": min(self.micro_batches.get(index) or share, share)}
+        return index, min(self.micro_batches.get(index) or share, share)
 
     def run(self) -> bool:
         """Trains every stage up to `until` that is not published; True when all are, False when it was stopped."""
@@ -176,7 +177,7 @@ class ChainWorker:
         """Adds what was measured to the record of a finished stage."""
         record = self.finished.add(stage, results) if self.rank == 0 else None
         if record:
-            self.emit({"event": "measured", "stage": stage.index, "record": record})
+            self.emit(Measured(stage.index, record))
 
     def measured_beside(self, stage: StageTask, step: int, results: Results, started: float) -> None:
         """Takes what was measured beside the training."""
@@ -267,18 +268,17 @@ class ChainWorker:
         started = time.time()
         self._running = (stage, state, loader)
         self.emit(
-            {
-                "event": "stage_start",
-                "stage": stage.index,
-                "model": stage.model,
-                "params": stage.params,
-                "steps": stage.steps,
-                "start_step": loader.start,
-                "global_batch": self.experiment.train.global_batch,
-                "epoch_samples": stage.epoch_samples,
-                "world_size": world_size(),
-                "cached_as": stage.feed.reader.kept,
-            }
+            StageStarted(
+                stage=stage.index,
+                model=stage.model,
+                params=stage.params,
+                steps=stage.steps,
+                start_step=loader.start,
+                global_batch=self.experiment.train.global_batch,
+                epoch_samples=stage.epoch_samples,
+                world_size=world_size(),
+                cached_as=stage.feed.reader.kept,
+            )
         )
         saved = [time.monotonic()]
 
@@ -302,7 +302,7 @@ class ChainWorker:
             if last and not states.broken:
                 if self.beside:
                     self.beside.wait(STOP_S)
-                self.emit({"event": "stopped", "stage": stage.index, "step": state.counters.step})
+                self.emit(Stopped(stage.index, state.counters.step))
 
         def share() -> None:
             if self.rank == 0:
@@ -397,8 +397,7 @@ class ChainWorker:
         return results
 
     def _tell_metrics(self, stage: StageTask, step: int, results: Results, started: float) -> None:
-        metrics = self.task.suite.metrics(results)
-        self.emit({"event": "evaluation", "stage": stage.index, "step": step, "metrics": metrics})
+        self.emit(Evaluated(stage.index, step, self.task.suite.metrics(results)))
         self._span(f"evaluate {stage.model}", "evaluation", started, stage)
 
     def _publish(self, stage: StageTask, state: TrainState, moments: Moments, states: StageStates) -> None:
@@ -407,21 +406,11 @@ class ChainWorker:
         record = self.finished.publish(stage, state, moments)
         states.clear()
         self._span(f"export {stage.model}", "export", started, stage)
-        self.emit({"event": "stage_end", "stage": stage.index, "record": record})
+        self.emit(StageEnded(stage.index, record))
 
     def _report(self, shard: Shard, bad: Tally) -> None:
         """Every rank tells of the shards it reads; the driver takes each once."""
-        found = {"shard": shard.address, "identity": shard.identity, "bad": bad.as_dict()}
-        self.emit_from_any({"event": "bad_samples", **found})
+        self.emit_from_any(BadSamples(shard.address, shard.identity, bad))
 
-    def _span(self, name: str, category: str, start: float, stage: StageTask) -> None:
-        self.emit(
-            {
-                "event": "span",
-                "name": name,
-                "category": category,
-                "start": start,
-                "end": time.time(),
-                "stage": stage.index,
-            }
-        )
+    def _span(self, name: str, category: Category, start: float, stage: StageTask) -> None:
+        self.emit(Span(name, category, start, time.time(), stage.index))

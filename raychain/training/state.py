@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -40,7 +40,7 @@ class Snapshot(NamedTuple):
 
     weights: dict[str, torch.Tensor]
     moments: dict[str, torch.Tensor]
-    counters: dict[str, Any]
+    counters: Counters
 
 
 @dataclass
@@ -90,7 +90,7 @@ class TrainState:
         if (device := next(self.student.parameters()).device).type == "cuda":
             torch.cuda.synchronize(device)
         copies, moment_copies = ({name: buffers[name] for name in group} for group in (weights, moments))
-        return Snapshot(copies, moment_copies, asdict(self.counters))
+        return Snapshot(copies, moment_copies, replace(self.counters))
 
     def _tensors(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """Weights by name, and AdamW's moments and averaged weights by `moment/name`; on the device, not copied."""
@@ -104,9 +104,7 @@ class TrainState:
             moments |= {f"{AVERAGE}/{name}": value for name, value in self.averaged.module.state_dict().items()}
         return weights, moments
 
-    def restore(
-        self, weights: dict[str, torch.Tensor], moments: dict[str, torch.Tensor], counters: dict[str, Any]
-    ) -> None:
+    def restore(self, weights: dict[str, torch.Tensor], moments: dict[str, torch.Tensor], counters: Counters) -> None:
         """The state a snapshot was taken of. Raises RuntimeError where names or shapes differ."""
         self.student.load_state_dict(weights)
         state: dict[Any, dict[str, torch.Tensor]] = {}
@@ -119,7 +117,7 @@ class TrainState:
                 }
         self.optimizer.state.clear()
         self.optimizer.state.update(state)
-        self.counters = Counters(**counters)
+        self.counters = counters
         if self.average is None:
             return
         averaged = {n.removeprefix(f"{AVERAGE}/"): v for n, v in moments.items() if n.startswith(f"{AVERAGE}/")}

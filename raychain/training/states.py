@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from raychain.core.storage import Folder
+from raychain.events import Event, Saved, TrunkShared
 from raychain.training.checkpoint import Checkpoints
 from raychain.training.state import TrainState
 from raychain.training.task import ChainTask, StageTask
@@ -24,12 +25,12 @@ class Resumed(NamedTuple):
 class StageStates:
     """The saved states of one stage. Every rank has them; rank 0 alone reads and writes."""
 
-    def __init__(self, task: ChainTask, stage: StageTask, emit: Callable[[dict[str, Any]], None]) -> None:
+    def __init__(self, task: ChainTask, stage: StageTask, emit: Callable[[Event], None]) -> None:
         def saved(step: int) -> None:
-            emit({"event": "saved", "stage": stage.index, "step": step})
+            emit(Saved(stage.index, step))
 
         def shared(trunk: str) -> Callable[[int], None]:
-            return lambda step: emit({"event": "trunk", "stage": stage.index, "trunk": trunk, "step": step})
+            return lambda step: emit(TrunkShared(stage.index, trunk, step))
 
         name, keep = f"checkpoints/{stage.folder}", task.experiment.checkpoint.keep
         self._keys = (*(change.key for change in stage.changes), stage.key)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from raychain.config.experiment import Experiment
 from raychain.data.loader import Feed
@@ -13,6 +13,7 @@ from raychain.errors import without_secrets
 from raychain.evaluators.suite import Suite
 from raychain.paradigms import make_paradigm
 from raychain.paradigms.base import Config, Paradigm
+from raychain.records import StageEntry
 
 
 class Before(NamedTuple):
@@ -169,7 +170,7 @@ class ChainTask:
         """What a stage grows from; None where it starts at random."""
         return stage.start or (self.stages[stage.index - 1] if stage.index else None)
 
-    def measured(self, record: dict[str, Any]) -> bool:
+    def measured(self, record: StageEntry) -> bool:
         """Whether a stage's record has the metrics this chain asks for."""
         return not self.suite.missing(record)
 

@@ -12,6 +12,7 @@ from open_clip.model import set_model_preprocess_cfg
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from raychain.core.json import Json
 from raychain.data.members import Wanted
 from raychain.data.pictures import PictureReader
 from raychain.data.shards import Shard, survey
@@ -111,7 +112,7 @@ class ImageTextParadigm(Paradigm):
         save_file(plain(model.state_dict()), folder / WEIGHTS)
 
     def load(self, folder: Path) -> nn.Module:
-        document: dict[str, Any] = json.loads((folder / CONFIG).read_text())
+        document: Json = json.loads((folder / CONFIG).read_text())
         model = build_config(document["model_cfg"], seed=0)
         model.load_state_dict(load_file(folder / WEIGHTS))
         set_model_preprocess_cfg(cast(Any, model), document["preprocess_cfg"])
