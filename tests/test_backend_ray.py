@@ -163,9 +163,10 @@ def test_a_run_leaves_the_process_as_it_was(tree, tmp_path):
 
 
 IMPORT = """
-import importlib, pkgutil, sys, raychain
+import importlib, pkgutil, sys, raychain, raychain.api
 names = [module.name for module in pkgutil.walk_packages(raychain.__path__, "raychain.")]
-names = [name for name in names if name not in sys.argv[1:]]
+commands = {f"raychain.{module.name}" for module in pkgutil.iter_modules(raychain.api.__path__)}  # `python -m` alone
+names = [name for name in names if name not in commands and not name.endswith("__main__")]
 for name in names:
     importlib.import_module(name)
 print(len(names))
