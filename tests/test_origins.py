@@ -266,10 +266,10 @@ def test_a_chain_begins_with_a_folder_and_starts_a_stage_from_another_run(
     _, before, _ = finished
     other = before / "stages" / "1-CoM-micro-M"
     last = {"model": "CoM-micro-L", "epochs": "4 steps", "start": str(other), "lr": 1e-6, "warmup": "1 steps"}
-    given = chain(tree, mine, lr=1e-6) | {"transfer": {"optimizer": "grow"}}
+    given = chain(tree, mine, lr=1e-6) | {"transfer": {"optimizer": "grow"}, "name": "mine"}
     given["chain"] = [*given["chain"], last]
     run = raychain.run(validate(given))
-    out = Path(given["storage"]) / "tiny"
+    out = Path(given["storage"]) / "mine"
     first, grown, started = run["stages"]
     assert [stage["status"] for stage in run["stages"]] == ["given", "trained", "trained"]
     assert (first["macs"], first["model"], first["origin"]["checkpoint"]) == (0, SMALL, str(mine))
