@@ -16,6 +16,7 @@ from raychain.data.order import Mixture, Order, extend
 from raychain.data.pictures import PictureReader
 from raychain.data.preload import Item, Preloader, Source, first_windows, wanted
 from raychain.data.shards import Shard, survey
+from raychain.events import Span
 
 BATCH, SHARDS, SAMPLES, WINDOW = 4, 12, 5, 2
 NEXT = dataclasses.replace(SPEC, image_size=20)
@@ -92,13 +93,13 @@ def test_several_sources_are_all_preloaded(shards: list[Shard]) -> None:
 def test_everything_that_fits_is_there_before_it_is_read(sources, start) -> None:
     preloader, cache = start(sources)
     preloader.report(0, 0, 0.0)
-    spans: list[dict] = []
+    spans: list[Span] = []
     assert until(lambda: spans.extend(preloader.report(0, 1, 0.0)) or len(spans) == SHARDS + 4)
     assert len(resident(cache, sources[0])) == SHARDS
     assert len(resident(cache, sources[1])) == 4
-    assert {span["category"] for span in spans} == {"preload"}
-    assert sorted(span["stage"] for span in spans) == [0] * SHARDS + [1] * 4
-    assert all(span["start"] <= span["end"] for span in spans)
+    assert {span.category for span in spans} == {"preload"}
+    assert sorted(span.stage for span in spans) == [0] * SHARDS + [1] * 4
+    assert all(span.start <= span.end for span in spans)
     assert preloader.report(0, 1, 0.0) == []
 
 
