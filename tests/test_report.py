@@ -16,7 +16,7 @@ import raychain
 from raychain.cli.commands import commands
 from raychain.core.storage import Folder
 from raychain.errors import InputError
-from raychain.pages import scales, searched, timeline
+from raychain.pages import scales, search_json, timeline
 from raychain.pages.loading import read
 from raychain.pages.markup import NARROW, WIDE, escape, plain_text, text_width
 from raychain.pages.page import page
@@ -411,7 +411,7 @@ def test_a_search_says_what_the_large_model_reaches_alone_beside_the_speed_up(tm
     ],
 )
 def test_the_front_and_the_best_are_found_however_they_are_given(shown):
-    search = searched.parse(SEARCH | shown)
+    search = search_json.parse(SEARCH | shown)
     assert [t.number for t in search.front] == [0, 1, 3]
     assert search.best == search.trials[3]
 

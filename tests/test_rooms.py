@@ -89,3 +89,8 @@ def test_the_former_name_of_the_data_room_still_leads_there() -> None:
     from raychain.data import decode
 
     assert resize_exactly.__code__.co_code == decode.resize_exactly.__code__.co_code
+
+
+def test_no_file_is_longer_than_a_person_reads_at_once() -> None:
+    long = {str(file.relative_to(PACKAGE)): len(file.read_text().splitlines()) for file in PACKAGE.rglob("*.py")}
+    assert not {file: lines for file, lines in long.items() if lines > 400}

@@ -25,10 +25,11 @@ from raychain.errors import InputError
 from raychain.evaluators.metrics import Definition
 from raychain.records import HalvingRecord, StageEntry
 from raychain.searching.campaign import Campaign, Job, JobEnded, StageDone, Trial, ratio
+from raychain.searching.experiments import proxied
 from raychain.searching.halving import Halving, Point, Verdict
 from raychain.searching.outcome import best_chain, comparisons, pareto, rank_correlation
 from raychain.searching.sampling import make_sampler
-from raychain.searching.space import make_space, proxied
+from raychain.searching.space import make_space
 from raychain.searching.tree import StageTree
 
 TOP1, LOSS = Definition("set/top1", "top-1", "%", "high"), Definition("set/loss", "loss", "nats", "low")

@@ -10,7 +10,7 @@ from importlib.resources import files
 from raychain.core.json import Json
 from raychain.core.wording import clock, macs, percent, uncounted
 from raychain.core.wording import number as digits
-from raychain.pages import searched, tables
+from raychain.pages import search_json, searched, tables
 from raychain.pages.chain_drawing import baseline, chain, cost_bars
 from raychain.pages.curves import arrows, learning
 from raychain.pages.loading import Run, amount, mapping, number
@@ -27,7 +27,7 @@ OTHERS = 4
 
 def page(run: Run | None, found: Json | None) -> str:
     """The document for a run, a search, or both."""
-    search = searched.parse(found) if found is not None else None
+    search = search_json.parse(found) if found is not None else None
     content: list[Markup | None] = []
     name = str((run.run if run else found or {}).get("name") or "run") + ("" if run else " (search)")
     if run:

@@ -4,24 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
-
-import yaml
+from collections.abc import Callable, Iterator, Sequence
 
 from raychain import records
-from raychain.backend_ray import cluster
 from raychain.backend_ray.connection import session
-from raychain.config.experiment import Experiment
-from raychain.core.storage import Folder, below
+from raychain.core.storage import Folder
 from raychain.core.wording import macs
-from raychain.errors import InputError, Interrupted, RunFailed, without_secrets
-from raychain.evaluators.metrics import Definition, written_down
+from raychain.errors import InputError, Interrupted, RunFailed
+from raychain.evaluators.metrics import written_down
 from raychain.lease import LEASE, Lease, patience
 from raychain.pages.writing import leave_report
 from raychain.records import (
     BaselineRecord,
-    CheckRecord,
-    ProxyRecord,
     SearchRecord,
     StageEntry,
     StageRecord,
@@ -29,29 +23,28 @@ from raychain.records import (
 )
 from raychain.reporting.search_progress import SearchProgress
 from raychain.runs.driver import failing, stop_signals
-from raychain.runs.resolve import replan
 from raychain.runs.store import STORE, StageStore
 from raychain.runs.takeover import take_over_in_store
-from raychain.schema.durations import Duration
 from raychain.searching.campaign import Campaign, Job, Kind, Measured, Step, Trial, ratio
 from raychain.searching.continuing import RESULT, earlier, identity
-from raychain.searching.halving import Halving, Point, Verdict
-from raychain.searching.outcome import best_chain, comparisons, pareto, rank_correlation, score, scored
+from raychain.searching.controls import checks, controls, equal_macs, make_halving
+from raychain.searching.halving import Point, Verdict
+from raychain.searching.outcome import best_chain, comparisons, pareto, score
 from raychain.searching.request import Plan
-from raychain.searching.running import RayRunner
+from raychain.searching.result import proxy_record, trial_record, write_best
+from raychain.searching.running import RayRunner, slots
 from raychain.searching.sampling import Sampler, make_sampler
-from raychain.searching.space import CHAIN, Params, proxied, with_stages
+from raychain.searching.space import CHAIN, Params
+from raychain.searching.tasks import UNKNOWN, Tasks
 from raychain.training.finished import STAGE_RECORD
 from raychain.training.states import trunk_states
-from raychain.training.task import ChainTask, worker_cpus
+from raychain.training.task import ChainTask
 
-BEST = "best.yaml"
-PROBE = "1000000000 steps"
-"""Long enough for any warm-up, to see what a step costs."""
-UNKNOWN = (KeyError, TypeError, ValueError, IndexError, AttributeError)
-"""What the space and the samplers raise for choices that are not theirs."""
 TRIES = 50
 """Choices that are asked of a sampler for one new affordable chain, before the space is walked through."""
+
+
+Chosen = Callable[[Plan, Tasks, Sequence[Trial]], Iterator[Params]]
 
 
 def run_search(plan: Plan, *, address: str | None = None, verbose: bool = False) -> SearchRecord:
@@ -65,7 +58,7 @@ def run_search(plan: Plan, *, address: str | None = None, verbose: bool = False)
         searcher = Searcher(plan, progress)
         try:
             with session(plan.base, address, verbose):
-                return searcher.run(_slots(plan), verbose=verbose)
+                return searcher.run(slots(plan), verbose=verbose)
         finally:
             leave_report(plan.out)
 
@@ -80,12 +73,13 @@ class Searcher:
             plan.space, search.sampler, search.seed, pareto=search.aim == "pareto", best=plan.metric.best
         )
         self.store = StageStore(Folder(plan.store))
+        self.tasks = Tasks(plan)
         self.identity = identity(plan)
-        self.before = earlier(plan, self._possible)
+        self.before = earlier(plan, self.tasks.possible)
         begun = (self.before and self.before.begun) or {}
         self.trained: set[str] = set((self.before and self.before.trained) or ())
         self.earlier: dict[str, int] = {key: int(number) for number, keys in begun.items() for key in keys}
-        self.halving = self._halving()
+        self.halving = make_halving(plan, self.tasks, self.before)
         self.seeds: Iterator[Params] = iter(())
         self.seen: dict[str, Trial] = {}
         self.sampled = 0
@@ -128,18 +122,20 @@ class Searcher:
             self._write("failed")
             reasons = {trial.reason for trial in campaign.trials.values() if trial.reason}
             raise RunFailed("no chain could be trained: " + "; ".join(sorted(reasons)))
-        self._write_best(best)
+        write_best(self.plan.out, self.tasks.experiment(best.params))
         return self._write("succeeded")
 
     def _phases(self, slots: int) -> bool:
         self._restore()
         self.seeds = self._planned()
-        for params in self._controls():
+        for params in controls(self.plan):
             self._propose("control", params)
         if not self.campaign.run(lambda: self._sample(slots)):
             return False
-        for phase in (self._equal_macs, self._checks):
-            phase()
+        later: tuple[tuple[Kind, Chosen], ...] = (("equal-macs", equal_macs), ("full", checks))
+        for kind, chosen in later:
+            for params in chosen(self.plan, self.tasks, list(self.campaign.trials.values())):
+                self._propose(kind, params)
             if not self.campaign.run(lambda: None):
                 return False
         return True
@@ -175,15 +171,8 @@ class Searcher:
             fixed = self.sampler.ask(params) if kind in ("planned", "sampled") else params
         except UNKNOWN:
             return None
-        task = self._possible(kind, fixed or params)
+        task = self.tasks.possible(kind, fixed or params)
         return self._trial(kind, fixed or params, number, task) if task else None
-
-    def _possible(self, kind: Kind, params: Params) -> ChainTask | None:
-        """The task of choices that anybody may have written; None where they make none."""
-        try:
-            return self._task(kind, params)
-        except UNKNOWN:
-            return None
 
     def _planned(self) -> Iterator[Params]:
         found: set[str] = set()
@@ -191,7 +180,7 @@ class Searcher:
             for params in self.space.planned():
                 if len(found) == self.plan.search.seeds:
                     return
-                task = self._task("planned", params) if self.space.affordable(params) else None
+                task = self.tasks.task("planned", params) if self.space.affordable(params) else None
                 if task is not None and task.stages[-1].key not in found:
                     found.add(task.stages[-1].key)
                     yield params
@@ -223,7 +212,7 @@ class Searcher:
 
     def _new(self, kind: Kind, params: Params, *, asked: bool = True) -> Trial | None:
         """A trial of these choices; None, and the sampler knows, where they are too expensive or nothing new."""
-        task = self._task(kind, params) if self.space.affordable(params) else None
+        task = self.tasks.task(kind, params) if self.space.affordable(params) else None
         known = self.seen.get(task.stages[-1].key) if task else None
         if task is None or known is not None:
             if asked:
@@ -239,77 +228,18 @@ class Searcher:
         self.sampled += 1
         return trial
 
-    def _controls(self) -> Iterator[Params]:
-        controls = self.plan.search.controls
-        if controls is None:
-            return
-        lengths = [str(length) for length in controls.lengths or ()] or list(self.space.first)
-        for size in self.space.sizes:
-            for length in lengths:
-                yield {CHAIN: size.name, "length": length}
-        yield {CHAIN: self.space.baseline.model, "length": str(self.space.baseline.epochs)}
-
-    def _equal_macs(self) -> None:
-        best = best_chain(self.campaign.trials.values(), self.plan.metric)
-        controls = self.plan.search.controls
-        if best is None or controls is None or not controls.equal_macs:
-            return
-        share = self.plan.search.proxy.epochs if self.plan.search.proxy else 1.0
-        for size in self.space.sizes:
-            probe = self._task("equal-macs", {CHAIN: size.name, "length": PROBE})
-            if probe is not None:
-                stage = probe.stages[0]
-                steps = max(1, round(best.macs * stage.steps / stage.macs / share))  # of which a proxy takes its share
-                self._propose("equal-macs", {CHAIN: size.name, "length": f"{steps} steps"})
-
-    def _checks(self) -> None:
-        """The proxy's best, its worst, and some in between, trained in full."""
-        proxy, full = self.plan.search.proxy, self.plan.full
-        ranked = scored((t for t in self.campaign.trials.values() if t.kind in ("planned", "sampled")),
-                        self.plan.metric)  # fmt: skip
-        if proxy is None or full is None or not ranked:
-            return
-        count = min(proxy.check, len(ranked))
-        places = [round(i * (len(ranked) - 1) / max(1, count - 1)) for i in range(count)]
-        for place in dict.fromkeys(places):
-            self._propose("full", ranked[place].params)
-
     def _propose(self, kind: Kind, params: Params) -> None:
         """Adds a trial that is no sampler's, unless it is there; one that cannot be trained is left out."""
         if any(trial.kind == kind and trial.params == params for trial in self.campaign.trials.values()):
             return
-        if (task := self._task(kind, params)) is not None:
+        if (task := self.tasks.task(kind, params)) is not None:
             self.campaign.add(self._trial(kind, params, task=task))
 
     def _trial(self, kind: Kind, params: Params, number: int | None = None, task: ChainTask | None = None) -> Trial:
-        task = task or self._task(kind, params)
+        task = task or self.tasks.task(kind, params)
         assert task is not None, "it was possible before"
         number = max(self.campaign.trials, default=-1) + 1 if number is None else number
         return Trial(number, kind, params, task)
-
-    def _task(self, kind: Kind, params: Params) -> ChainTask | None:
-        """What the workers are told; None where a stage would be too short for a step or its warm-up."""
-        experiment = self._experiment(params)
-        proxy, base = self.plan.search.proxy, self.plan.base
-        if proxy and kind == "full":
-            assert self.plan.full is not None
-            base = self.plan.full
-        elif proxy:
-            experiment = proxied(experiment, proxy, self.plan.shards)
-        try:
-            others = self.space.others(proxy.epochs if proxy and kind != "full" else 1.0)
-            task = replan(base, experiment, self.plan.out.address, others)
-            # the folder of the chain: what is left of an interrupted stage is there
-            folder = below(self.plan.out.address, f"chains/{task.stages[-1].key[:12]}")
-            return replan(base, experiment, folder, others)
-        except InputError:
-            return None
-
-    def _experiment(self, params: Params) -> Experiment:
-        if "length" in params:
-            length = self.space.lengths.get(params["length"]) or _length(params["length"])
-            return with_stages(self.space.experiment, [(params[CHAIN], length)])
-        return self.space.chosen(params)
 
     def _name(self, trial: Trial) -> str:
         return trial.task.stages[-1].key
@@ -322,23 +252,6 @@ class Searcher:
             self.sampler.tell(params, (verdict.value, verdict.macs), whole=False)
         else:
             self.sampler.tell(params, None if trial is None or value is None else (value, float(trial.macs)))
-
-    def _halving(self) -> Halving | None:
-        """With `asha`: the rungs, as an earlier call left them."""
-        asha = self.plan.search.asha
-        if asha is None:
-            return None
-        baseline = self.space.baseline
-        alone = self._task("control", {CHAIN: baseline.model, "length": str(baseline.epochs)})
-        whole = sum(stage.macs for stage in alone.stages) if alone else self.space.baseline_macs
-        grace = asha.grace.macs(whole)
-        if grace >= whole:
-            raise InputError("search.asha.grace", str(asha.grace), f"fewer than the baseline's {macs(whole)} MACs",
-                             'or no chain is ever judged: "10 %" is the default')  # fmt: skip
-        halving = Halving(grace, asha.reduction_factor, self.plan.metric.best)
-        if self.before and self.before.asha:
-            halving.restore(self.before.asha)
-        return halving
 
     def _known(self, step: Step) -> StageEntry | None:
         """The record of a stage, or of a part of a trunk, that the storage has already; None where the stage is to be
@@ -465,68 +378,15 @@ class Searcher:
             stage_epochs_requested=requested,
             stage_epochs_trained=trained,
             stage_epochs_of_chains=dict(zip(("requested", "trained"), of_chains, strict=True)),
-            proxy=self._proxy(trials, metric),
+            proxy=proxy_record(self.plan.search.proxy, trials, metric),
             asha=self.halving.state() if self.halving else None,
             trained=sorted(self.trained),
             begun={str(number): keys for number, keys in begun.items()},
         )
 
     def _entry(self, trial: Trial) -> TrialRecord:
-        if trial.number in self._entries:
-            return self._entries[trial.number]
-        transfer = trial.task.experiment.transfer.model_dump(mode="json") if len(trial.chain) > 1 else None
-        entry = TrialRecord(
-            number=trial.number,
-            kind=trial.kind,
-            chain=trial.chain,
-            transfer=transfer,
-            macs=trial.macs,
-            metrics=trial.metrics,
-            status=trial.status,
-            params=trial.params,
-            keys=trial.keys,
-        )
-        if trial.reason:
-            entry.reason = trial.reason
-        if trial.status == "stopped":
-            entry.reached = trial.reached
+        """The trial's record; of trials that are over it is made once."""
+        entry = self._entries.get(trial.number) or trial_record(trial)
         if trial.status != "running":
             self._entries[trial.number] = entry
         return entry
-
-    def _proxy(self, trials: list[Trial], metric: Definition) -> ProxyRecord | None:
-        if self.plan.search.proxy is None:
-            return None
-        pairs = []
-        for full in (trial for trial in trials if trial.kind == "full"):
-            cheap = next(t for t in trials if t.kind in ("planned", "sampled") and t.params == full.params)
-            small, large = score(cheap, metric), score(full, metric)
-            if small is not None and large is not None:
-                pairs.append(CheckRecord(trial=cheap.number, full_trial=full.number, proxy=small, full=large))
-        found = ProxyRecord.of(self.plan.search.proxy.model_dump(mode="json"))
-        found.checked = pairs
-        found.rank_correlation = rank_correlation([(pair.proxy, pair.full) for pair in pairs])
-        return found
-
-    def _write_best(self, best: Trial) -> None:
-        experiment = self._experiment(best.params)
-        plain = experiment.model_copy(update={"name": f"{experiment.name}-best"})
-        tree = plain.model_dump(mode="json", exclude_unset=True)
-        tree = {key: value for key, value in tree.items() if value is not None}
-        text = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=110)
-        self.plan.out.write(BEST, without_secrets(text).encode())
-
-
-def _slots(plan: Plan) -> int:
-    """Worker groups at once: what the cluster holds of them, or what the user wants if that is less."""
-    compute = plan.experiment.compute
-    worker = {"CPU": float(worker_cpus(plan.experiment))} | (
-        {"GPU": float(compute.gpus_per_worker)} if compute.gpus_per_worker else {}
-    )
-    room = max(1, cluster.capacity(worker) // plan.experiment.most_workers)
-    return min(room, plan.search.concurrent or room)
-
-
-def _length(text: str) -> Duration:
-    amount, unit = text.split(" ")
-    return Duration(float(amount), unit)

@@ -11,7 +11,8 @@ from raychain.data.shards import expand
 from raychain.errors import InputError
 from raychain.evaluators.metrics import Definition, find
 from raychain.runs.resolve import make_task
-from raychain.searching.space import Space, make_space, proxied, with_stages
+from raychain.searching.experiments import proxied, with_stages
+from raychain.searching.space import Space, make_space
 from raychain.training.task import ChainTask
 
 

@@ -7,11 +7,14 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 
+from raychain.backend_ray import cluster
 from raychain.errors import InputError, Interrupted, RunFailed
 from raychain.events import Evaluated, Listener, Listeners, Shared, TrunkShared
 from raychain.records import StageEntry
 from raychain.runs.driver import Watch, run_chain
 from raychain.searching.campaign import Job, JobEnded, Measured, Notice, StageDone, trunk_key
+from raychain.searching.request import Plan
+from raychain.training.task import worker_cpus
 
 
 class _Notices(Listener):
@@ -81,3 +84,13 @@ class RayRunner:
             ended = JobEnded(job, f"{type(error).__name__}: {error}")
         del self._stops[job]
         self._notices.put(ended)
+
+
+def slots(plan: Plan) -> int:
+    """Worker groups at once: what the cluster holds of them, or what the user wants if that is less."""
+    compute = plan.experiment.compute
+    worker = {"CPU": float(worker_cpus(plan.experiment))} | (
+        {"GPU": float(compute.gpus_per_worker)} if compute.gpus_per_worker else {}
+    )
+    room = max(1, cluster.capacity(worker) // plan.experiment.most_workers)
+    return min(room, plan.search.concurrent or room)

@@ -6,10 +6,10 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from raychain.config.experiment import Baseline, Distill, Experiment, Stage
-from raychain.config.search import Proxy, Search
+from raychain.config.experiment import Baseline, Distill, Experiment
+from raychain.config.search import Search
 from raychain.core.json import Json
 from raychain.errors import InputError
 from raychain.models import UnknownModelError, matching_models
@@ -20,6 +20,7 @@ from raychain.runs.checks import check_chain
 from raychain.runs.costing import proposals_for
 from raychain.runs.resolve import Others, epoch_samples
 from raychain.schema.durations import Duration
+from raychain.searching.experiments import part, with_stages
 
 Params = Json
 """Choice by dimension: plain text and numbers."""
@@ -96,7 +97,7 @@ class Space:
         grown = [self.lengths[name] for name in self.grown]
         for rule, count in itertools.product(self.rules.values(), {len(chain) - 1 for chain in self.chains} - {0}):
             grown += [Duration(amount, "epochs") for amount in linear_epochs(0, rule, count)[1:]]
-        return Others(*(tuple(_part(length, share) for length in lengths) for lengths in (first, grown)))
+        return Others(*(tuple(part(length, share) for length in lengths) for lengths in (first, grown)))
 
     def points(self) -> Iterator[Params]:
         """Every combination."""
@@ -269,44 +270,8 @@ def make_space(experiment: Experiment) -> Space:
     return space
 
 
-def with_stages(experiment: Experiment, stages: Sequence[tuple[str, Duration]], transfer: Any = None) -> Experiment:
-    """The experiment as a plain chain of these models and lengths."""
-    chain = tuple(Stage(model=model, epochs=length) for model, length in stages)
-    changes = {"chain": chain, "family": None, "allocation": None, "search": None}
-    return experiment.model_copy(update=changes | {"transfer": transfer or experiment.transfer})
-
-
-def proxied(experiment: Experiment, proxy: Proxy, shards: Sequence[str] | None) -> Experiment:
-    """The experiment at the proxy's fidelity; `shards` are those that are read, where not all are."""
-    data, train, transfer = experiment.data, experiment.train, experiment.transfer
-    if shards is not None:
-        sources = type(data).model_validate(data.model_dump(mode="json") | {"train": list(shards)}).train
-        data = data.model_copy(update={"train": sources, "samples": None})
-    if proxy.image_size:
-        data = data.model_copy(update={"image_size": proxy.image_size})
-    chain = tuple(stage.model_copy(update={"epochs": _part(stage.length, proxy.epochs)}) for stage in experiment.chain)
-
-    def warmup(length: Duration | None) -> Duration | None:
-        share = proxy.epochs if length and length.unit == "epochs" else proxy.epochs * proxy.shards
-        return length if length is None or length.unit == "%" else _part(length, share)
-
-    return experiment.model_copy(
-        update={
-            "data": data,
-            "chain": chain,
-            "train": train.model_copy(update={"warmup": warmup(train.warmup)}),
-            "transfer": transfer.model_copy(update={"warmup": warmup(transfer.warmup)}),
-        }
-    )
-
-
 def _settings(experiment: Experiment) -> Search:
     return experiment.search or Search()
-
-
-def _part(length: Duration, share: float) -> Duration:
-    amount = length.amount * share
-    return Duration(max(1, round(amount)) if length.unit != "epochs" else amount, length.unit)
 
 
 def _tidy(epochs: float) -> float:

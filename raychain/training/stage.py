@@ -23,16 +23,15 @@ from raychain.errors import Diverged
 from raychain.evaluators.ranks import World
 from raychain.evaluators.suite import Evaluation, Results
 from raychain.events import BadSamples, Category, Evaluated, Event, Measured, Span, StageEnded, StageStarted, Stopped
-from raychain.growth import Moments, grow, grow_moments, read_moments, write_moments
+from raychain.growth import Moments, read_moments
 from raychain.paradigms.objective import Objective
-from raychain.training.average import make_average
 from raychain.training.control import Control, Wish
 from raychain.training.finished import FinishedStages, Trained
 from raychain.training.loop import StageLoop
 from raychain.training.measuring import Beside, measured
-from raychain.training.optimizer import make_optimizer
-from raychain.training.state import Counters, TrainState
-from raychain.training.states import Resumed, StageStates
+from raychain.training.start import start_stage
+from raychain.training.state import TrainState
+from raychain.training.states import StageStates
 from raychain.training.task import ChainTask, StageTask
 
 POLL_S = 0.2
@@ -126,7 +125,9 @@ class ChainWorker:
                     ready = None
                 model, loader = ready.result() if ready else self._prepare(stage, found.step)
                 with loader:
-                    start = self._start(stage, model, found, previous)
+                    start = start_stage(
+                        self.task, stage, model.to(self.device), found, previous, self.micro_batches.get(stage.index)
+                    )
                     previous = None  # its moments are needed no more
                     previous = self._train(stage, *start, loader, states, following)
                 if previous is None:
@@ -222,38 +223,6 @@ class ChainWorker:
             if self.preloading and all(self.cache.touch(stage.feed.shards[s], stage.feed.reader) for s in shards):
                 break
         return self._prepare(stage)
-
-    def _start(
-        self, stage: StageTask, model: nn.Module, resumed: Resumed, previous: Trained | None
-    ) -> tuple[TrainState, Objective | None]:
-        """The stage's state, grown from the stage before or restored, and its teacher."""
-        transfer, recipe = self.experiment.transfer, self.experiment.train
-        teacher, followed, describe = None, None, self.paradigm.describe
-        model = model.to(self.device)
-        before = self.task.before(stage)
-        if previous and before:
-            previous = previous.resized(self.paradigm, before.config, stage.size)
-            operators = {"width": transfer.width, "depth": transfer.depth}
-            grow(previous.model, model, **operators, shrink=transfer.shrink, describe=describe)
-            if transfer.distill:
-                teacher = self.paradigm.objective(previous.model, before.config).to(self.device)
-                teacher, followed = teacher.eval().requires_grad_(False), before.config
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(recipe.seed + stage.index)
-            student = self.paradigm.objective(model, stage.config, followed).to(self.device)
-        for tower in (student, teacher):
-            if tower is not None:
-                tower.micro_batch = self.micro_batches.get(stage.index)
-        optimizer = make_optimizer(student, weight_decay=recipe.weight_decay, betas=stage.betas, eps=stage.eps)
-        trained = previous is not None or stage.averaged_from > 0
-        average = make_average(model, stage.average, trained=trained) if stage.average else None
-        state = TrainState(student, optimizer, Counters(), average, stage.averaged_from)
-        if resumed.step:
-            resumed.states.load(resumed.step, state)
-        elif previous and previous.moments and transfer.optimizer == "grow":
-            grown = grow_moments(previous.model, model, previous.moments, **operators, describe=describe)
-            write_moments(model, optimizer, grown)
-        return state, teacher
 
     def _train(
         self,
