@@ -99,7 +99,7 @@ def test_every_listener_of_a_run_takes_every_event(tmp_path: Path, tree: dict[st
     listeners: list[Listener] = [
         DataHealth([], 0.01),
         log,
-        Progress(1),
+        Progress(["CoM-micro-S"]),
         Scalars(tmp_path / "scalars"),
         Trackers(Folder(str(tmp_path)), experiment, "k", [8], lambda _: None),
         SearchProgress(1, FORMER[0]).of(job),

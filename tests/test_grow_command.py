@@ -19,16 +19,19 @@ from open_clip.model import get_model_preprocess_cfg
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from payload import Payload
 from PIL import Image
+from pyarrow import fs
 from safetensors.torch import save_file
 from test_broken_shards import pair, shard_of
 from test_feed import encode
 
 import raychain
-from raychain.api.grow import _read_inputs
+from raychain.api.grow import _read_inputs, grow_checkpoint
 from raychain.cli.grow import grow_command
 from raychain.cli.program import main
+from raychain.core.storage import resolve
 from raychain.data import pixels
 from raychain.data.shards import expand
+from raychain.errors import InputError
 from raychain.growth import GrowthError
 from raychain.models import build, model_config
 from raychain.models.checkpoints import read_checkpoint
@@ -236,3 +239,13 @@ def test_vit_b_grows_into_vit_l_in_half_a_minute_and_6_gb() -> None:
     seconds, gib = map(float, done.stdout.split())
     assert seconds < 30
     assert gib < 6
+
+
+def test_a_checkpoint_on_object_storage_grows(bucket: Any, folder: Path, tmp_path: Path) -> None:
+    address = bucket("small")
+    filesystem, path = resolve(address)
+    fs.copy_files(str(folder), path, fs.LocalFileSystem(), filesystem)
+    grown = grow_checkpoint(address, LARGE, tmp_path / "large")
+    assert grown.drift["image"].relative_error < 1e-3
+    with pytest.raises(InputError, match=r"^SMALL\n.*nothing-there.*(\n.*)*does not exist"):
+        grow_checkpoint(bucket("nothing-there"), LARGE, tmp_path / "other")

@@ -249,7 +249,8 @@ def test_environment_names_what_is_needed_to_repeat_a_run():
 
 def shown(*events, **console):
     file = io.StringIO()
-    with Progress(3, Console(file=file, **{"width": 80, "force_terminal": False} | console)) as progress:
+    models = ["CoM-micro-S", "CoM-micro-S", "CoM-micro-L"]
+    with Progress(models, Console(file=file, **{"width": 80, "force_terminal": False} | console)) as progress:
         for item in events:
             progress.dispatch(item)
     return file.getvalue()
@@ -257,7 +258,7 @@ def shown(*events, **console):
 
 def test_the_opening_line_says_when_pictures_are_cached_as_jpeg():
     opening = " ".join(shown(stage_start(cached_as="jpeg")).split())
-    assert opening.endswith("pictures cached as JPEG to fit preload.budget")
+    assert opening.endswith("pictures cached as JPEG")
     assert "JPEG" not in shown(stage_start(cached_as="raw"))
 
 

@@ -84,7 +84,7 @@ def test_a_narrow_terminal_gets_a_table_too(tmp_path: Path) -> None:
 
 
 def test_progress_says_hostile_messages_in_one_line_each(capsys: pytest.CaptureFixture[str]) -> None:
-    progress = Progress(1)
+    progress = Progress(["CoM-micro-S"])
     progress.dispatch(Warned(HOSTILE))
     progress.dispatch(Restarted("failure", 1, HOSTILE))
     progress.dispatch(BadSamples(HOSTILE, "1", Tally({HOSTILE: 1}, (Bad("kind", HOSTILE, HOSTILE),))))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +29,8 @@ from raychain.models import UnknownModelError, build, model_config, model_names
 from raychain.models.checkpoints import Checkpoint, CheckpointError, read_checkpoint
 from raychain.models.configs import ModelConfig
 from raychain.models.registry import use_models
+from raychain.models.remote import local_checkpoint
+from raychain.models.timm_checkpoints import CONFIG as TIMM_CONFIG
 from raychain.models.timm_checkpoints import TimmCheckpoint, build_timm, is_timm, read_timm, write_timm
 from raychain.models.tokenizing import make_tokenizer
 from raychain.paradigms import make_paradigm, usable_size
@@ -69,10 +72,10 @@ def grow_checkpoint(
 ) -> Grown:
     """Grows the checkpoint `small` into the model named `to` and writes it to the new folder `out`.
 
-    `small` is a folder or a file as `read_checkpoint` takes it; `source` names its architecture where the file does
-    not. `seed` draws the large model's random parameters. The drift is measured on `samples` random inputs, or on the
-    first samples of the shards that `data` names. `models` is a folder of open_clip model configs whose names `to` and
-    `source` may be. Unmodified open_clip loads the result as `local-dir:OUT`.
+    `small` is a folder or a file as `read_checkpoint` takes it, also on object storage; `source` names its architecture
+    where the file does not. `seed` draws the large model's random parameters. The drift is measured on `samples` random
+    inputs, or on the first samples of the shards that `data` names. `models` is a folder of open_clip model configs
+    whose names `to` and `source` may be. Unmodified open_clip loads the result as `local-dir:OUT`.
 
     A plain timm model (a folder as timm saves it, or a weights file with `source`, without open_clip's towers in it)
     grows into the timm model `to`, at its own picture size and number of classes; unmodified timm loads the result as
@@ -82,9 +85,14 @@ def grow_checkpoint(
     """
     folder = _new_folder(out)
     use_models(models, "--models")
-    if is_timm(small, source):
-        return _grow_timm(Path(small), to, folder, width, depth, source, seed, data, samples)
-    checkpoint = _read(small, source)
+    with tempfile.TemporaryDirectory(prefix="raychain-") as scratch:
+        try:
+            path = local_checkpoint(str(small), Path(scratch), also=[TIMM_CONFIG])
+        except CheckpointError as error:
+            raise InputError("SMALL", small, "a checkpoint that can be read", str(error)) from None
+        if is_timm(path, source):
+            return _grow_timm(path, to, folder, width, depth, source, seed, data, samples)
+        checkpoint = _read(path, small, source)
     config, size = _target(checkpoint, to)
     try:
         check(checkpoint.model, build(to, seed=seed, image_size=size, device="meta"), width=width, depth=depth)
@@ -146,9 +154,10 @@ def _new_folder(out: str | Path) -> Path:
     return folder
 
 
-def _read(small: str | Path, source: str | None) -> Checkpoint:
+def _read(path: Path, small: str | Path, source: str | None) -> Checkpoint:
+    """The checkpoint at `path`, which the user called `small`."""
     try:
-        return read_checkpoint(small, source)
+        return read_checkpoint(path, source)
     except UnknownModelError as error:
         fix = nearest(source or "", model_names(), "name an architecture that raychain or open_clip knows")
         raise InputError("--from" if source else "SMALL", source or small, str(error), fix) from None

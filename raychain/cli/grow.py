@@ -20,7 +20,7 @@ from raychain.terminal import say
 
 
 def grow_command(
-    small: Annotated[Path, typer.Argument(help="Checkpoint: open_clip folder, .safetensors or .pt file.")],
+    small: Annotated[str, typer.Argument(help="open_clip or timm folder, .safetensors or .pt file; s3:// too.")],
     to: Annotated[str, typer.Option("--to", help="Model to grow into.")],
     out: Annotated[Path, typer.Option("--out", help="Folder to write; must be new or empty.")],
     width: Annotated[str, typer.Option(help=f"Width operator: {', '.join(WIDTH_OPERATORS)}.")] = DEFAULT_WIDTH,

@@ -30,13 +30,14 @@ class Progress(Listener):
     """Shows events on stderr. Never raises over an event: what cannot be shown is left out."""
 
     def __init__(
-        self, total_stages: int, console: Console | None = None, metrics: Sequence[Definition] = FORMER
+        self, models: Sequence[str], console: Console | None = None, metrics: Sequence[Definition] = FORMER
     ) -> None:
-        self.total_stages, self.metrics = total_stages, metrics
+        """`models` are those of the stages."""
+        self.total_stages, self.metrics = len(models), metrics
         self.console = console or make_console(stderr=True)
         self._live: Live | None = None
         self._starts: dict[int, StageStarted] = {}
-        self._models: dict[int, str] = {}
+        self._models = dict(enumerate(models))
         self._shown_at: dict[int, float] = {}
         self._bad: set[str] = set()
 
@@ -62,7 +63,7 @@ class Progress(Listener):
 
     def stage_started(self, event: StageStarted) -> None:
         """Says what will be trained."""
-        self._starts[event.stage], self._models[event.stage] = event, event.model
+        self._starts[event.stage] = event
         self._shown_at.pop(event.stage, None)
         self._print(f"{self._title(event.stage)}: {_opening(event)}")
         if self._live:
@@ -88,7 +89,6 @@ class Progress(Listener):
         """Says how the stage went."""
         if self._live:
             self._live.update(Text())
-        self._models.setdefault(event.stage, str(event.record.model))
         self._print(f"{self._title(event.stage)}: {_closing(event.record, self.metrics)}", "bold")
 
     def bad_samples(self, event: BadSamples) -> None:
@@ -129,7 +129,7 @@ def _opening(start: StageStarted) -> str:
     params, steps, first, workers = number(start.params / 1e6), start.steps, start.start_step, start.world_size
     resumed = f", resumed at step {first:,}" if first else ""
     plural = "s" if workers != 1 else ""
-    cached = ", pictures cached as JPEG to fit preload.budget" if start.cached_as == "jpeg" else ""
+    cached = ", pictures cached as JPEG" if start.cached_as == "jpeg" else ""
     length = f"{_epochs(start):.4g} epochs, {steps:,} steps"
     return f"{params} M parameters, {length} on {workers} worker{plural}{resumed}{cached}"
 

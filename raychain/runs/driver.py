@@ -87,7 +87,7 @@ def _run(
         score=score.name if (score := task.experiment.evaluate.judged_by) else None,
         data_health=health.record(),
     )
-    progress = Progress(len(task.stages), metrics=task.suite.definitions)
+    progress = Progress([stage.model for stage in task.stages], metrics=task.suite.definitions)
     show: Listener = watch.listener if watch else progress
     steps = [stage.steps for stage in task.stages]
     with signals.settled():  # run.json says `running` until `finish`
