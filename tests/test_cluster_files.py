@@ -62,6 +62,7 @@ def test_spot_is_preferred_and_on_demand_takes_its_place_where_launches_fail(clo
     from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
     from ray.autoscaler.v2.utils import ResourceRequestUtil
 
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")  # or boto waits a minute and a half for it
     monkeypatch.setenv("HOME", str(tmp_path))  # the file mounts the user's token, which a bare machine does not have
     (tmp_path / ".ray").mkdir()
     (tmp_path / ".ray/auth_token").write_text("0123456789abcdef" * 4)

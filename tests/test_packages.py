@@ -125,7 +125,7 @@ def test_a_paradigm_of_another_package_trains_a_chain_and_survives_a_killed_work
     assert json.loads((folder / "config.json").read_text())["config"]["embed_dim"] == 64
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_evaluator_of_another_package_measures_every_stage_and_lower_is_better(
     installed: Path, demo: Path, tmp_path: Path
 ) -> None:
@@ -157,7 +157,7 @@ def test_an_evaluator_of_another_package_measures_every_stage_and_lower_is_bette
     assert (wrong.returncode, "did you mean caption_loss?" in wrong.stderr) == (2, True), wrong.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_growth_operators_of_another_package_grow_a_chain(installed: Path, demo: Path, tmp_path: Path) -> None:
     tree: dict[str, Any] = {
         "name": "spread",

@@ -106,7 +106,7 @@ def instant(monkeypatch: pytest.MonkeyPatch) -> type[Instant]:
     """Nothing is trained, and Ray is not needed."""
     monkeypatch.setattr(driver, "RayRunner", Instant)
     monkeypatch.setattr(driver, "session", lambda *_: contextlib.nullcontext())
-    monkeypatch.setattr(driver, "_slots", lambda _: 1)
+    monkeypatch.setattr(driver, "slots", lambda _: 1)
     monkeypatch.setattr(Instant, "most", None)
     return Instant
 

@@ -251,9 +251,9 @@ class Folder:
 
     def read(self, name: str) -> bytes | None:
         """Content of a file, or None if it does not exist. Raises OSError; for what is no file, instead of waiting."""
-        if self.local and (path := Path(self.join(name))).exists() and not path.is_file():
-            raise OSError(f"{path} is no regular file")
         try:
+            if self.local and not stat.S_ISREG(os.stat(self.join(name)).st_mode):  # noqa: PTH116 - asked once, as it may go
+                raise OSError(f"{self.join(name)} is no regular file")
             return self._told(lambda: self._content(name))
         except (FileNotFoundError, NotADirectoryError):  # perhaps only just
             return None
