@@ -17,7 +17,7 @@ import test_checkpoint_files
 import test_records
 import test_report
 import yaml
-from hostile import TEXTS, VALUES, as_json, bent, experiment, odd, picture, table, tar, weights
+from hostile import TEXTS, VALUES, as_json, bent, experiment, odd, picture, plain, table, tar, weights
 from hypothesis import strategies as st
 from safetensors.torch import save
 from test_broken_shards import pair, shard_of
@@ -141,7 +141,7 @@ def table_case(draw: st.DrawFn) -> Case:
         st.sampled_from([[], ["--json"], ["--image-size", "16"], ["--samples-per-shard", "1"], ["--retry-failed"]])
     )
     command += draw(st.sampled_from([[], [], ["--image-column", "path"], ["--caption-column", "text"]]))
-    files = {name: content, "0.png": draw(picture()), "1.png": draw(picture())}
+    files = {name: content, "0.png": draw(picture()), "1.png": draw(picture()), "2.png": plain(2)}
     if draw(st.integers(0, 3)):
         return [(files, command)]
     record = draw(st.sampled_from(["out/00000_stats.json", "out/build.json", "out/00001_stats.json"]))
