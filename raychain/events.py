@@ -94,7 +94,7 @@ class Span(Timed):
     category: Category
     start: float
     end: float
-    """As `start`, in seconds since 1970."""
+    """The end, in seconds since 1970."""
     stage: int | None = None
     """None: it belongs to no particular stage."""
 
