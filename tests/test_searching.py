@@ -506,3 +506,11 @@ def test_rank_correlation_is_spearmans() -> None:
     assert rank_correlation([(1, 30), (2, 20), (3, 10)]) == -1
     assert rank_correlation([(1, 1), (2, 3), (3, 2), (4, 4)]) == 0.8
     assert rank_correlation([(1, 1), (2, 2)]) is None
+
+
+def test_a_cache_that_cannot_be_written_is_one_message_of_a_search() -> None:
+    space = {"models": "CoM-micro-{S,M}", "first": "10 steps", "grown": ["4 steps"]}
+    tree = {"name": "x", "data": {"train": "none.tar"}, "chain": [{"model": "CoM-micro-S", "epochs": "24 steps"}],
+            "preload": {"cache": "/dev/null"}, "search": {"space": space, "trials": 1}}  # fmt: skip
+    with pytest.raises(InputError, match=r"^preload\.cache\n"):
+        make_space(validate(tree))

@@ -111,10 +111,6 @@ def _setting(experiment: Experiment, data: Data, where: str) -> Setting:
         at, given, allowed, fix, *_ = error.args
         hint = "; or say how many samples there are, to plan without them: --set data.samples=N" if at == where else ""
         raise InputError(at, given, allowed, fix + hint) from None
-    except OSError as error:
-        raise InputError(
-            "preload.cache", experiment.preload.cache, "a folder that can be written", str(error)
-        ) from None
     distill = experiment.transfer.distill is not None
     items = make_paradigm(experiment.task).items(data)
     return Setting(samples, items, experiment.train.global_batch, distill)

@@ -58,17 +58,13 @@ def make_task(
 
     `store` is the storage whose finished stages are shared.
     """
-    cache = local_path(experiment.preload.cache, "preload.cache")
     demo = experiment.data.demo
     if demo:
         try:
             make_demo(Path(demo.out), names=demo.names, pictures=demo.pictures, seed=demo.seed, on_progress=on_progress)
         except DemoError as error:
             raise InputError("data.demo", demo.out, "a folder for demo shards", str(error)) from None
-    try:
-        (cache / "counts").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError("preload.cache", cache, "a folder that can be written", str(error)) from None
+    cache = _cache_folder(experiment)
     setting = Setting(cache, experiment.data.captions.keys, experiment.data.key_split)
     suite = resolve_suite(experiment.evaluate, setting)
     task = ChainTask(
@@ -121,9 +117,17 @@ def epoch_samples(experiment: Experiment, data: Data, where: str = "data.train")
         return data.samples
     if demo and not is_current(Path(demo.out), names=demo.names, pictures=demo.pictures, seed=demo.seed):
         return demo.pictures
+    return _reading(experiment, data, _cache_folder(experiment), where).order.samples
+
+
+def _cache_folder(experiment: Experiment) -> Path:
+    """The folder `preload.cache`, with one in it for what is counted. Raises InputError if it cannot be written."""
     cache = local_path(experiment.preload.cache, "preload.cache")
-    (cache / "counts").mkdir(parents=True, exist_ok=True)
-    return _reading(experiment, data, cache, where).order.samples
+    try:
+        (cache / "counts").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError("preload.cache", cache, "a folder that can be written", str(error)) from None
+    return cache
 
 
 class Reading(NamedTuple):
