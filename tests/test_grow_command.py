@@ -7,6 +7,7 @@ import os
 import pickle
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from payload import Payload
 from PIL import Image
 from pyarrow import fs
 from safetensors.torch import save_file
-from test_broken_shards import pair, shard_of
+from test_broken_shards import add, pair, shard_of
 from test_feed import encode
 
 import raychain
@@ -239,6 +240,23 @@ def test_vit_b_grows_into_vit_l_in_half_a_minute_and_6_gb() -> None:
     seconds, gib = map(float, done.stdout.split())
     assert seconds < 30
     assert gib < 6
+
+
+def test_captions_that_are_no_json_are_left_out_of_what_drift_is_measured_on(folder: Path, tmp_path: Path) -> None:
+    good, odd = ({"png": encode(Image.new("RGB", (40, 40), "red"))} | text for text in (
+        {"txt": b"red"}, {"json": b"[" * 100_000}))  # fmt: skip
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for key, sample in (("0", odd), ("1", odd | {"json": b"not JSON"}), ("2", good)):
+            for extension, content in sample.items():
+                add(tar, f"{key}.{extension}", content)
+    grown = grow_checkpoint(folder, LARGE, tmp_path / "large", data=str(tmp_path / "0.tar"))
+    assert grown.drift["text"].relative_error < 1e-3
+    (tmp_path / "odd").mkdir()
+    with tarfile.open(tmp_path / "odd" / "0.tar", "w") as tar:
+        for extension, content in odd.items():
+            add(tar, f"0.{extension}", content)
+    with pytest.raises(InputError, match=r"^--data\n"):
+        grow_checkpoint(folder, LARGE, tmp_path / "other", data=str(tmp_path / "odd" / "0.tar"))
 
 
 def test_a_checkpoint_on_object_storage_grows(bucket: Any, folder: Path, tmp_path: Path) -> None:

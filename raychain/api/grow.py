@@ -195,21 +195,23 @@ def _read_inputs(checkpoint: Checkpoint, data: str, count: int) -> tuple[torch.T
         raise InputError("SMALL", f"a model for {error}", SQUARED, "measure on random input, without --data") from None
     images: list[np.ndarray] = []
     texts: list[str] = []
+    wanted = members.Wanted(CAPTION_KEYS)
     for address in expand([data], "--data"):
         try:
             with open_input(address) as file:
-                for sample in islice(members.samples(file, members.Wanted(CAPTION_KEYS)), count - len(images)):
+                for sample in islice(members.samples(file, wanted), count - len(images)):
                     try:
+                        captions, _ = members.annotation(sample, wanted)
                         images.append(picture(resize_exactly, members.picture(sample), size, resizing))
                     except Unusable:
                         continue
-                    texts += members.captions(sample, CAPTION_KEYS)[:1]
+                    texts += captions[:1]
         except OSError as error:
             raise InputError("--data", address, "shards that can be read", str(error)) from None
         if len(images) >= count:
             break
     if not images or not texts:
-        raise InputError("--data", data, f"shards with {members.Wanted(CAPTION_KEYS)}", "give other shards")
+        raise InputError("--data", data, f"shards with {wanted}", "give other shards")
     mean, std = (torch.tensor(preprocessing[key]) for key in ("mean", "std"))
     x_b3HW = ((torch.from_numpy(np.stack(images)) / 255 - mean) / std).permute(0, 3, 1, 2)
     return x_b3HW, torch.from_numpy(np.asarray(tokenize(texts))).long()
