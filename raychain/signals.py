@@ -130,6 +130,13 @@ def check() -> None:
         _interrupt()
 
 
+def renew() -> None:
+    """Makes Python's handlers count again where a library in C has put others, or none, in their place."""
+    for number in NUMBERS if _in_main_thread() else ():
+        if (handler := signal.getsignal(number)) is not None:
+            signal.signal(number, handler)
+
+
 def _handle(_: int, __: FrameType | None) -> None:
     if _State.interrupted:
         return

@@ -212,3 +212,25 @@ def test_a_signal_after_the_outcome_changes_nothing(taken_over):
         send()
     signals.check()
     assert not signals.interrupted()
+
+
+@pytest.mark.ray
+def test_sigterm_is_still_handled_when_ray_has_ended() -> None:
+    """Ray's C++ part puts the default action in the place of Python's handler as it ends."""
+    script = (
+        "import re, signal, sys, ray\n"
+        "from raychain import signals\n"
+        "from raychain.backend_ray.connection import _Connection\n"
+        "def look():\n"
+        "    caught = int(re.search(r'SigCgt:\\s*(\\w+)', open('/proc/self/status').read())[1], 16)\n"
+        "    found.append(all(caught >> (n - 1) & 1 for n in (signal.SIGTERM, signal.SIGINT)))\n"
+        "found, end = [], None\n"
+        "signals.take_over()\n"
+        "connection = _Connection(lambda: ray.init(num_cpus=1, include_dashboard=False), RuntimeError, 60)\n"
+        "connection.open()\n"
+        "end = connection._processes.end\n"
+        "connection._processes.end = lambda: (look(), end())  # what is done when Ray has ended\n"
+        "connection.close()\n"
+        "sys.exit(0 if found == [True] else 7)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=120).returncode == 0

@@ -34,6 +34,8 @@ from raychain.training.task import ChainTask, worker_cpus
 
 WARNINGS = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 """Without it Ray warns that it will once leave a process without GPUs those it sees."""
+RENEWED_S = 0.005
+"""How often handlers of signals are set anew while Ray ends."""
 STARTS_S, JOINS_S = 180.0, 60.0
 """How long Ray may take to start on this machine, and to join a cluster that answers."""
 ENDS_S = 60.0
@@ -104,13 +106,23 @@ class _Connection:
         """Ends the connection and what belongs to it. Raises KeyboardInterrupt for a signal that came meanwhile."""
         with signals.held():
             self._closing.set()
-            hangs = self._thread.is_alive() and not self._closed.wait(self._patience())
+            hangs = self._thread.is_alive() and not self._is_closed_within(self._patience())
             if hangs:  # Ray may abort this process when its own ones end, so that has to be the last thing that happens
                 atexit.unregister(ray.shutdown)
                 signals.at_the_very_end(self._processes.end)
             else:
                 self._processes.end()
         signals.check()
+
+    def _is_closed_within(self, seconds: float) -> bool:
+        """Whether Ray ends in time. When it does, its C++ part leaves SIGTERM to the kernel, which would end this
+        process before its record is written.
+        """
+        until = time.monotonic() + seconds
+        while not (closed := self._closed.wait(RENEWED_S)) and time.monotonic() < until:
+            signals.renew()
+        signals.renew()
+        return closed
 
     def _patience(self) -> float:
         return ENDS_S if self._opened.is_set() or signals.interrupted() else 1.0
