@@ -33,13 +33,23 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return where
 
 
+def environment(installed: Path) -> dict[str, str]:
+    """The environment of a process in which the packages are installed."""
+    paths = [str(installed), str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+
+
+def started(installed: Path, experiment: Path) -> subprocess.CompletedProcess[str]:
+    """`raychain run --dry-run` of an experiment."""
+    command = [sys.executable, "-m", "raychain.run", str(experiment), "--dry-run"]
+    return subprocess.run(command, env=environment(installed), capture_output=True, text=True)
+
+
 def run(installed: Path, experiment: Path, out: Path, kill_at: int | None = None) -> dict[str, Any]:
     """The result of `raychain run --json`; with `kill_at` a worker is killed once stage 1 has logged that step."""
-    paths = [str(installed), str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
     command = [sys.executable, "-m", "raychain.run", str(experiment), "--json", "--out", str(out)]
     with (out.parent / f"{out.name}.err").open("w+") as said, (out.parent / f"{out.name}.json").open("w+") as result:
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-        process = subprocess.Popen(command, env=environment, stdout=result, stderr=said)
+        process = subprocess.Popen(command, env=environment(installed), stdout=result, stderr=said)
         killed, until = kill_at is None, time.monotonic() + 400
         while process.poll() is None and time.monotonic() < until:
             if not killed and any(stage == 1 and step >= (kill_at or 0) for stage, step in losses(out)):
@@ -73,11 +83,30 @@ def pictures(folder: Path, count: int = 96) -> Path:
                 ramp = np.linspace(255, 0, 32)[:, None, None] + rng.normal(0, 20, (32, 32, 3))
                 file = io.BytesIO()
                 Image.fromarray(ramp.clip(0, 255).astype(np.uint8)).save(file, "png")
-                info = tarfile.TarInfo(f"{shard}-{i:03d}.png")
-                info.size = file.tell()
-                file.seek(0)
-                tar.addfile(info, file)
+                add(tar, f"{shard}-{i:03d}.png", file)
     return folder
+
+
+def fields(folder: Path, count: int = 192) -> Path:
+    """Shards of arrays that are a level in each of two channels, with noise, and one that has another shape."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for shard in range(2):
+        with tarfile.open(folder / f"{shard}.tar", "w") as tar:
+            for i in range(count // 2):
+                field = (rng.normal(0, 1, (2, 1, 1)) + rng.normal(0, 0.1, (2, 16, 16))).astype(np.float32)
+                file = io.BytesIO()
+                np.save(file, field[:, :3] if (shard, i) == (1, 5) else field)
+                add(tar, f"{shard}-{i:03d}.npy", file)
+    return folder
+
+
+def add(tar: tarfile.TarFile, name: str, file: io.BytesIO) -> None:
+    """Adds what was written to a file."""
+    info = tarfile.TarInfo(name)
+    info.size = file.tell()
+    file.seek(0)
+    tar.addfile(info, file)
 
 
 def losses(out: Path) -> dict[tuple[int, int], float]:
@@ -126,6 +155,39 @@ def test_a_paradigm_of_another_package_trains_a_chain_and_survives_a_killed_work
 
 
 @pytest.mark.long
+def test_a_reader_of_another_package_trains_a_chain_on_samples_that_are_no_pictures(
+    installed: Path, tmp_path: Path
+) -> None:
+    tree: dict[str, Any] = {
+        "name": "fields",
+        "task": {"paradigm": "masked_fields"},
+        "data": {"train": str(fields(tmp_path / "data")), "image_size": 16, "max_bad_fraction": 0.02},
+        "chain": [{"model": "fields-32x1", "epochs": "200 steps"}, {"model": "fields-64x2", "epochs": "60 steps"}],
+        "train": {"global_batch": 16, "warmup": "4 steps", "log_every": 10, "lr": 3.0e-3},
+        "transfer": {"distill": {"alpha": 1.0, "cap": False}},
+        "compute": {"workers": 2, "cpus_per_worker": 1},
+        "preload": {"cache": str(tmp_path / "cache")},
+    }
+    (tmp_path / "fields.yaml").write_text(yaml.safe_dump(tree))
+    two = run(installed, tmp_path / "fields.yaml", tmp_path / "two")
+    assert [stage["status"] for stage in two["stages"]] == ["trained", "trained"]
+    expected = losses(tmp_path / "two")
+    assert expected[0, 200] < 0.6 * expected[0, 10], "it learns to fill in what is hidden"
+    assert expected[1, 10] < 0.8 * expected[0, 10], "the larger model starts as the smaller one"
+    assert "unusable array" in (tmp_path / "two.err").read_text()
+    assert len(list((tmp_path / "cache" / "shards").glob("*.arrow"))) == 2
+    tree["compute"]["workers"] = 1
+    (tmp_path / "fields.yaml").write_text(yaml.safe_dump(tree))
+    one = run(installed, tmp_path / "fields.yaml", tmp_path / "one")
+    assert [stage["key"] for stage in one["stages"]] == [stage["key"] for stage in two["stages"]]
+    assert losses(tmp_path / "one") == pytest.approx(expected, rel=1e-4)
+    tree["data"]["train"] = str(pictures(tmp_path / "pictures"))
+    (tmp_path / "fields.yaml").write_text(yaml.safe_dump(tree))
+    wrong = started(installed, tmp_path / "fields.yaml")
+    assert (wrong.returncode, "write each array to a member NAME.npy" in wrong.stderr) == (2, True), wrong.stderr
+
+
+@pytest.mark.long
 def test_an_evaluator_of_another_package_measures_every_stage_and_lower_is_better(
     installed: Path, demo: Path, tmp_path: Path
 ) -> None:
@@ -150,10 +212,7 @@ def test_an_evaluator_of_another_package_measures_every_stage_and_lower_is_bette
     assert f"pairs caption loss {losses[-1]:.2f} nats" in said
     tree["evaluate"]["pairs"]["type"] = "caption_los"
     (tmp_path / "wrong.yaml").write_text(yaml.safe_dump(tree))
-    command = [sys.executable, "-m", "raychain.run", str(tmp_path / "wrong.yaml"), "--dry-run"]
-    paths = [str(installed), str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-    wrong = subprocess.run(command, env=environment, capture_output=True, text=True)
+    wrong = started(installed, tmp_path / "wrong.yaml")
     assert (wrong.returncode, "did you mean caption_loss?" in wrong.stderr) == (2, True), wrong.stderr
 
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 from raychain.core.json import Json
 from raychain.data.health import (
@@ -31,10 +31,33 @@ LARGEST = 2**28
 """Bytes of a picture or a text; what is larger is not read."""
 WAY_OUT = "data.key_split: last takes names up to their last dot"
 
+Sample = dict[str, Any]
+"""A sample of a tar file: its `key`, and the content of each member by extension."""
+Report = Callable[[Bad], None]
+"""Hears of what cannot be used."""
+
+
+class Format(Protocol):
+    """Which members of a tar file make a sample. Its `str` says it in words."""
+
+    @property
+    def digest(self) -> str:
+        """Short hash of all that decides what is a sample; counts of samples are kept by it."""
+
+    @property
+    def remedy(self) -> str:
+        """What a user can do where no shard holds a sample."""
+
+    def samples(self, file: BinaryIO, report: Report, *, names_only: bool = False) -> Iterator[Sample]:
+        """The usable samples of an open tar file in order; their members' content is None with `names_only`.
+
+        `report` hears of what else is there and cannot be used. Raises OSError where the file cannot be read.
+        """
+
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a sample must hold besides a picture: captions (`data.captions.keys`), a class label (`cls`), or nothing."""
+    """A `Format`: samples are pictures with captions (`data.captions.keys`), with a class label (`cls`), or alone."""
 
     captions: tuple[str, ...] = ()
     label: bool = False
@@ -48,6 +71,15 @@ class Wanted:
         return hashlib.blake2b(str((self.captions, self.label, *how)).encode(), digest_size=6).hexdigest()
 
     @property
+    def remedy(self) -> str:
+        """What a user can do where no shard holds a sample."""
+        return f"{'check data.captions.keys, or ' if self.captions else ''}replace the shards"
+
+    def samples(self, file: BinaryIO, report: Report, *, names_only: bool = False) -> Iterator[Sample]:
+        """See `samples` of this module."""
+        return samples(file, self, names_only=names_only, report=report)
+
+    @property
     def extensions(self) -> set[str]:
         """Member extensions that hold the captions or the label."""
         return {caption_key(key).extension for key in self.captions} | ({"cls"} if self.label else set())
@@ -57,12 +89,8 @@ class Wanted:
         return f"a picture ({', '.join(IMAGES)}){described}"
 
 
-Sample = dict[str, Any]
-"""A sample of a tar file: its `key`, and the content of each member by extension."""
-
-
 def samples(
-    file: BinaryIO, wanted: Wanted, *, names_only: bool = False, report: Callable[[Bad], None] = lambda _: None
+    file: BinaryIO, wanted: Wanted, *, names_only: bool = False, report: Report = lambda _: None
 ) -> Iterator[Sample]:
     """Usable samples of an open tar file in order: {`key`, extension: bytes, …} (bytes are None with `names_only`).
 

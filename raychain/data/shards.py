@@ -8,7 +8,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import repeat
@@ -21,10 +21,11 @@ from pyarrow import fs
 from raychain import records
 from raychain.core.braces import count_alternatives
 from raychain.core.storage import TRANSFER_S, Folder, is_local, resolve, split_options
-from raychain.data import health, members
+from raychain.data import health
 from raychain.data.content import ChangedError, former_identity, identify, unchanged
 from raychain.data.fetch import open_input, patiently
 from raychain.data.health import Bad, Tally
+from raychain.data.members import Format, Report, Sample
 from raychain.errors import InputError
 from raychain.terminal.counting import CountingLine
 
@@ -185,7 +186,7 @@ def _fits(parts: list[str], wanted: list[str], first: int) -> bool:
     )
 
 
-def survey(addresses: Sequence[str], wanted: members.Wanted, cache: Path, where: str) -> list[Shard]:
+def survey(addresses: Sequence[str], wanted: Format, cache: Path, where: str) -> list[Shard]:
     """Size, identity and count of usable samples of each shard, read in parallel; both are kept in `cache`.
 
     What a shard cannot give (samples without a picture or caption, damage) is counted in `Shard.bad` and named in the
@@ -203,12 +204,12 @@ def survey(addresses: Sequence[str], wanted: members.Wanted, cache: Path, where:
         found = next((str(shard.bad) for shard in shards if shard.bad), "nothing of the kind is in them")
         raise InputError(
             where, f"{len(shards)} shards without a usable sample ({found})",
-            f"complete tar files of samples with {wanted}", "check data.captions.keys, or replace the shards",
+            f"complete tar files of samples with {wanted}", wanted.remedy,
         )  # fmt: skip
     return shards
 
 
-def _survey(address: str, wanted: members.Wanted, cache: Path, where: str) -> Shard:
+def _survey(address: str, wanted: Format, cache: Path, where: str) -> Shard:
     counts = Folder(str(cache / "counts"))
     try:
         content = identify(address, counts)
@@ -221,7 +222,7 @@ def _survey(address: str, wanted: members.Wanted, cache: Path, where: str) -> Sh
         with unchanged(shard), open_input(address) as file:
             former = former_identity(file, shard.size)
             file.seek(0)
-            samples = sum(1 for _ in members.samples(file, wanted, names_only=True, report=found.append))
+            samples = sum(1 for _ in wanted.samples(file, found.append, names_only=True))
     except ChangedError as error:
         raise InputError(
             where, address, "a file that nothing writes to", f"start again when it is whole ({error})"
@@ -237,17 +238,15 @@ def _survey(address: str, wanted: members.Wanted, cache: Path, where: str) -> Sh
     return replace(shard, samples=samples, bad=bad, former=former)
 
 
-def read(
-    shard: Shard, wanted: members.Wanted, report: Callable[[Bad], None] = lambda _: None
-) -> Iterator[members.Sample]:
-    """The usable samples of a shard in file order; `report` as for `members.samples`.
+def read(shard: Shard, wanted: Format, report: Report = lambda _: None) -> Iterator[Sample]:
+    """The usable samples of a shard in file order; `report` as for `Format.samples`.
 
     Raises OSError, naming the shard, where it cannot be read, and ChangedError, at the latest at its end, where it is
     no longer the one that was surveyed.
     """
     try:
         with unchanged(shard), open_input(shard.address, WHOLE_AHEAD) as file:
-            yield from members.samples(file, wanted, report=report)
+            yield from wanted.samples(file, report)
     except ChangedError:
         raise
     except OSError as error:

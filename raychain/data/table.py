@@ -50,13 +50,14 @@ def _digest(content: memoryview, place: int) -> bytes:
     return checksum.hexdigest().encode()
 
 
-class Table:
-    """Numpy views of a cached shard's file. While one is alive the file is held: the cache does not remove it."""
+class CachedShard:
+    """The Arrow file of a cached shard. While one is alive the file is held: the cache does not remove it."""
 
     def __init__(self, content: mmap.mmap | pa.Buffer, name: str) -> None:
         buffer = pa.py_buffer(content)
         reader = pa.ipc.open_file(pa.BufferReader(buffer))
-        data = reader.read_all()
+        self.data = data = reader.read_all()
+        """The batches that the reader's `decode` gave, and an empty one at the end."""
         if data.schema.metadata.get(b"name") != name.encode():
             raise DamagedError("it is another shard's")
         self.mapped = isinstance(content, mmap.mmap)
@@ -66,6 +67,14 @@ class Table:
         found = Tally.of(TallyRecord.of(json.loads(notes[BAD])))
         self.bad, self.noted = found.part(used=False), found.part(used=True)
         """Samples that turned out unusable and have no row, and those that have one and are worth a word."""
+
+
+class Table(CachedShard):
+    """Numpy views of the pictures of a cached shard, and of their captions and labels."""
+
+    def __init__(self, content: mmap.mmap | pa.Buffer, name: str) -> None:
+        super().__init__(content, name)
+        data, buffer = self.data, pa.py_buffer(content)
         self._jpeg = data.schema.metadata[b"pixels"] == b"jpeg"
         captions = data.column("captions").combine_chunks()
         self.caption_offset = captions.offsets.to_numpy()
