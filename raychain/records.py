@@ -117,6 +117,7 @@ class StageEntry(Record):
     macs: Number | None = None
     wall_s: Number | None = None
     gap_s: Number | None = None
+    first_step_s: Number | None = None
     data_wait_s: Number | None = None
     lr: Number | None = None
     changes: list[ChangeRecord] | None = None
@@ -151,6 +152,7 @@ class CountersRecord(Record):
     wall_s: Number
     data_wait_s: Number
     gap_s: Number | None = None
+    first_step_s: Number | None = None
 
 
 class CheckpointRecord(Record):

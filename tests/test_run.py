@@ -39,7 +39,10 @@ def test_a_chain_trains_and_its_run_folder_is_complete(finished):
     ]
     assert run["stages"][0]["transfer"] is None
     assert run["stages"][1]["transfer"]["distill"]["alpha"] == 2.0
-    assert 0 < run["stages"][1]["gap_s"] < 60
+    idle, first = run["stages"][1]["gap_s"], run["stages"][1]["first_step_s"]
+    logged = [next(x["time"] for x in lines(out)[::way] if x["stage"] == index) for index, way in ((0, -1), (1, 1))]
+    assert 0 < idle < 60
+    assert 0 < first < idle + first < logged[1] - logged[0] + 0.1
     assert run["totals"]["speedup"] == pytest.approx(run["totals"]["baseline_macs"] / run["totals"]["macs"], rel=1e-3)
     assert [(x["stage"], x["step"]) for x in lines(out)] == [(0, s) for s in range(4, 25, 4)] + [
         (1, s) for s in range(4, 17, 4)

@@ -198,7 +198,7 @@ def gap(small: str, large: str, options: argparse.Namespace) -> dict[str, Any]:
             "preload": {"cache": f"{name}/cache"},
             "storage": f"{name}/runs",
         }))  # fmt: skip
-    kept = ("model", "steps", "wall_s", "gap_s", "data_wait_s", "samples_seen")
+    kept = ("model", "steps", "wall_s", "gap_s", "first_step_s", "data_wait_s", "samples_seen")
     return {"stages": [{key: stage[key] for key in kept} for stage in run["stages"]]}
 
 

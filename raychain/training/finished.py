@@ -92,6 +92,7 @@ class FinishedStages:
             macs=stage.macs,
             wall_s=round(counters.wall_s, 3),
             gap_s=None if counters.gap_s is None else round(counters.gap_s, 3),
+            first_step_s=None if counters.first_step_s is None else round(counters.first_step_s, 3),
             data_wait_s=round(counters.data_wait_s, 3),
             lr=None if stage.given else stage.lr,
             changes=[ChangeRecord(step=change.step, lr=change.lr) for change in stage.changes],

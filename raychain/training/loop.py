@@ -75,10 +75,11 @@ class StageLoop:
                 schedule=self.recipe.schedule,
                 cooldown=self.task.cooldown,
             )
+            begun = time.time()
             losses = self._update(student, state, teacher, batch.to(self.device), lr)
             self.sound += losses.total.isfinite()
             if counters.gap_s is None and last_step is not None:
-                counters.gap_s = time.time() - last_step
+                counters.gap_s, counters.first_step_s = begun - last_step, time.time() - begun
             counters.step += 1
             state.follow()
             counters.samples += self.recipe.global_batch

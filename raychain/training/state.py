@@ -25,6 +25,9 @@ class Counters:
     wall_s: float = 0.0
     data_wait_s: float = 0.0
     gap_s: float | None = None
+    """Seconds from the end of the stage before's last step to the beginning of the first step of this one."""
+    first_step_s: float | None = None
+    """Seconds of that first step, which sets up what later steps find (buffers, kernels)."""
 
 
 def all_finite(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
