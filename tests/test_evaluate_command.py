@@ -303,7 +303,7 @@ def test_an_experiment_takes_the_evaluators_of_a_file() -> None:
     tree = {"name": "x", "data": {"train": "d"}, "chain": [{"model": "CoM-micro-T", "epochs": 1}]}
     listed = {"file": "vtab-plus", "root": "s3://bucket/wds/", "cars": {"type": "zero_shot", "data": "mine"}}
     found = validate(tree | {"evaluate": listed | {"score": "imagenet1k/top1"}}).evaluate
-    assert len(found.named) == 37
+    assert len(found.named) == 38
     assert found.named["imagenet1k"].data == "s3://bucket/wds/wds_imagenet1k"
     assert found.named["cars"].data == "mine"
     assert validate(tree | {"evaluate": found.model_dump(mode="json")}).evaluate == found

@@ -12,6 +12,7 @@ from raychain.config.loading import validate
 from raychain.errors import InputError
 from raychain.evaluators.metrics import (
     FORMER,
+    MULTILABEL,
     RETRIEVAL,
     ZERO_SHOT,
     Metric,
@@ -143,6 +144,10 @@ def test_means_are_over_all_evaluators_of_a_type_and_only_where_all_are_measured
     [mean] = means(made, metrics)
     assert (mean.value, mean.definition.label) == (30.0, "mean of 3 × zero shot top1")
     assert means(made, {"a/top1": 10.0, "b/top1": 20.0, "p/top1": 90.0}) == []
+    made += define("m", "zero_shot_multilabel", MULTILABEL)
+    made = list(read_back(json.loads(json.dumps({"metrics": written_down(made)}))))
+    [mean] = means(made, metrics | {"m/map": 10.0})
+    assert (mean.value, mean.definition.label) == (25.0, "mean of 4 × zero shot (3 top1, 1 map)")
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from raychain.terminal.counting import CountingLine
 
 if TYPE_CHECKING:
     from raychain.evaluators.config import Evaluate
+    from raychain.evaluators.finding import Task
 
 CAPTIONS = ("txt|lines",)
 CACHE = "~/.cache/raychain"
@@ -46,7 +47,7 @@ def evaluate(
     64 GiB).
 
     Returns {`checkpoint`, `model`, `params`, `image_size`, `device`, `seconds`, `results`: [{`data`, `task`,
-    `pictures`, …, `metrics`: {`zero_shot_top1`, …, `i2t_r1`, …} in percent}], and of `evaluators` `metrics`:
+    `pictures`, …, `metrics`: {`zero_shot_top1`, …, `map`, `i2t_r1`, …} in percent}], and of `evaluators` `metrics`:
     {`NAME/METRIC`: value} and `definitions`: {`NAME/METRIC`: {`unit`, `best`, …}}}.
 
     Raises InputError for wrong arguments, RunFailed where a shard cannot be read or features are not finite.
@@ -98,8 +99,8 @@ def evaluate(
     for address, task in tasks:
         described = _described(task)
         found = measured(task, described["task"])
-        former = [d for d in FORMER if d.name.startswith(described["task"])]
-        metrics = {d.former: found[d.name.partition("/")[2]] for d in former}
+        former = [d for d in FORMER if d.kind == described["task"]]
+        metrics = {d.former: found[d.name.partition("/")[2]] for d in former} or found
         results.append({"data": address, **described, "metrics": metrics})
     of_suite = {e.digest: measured(e.held_out, e.name) for e in suite.evaluations}
     return {
@@ -204,11 +205,10 @@ def _cache_folder(cache: str) -> Path:
     return folder
 
 
-def _described(task: Any) -> Json:
-    from raychain.evaluators.data import ZeroShotData
+def _described(task: Task) -> Json:
+    from raychain.evaluators.data import MultilabelData, RetrievalData
 
-    pictures = sum(shard.samples for shard in task.shards)
-    if isinstance(task, ZeroShotData):
-        return {"task": "zero_shot", "pictures": pictures, "classes": len(task.classes),
-                "templates": len(task.templates)}  # fmt: skip
-    return {"task": "retrieval", "pictures": pictures, "captions": list(task.caption_keys)}
+    if isinstance(task, RetrievalData):
+        return {"task": "retrieval", "pictures": task.samples, "captions": list(task.caption_keys)}
+    kind = "zero_shot_multilabel" if isinstance(task, MultilabelData) else "zero_shot"
+    return {"task": kind, "pictures": task.samples, "classes": len(task.classes), "templates": len(task.templates)}

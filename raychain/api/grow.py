@@ -201,7 +201,7 @@ def _read_inputs(checkpoint: Checkpoint, data: str, count: int) -> tuple[torch.T
             with open_input(address) as file:
                 for sample in islice(members.samples(file, wanted), count - len(images)):
                     try:
-                        captions, _ = members.annotation(sample, wanted)
+                        captions = members.annotation(sample, wanted).captions
                         images.append(picture(resize_exactly, members.picture(sample), size, resizing))
                     except Unusable:
                         continue

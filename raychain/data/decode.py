@@ -34,6 +34,7 @@ class Row(NamedTuple):
     height: int
     width: int
     label: int
+    classes: bytes
 
 
 def decode(shard: Shard, spec: Spec, tokenize: Tokenize, bad: list[Bad]) -> Iterator[pa.RecordBatch]:
@@ -49,7 +50,7 @@ def decode(shard: Shard, spec: Spec, tokenize: Tokenize, bad: list[Bad]) -> Iter
     found = lost = end = 0
     for sample in shards.read(shard, spec.wanted):
         try:
-            captions, label = members.annotation(sample, spec.wanted)
+            told = members.annotation(sample, spec.wanted)
             image = (
                 picture(resize_exactly, members.picture(sample), spec.image_size, spec.exactly)
                 if spec.exactly
@@ -71,8 +72,8 @@ def decode(shard: Shard, spec: Spec, tokenize: Tokenize, bad: list[Bad]) -> Iter
         start, end = end, end + content.size
         pictures[start:end].reshape(content.shape)[:] = content
         height, width = image.shape[:2]
-        rows.append(Row(sample["key"], end, height, width, label))
-        texts.append(captions)
+        rows.append(Row(sample["key"], end, height, width, told.label, told.classes))
+        texts.append(told.captions)
         found += 1
     if found + lost != shard.samples:
         raise OSError(f"{shard.address} has changed: {shard.samples} samples were counted, {found + lost} read")
@@ -85,6 +86,7 @@ def _record_batch(rows: list[Row], pictures: np.ndarray, texts: list[list[str]],
     ends = np.array([0, *(row.end for row in rows)], dtype=np.int64)
     images = [None, pa.py_buffer(ends), pa.py_buffer(pictures[: ends[-1]])]
     kinds = {"key": pa.string(), "height": pa.int32(), "width": pa.int32(), "label": pa.int32()}
+    kinds |= {"classes": pa.binary()} if rows[0].classes else {}
     columns = {name: pa.array([getattr(row, name) for row in rows], kind) for name, kind in kinds.items()}
     columns["image"] = pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(rows), images)
     tokens = _tokens([text for pool in texts for text in pool], tokenize)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, NamedTuple, Protocol
+
+import numpy as np
 
 from raychain.core.json import Json
 from raychain.data.health import (
@@ -57,17 +60,21 @@ class Format(Protocol):
 
 @dataclass(frozen=True)
 class Wanted:
-    """A `Format`: samples are pictures with captions (`data.captions.keys`), with a class label (`cls`), or alone."""
+    """A `Format`: pictures with captions (`data.captions.keys`), with a class (`cls`), with any number of classes
+    (`npy`), or alone.
+    """
 
     captions: tuple[str, ...] = ()
     label: bool = False
     key_split: KeySplit = "first"
     """`data.key_split`."""
+    classes: bool = False
+    """Any number of classes a picture: an array of a one for each class that it shows, and zeros."""
 
     @property
     def digest(self) -> str:
         """Short hash of what is wanted."""
-        how = () if self.key_split == "first" else (self.key_split,)
+        how = (*(() if self.key_split == "first" else (self.key_split,)), *(("classes",) if self.classes else ()))
         return hashlib.blake2b(str((self.captions, self.label, *how)).encode(), digest_size=6).hexdigest()
 
     @property
@@ -81,8 +88,9 @@ class Wanted:
 
     @property
     def extensions(self) -> set[str]:
-        """Member extensions that hold the captions or the label."""
-        return {caption_key(key).extension for key in self.captions} | ({"cls"} if self.label else set())
+        """Member extensions that hold the captions, the label or the classes."""
+        labels = {name for name, wanted in (("cls", self.label), ("npy", self.classes)) if wanted}
+        return {caption_key(key).extension for key in self.captions} | labels
 
     def __str__(self) -> str:
         described = f" and {' or '.join(sorted(self.extensions))}" if self.extensions else ""
@@ -186,7 +194,7 @@ def _usable(sample: Sample, wanted: Wanted, bad: Callable[[str, str], None]) -> 
         return pictured
     described = any(extension in sample for extension in wanted.extensions)
     if pictured and not described:
-        bad(NO_LABEL if wanted.label else NO_CAPTION, sample["key"])
+        bad(NO_LABEL if wanted.label or wanted.classes else NO_CAPTION, sample["key"])
     elif described and not pictured:
         bad(NO_PICTURE, sample["key"])
     return pictured and described
@@ -197,8 +205,17 @@ def picture(sample: Sample) -> bytes:
     return next(sample[image] for image in IMAGES if image in sample)
 
 
-def annotation(sample: Sample, wanted: Wanted) -> tuple[list[str], int]:
-    """A sample's captions, at least one if any are wanted, and its label, -1 if none is. Raises Unusable."""
+class Annotation(NamedTuple):
+    """What a sample says of its picture."""
+
+    captions: list[str]
+    label: int = -1
+    classes: bytes = b""
+    """A byte for each class: 1 if the picture shows it, 0 if not."""
+
+
+def annotation(sample: Sample, wanted: Wanted) -> Annotation:
+    """A sample's captions, at least one if any are wanted, and its label or classes if they are. Raises Unusable."""
     try:
         found = captions(sample, wanted.captions)
         "".join(found).encode()  # JSON can spell halves of characters, which no tokeniser takes
@@ -207,9 +224,24 @@ def annotation(sample: Sample, wanted: Wanted) -> tuple[list[str], int]:
     if wanted.captions and not found:
         raise Unusable(NO_CAPTION)
     try:
-        return found, int(sample["cls"]) if wanted.label else -1
-    except ValueError:
-        raise Unusable(NO_LABEL, f"{sample['cls'][:20]!r} is no whole number") from None
+        if wanted.classes:
+            return Annotation(found, classes=classes(sample["npy"]))
+        return Annotation(found, int(sample["cls"]) if wanted.label else -1)
+    except ValueError as error:
+        given = f"{sample['cls'][:20]!r} is no whole number" if wanted.label else str(error)
+        raise Unusable(NO_LABEL, given) from None
+
+
+def classes(content: bytes) -> bytes:
+    """The classes of an `npy` member, as `Annotation` has them. Raises ValueError for anything but zeros and ones."""
+    try:
+        found = np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
+        usable = found.ndim == 1 and len(found) and np.isin(found, (0, 1)).all()
+    except Exception as error:  # for damaged arrays numpy raises nearly all
+        raise ValueError(f"its npy is no array ({str(error)[:100]})") from None
+    if not usable:
+        raise ValueError("its npy is no row of zeros and ones")
+    return found.astype(np.uint8).tobytes()
 
 
 def captions(sample: Sample, keys: tuple[str, ...]) -> list[str]:

@@ -88,6 +88,11 @@ class Table(CachedShard):
         spans = [_spans(chunk, buffer.address) for chunk in data.column("image").chunks if len(chunk)]
         self._start, self._stop = np.concatenate(spans, axis=1)
 
+    def classes(self, rows: range) -> np.ndarray:
+        """uint8 [rows, classes]: a one for each class that a picture shows. They are there where they were wanted."""
+        held = self.data.column("classes").slice(rows.start, len(rows)).to_pylist()
+        return np.stack([np.frombuffer(row, np.uint8) for row in held])
+
     def image(self, row: int) -> np.ndarray:
         """uint8 [height, width, 3]; a read-only view where pixels are kept raw."""
         content = self._content[self._start[row] : self._stop[row]]

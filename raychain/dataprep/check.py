@@ -44,7 +44,7 @@ def check_shard(address: str, wanted: Wanted) -> Checked:
         with open_input(address) as file:
             for sample in members.samples(file, wanted, report=found.bad.append):
                 try:
-                    captions, _ = members.annotation(sample, wanted)
+                    captions = members.annotation(sample, wanted).captions
                     width, height, deep = picture(_decoded, members.picture(sample))
                 except Unusable as error:
                     found.bad.append(Bad(error.kind, sample["key"], error.detail))

@@ -8,7 +8,7 @@ from pydantic import Field, field_validator
 
 from raychain.errors import InputError
 from raychain.evaluators.evaluator import Evaluator, HeldOut, Setting
-from raychain.evaluators.metrics import RETRIEVAL, ZERO_SHOT, Metric
+from raychain.evaluators.metrics import MULTILABEL, RETRIEVAL, ZERO_SHOT, Metric
 from raychain.schema.captions import caption_key
 from raychain.schema.component import OneOrMore
 
@@ -27,6 +27,22 @@ class ZeroShot(Evaluator):
         from raychain.evaluators.data import resolve_zero_shot
 
         return resolve_zero_shot(self.data, setting.cache, where, setting.key_split)
+
+
+class ZeroShotMultilabel(Evaluator):
+    """Zero-shot classification of pictures that show any number of classes, by mean average precision."""
+
+    metrics: ClassVar[tuple[Metric, ...]] = MULTILABEL
+    needs: ClassVar[frozenset[str]] = frozenset({"pictures", "texts"})
+    type: Literal["zero_shot_multilabel"]
+    data: str = Field(min_length=1)
+    """As for `zero_shot`, but with an `.npy` member for each picture instead of `.cls`: zeros, and a one for each class
+    that it shows, in the order of `classnames.txt`."""
+
+    def resolve(self, where: str, setting: Setting) -> HeldOut:
+        from raychain.evaluators.data import resolve_multilabel
+
+        return resolve_multilabel(self.data, setting.cache, where, setting.key_split)
 
 
 class Retrieval(Evaluator):

@@ -17,6 +17,7 @@ from raychain.data.content import unchanged
 from raychain.data.fetch import open_input
 from raychain.data.health import STRUCTURAL
 from raychain.data.members import LARGEST, Wanted
+from raychain.data.members import classes as classes_of
 from raychain.data.shards import Shard
 from raychain.data.tar import split_name, walk
 from raychain.errors import InputError
@@ -36,16 +37,32 @@ SPLIT = "test"
 SLOT = "{c}"
 """What a template holds in place of the class name."""
 DEFAULT_TEMPLATES = (f"a photo of a {SLOT}.",)
+KIND, MULTILABEL = "dataset_type.txt", "multilabel"
+"""The file that says what a folder is for, and what it says where pictures have several labels."""
 
 
 @dataclass(frozen=True)
-class ZeroShotData:
-    """Labelled pictures, the names of their classes in the order of the labels, and the prompts around a name."""
+class Prompted:
+    """Pictures, the names of their classes in the order of the labels, and the prompts around a name."""
 
     classes: tuple[str, ...]
     templates: tuple[str, ...]
     shards: tuple[Shard, ...]
     key_split: KeySplit = "first"
+
+    @property
+    def samples(self) -> int:
+        """Pictures."""
+        return sum(shard.samples for shard in self.shards)
+
+    def prompts(self, name: str) -> list[str]:
+        """The class name in each template."""
+        return [template.replace(SLOT, name) for template in self.templates]
+
+
+@dataclass(frozen=True)
+class ZeroShotData(Prompted):
+    """Pictures with a label each."""
 
     @property
     def wanted(self) -> Wanted:
@@ -66,20 +83,33 @@ class ZeroShotData:
             "zero-shot", [shard.former for shard in self.shards], (self.classes, self.templates), self.key_split
         )
 
-    @property
-    def samples(self) -> int:
-        """Pictures."""
-        return sum(shard.samples for shard in self.shards)
-
     def run(self, model: nn.Module, context: Context) -> dict[str, float]:
         """See `evaluators.zero_shot`."""
         from raychain.evaluators.zero_shot import zero_shot
 
         return zero_shot(context.encoder(model), self)
 
-    def prompts(self, name: str) -> list[str]:
-        """The class name in each template."""
-        return [template.replace(SLOT, name) for template in self.templates]
+
+@dataclass(frozen=True)
+class MultilabelData(Prompted):
+    """Pictures that show any number of classes each."""
+
+    @property
+    def wanted(self) -> Wanted:
+        """What a sample must hold."""
+        return Wanted(classes=True, key_split=self.key_split)
+
+    @property
+    def digest(self) -> str:
+        """Identity of what is measured, as for `ZeroShotData`."""
+        identities = [shard.identity for shard in self.shards]
+        return _digest("zero-shot-multilabel", identities, (self.classes, self.templates), self.key_split)
+
+    def run(self, model: nn.Module, context: Context) -> dict[str, float]:
+        """See `evaluators.zero_shot`."""
+        from raychain.evaluators.zero_shot import zero_shot_multilabel
+
+        return zero_shot_multilabel(context.encoder(model), self)
 
 
 @dataclass(frozen=True)
@@ -162,8 +192,38 @@ def resolve_zero_shot(
     as in `data`.
 
     Raises InputError where names or shards are missing, cannot be read or hold nothing, for a template without `{c}`,
-    and for labels without a class name.
+    for labels without a class name, and for a folder whose `dataset_type.txt` says `multilabel`.
     """
+    if _lines(address, KIND, where)[:1] == [MULTILABEL]:
+        raise InputError(where, f"{address}, whose {KIND} says {MULTILABEL}", "a folder of pictures with a label each",
+                         "measure it by the evaluator zero_shot_multilabel")  # fmt: skip
+    wanted = Wanted(label=True, key_split=key_split)
+    found = _prompted(address, wanted, cache_dir, where)
+    allowed = f"0 … {len(found.classes) - 1}, the lines of {CLASSES}"
+    _check_labels(found.shards, wanted, cache_dir, where, len(found.classes), allowed, f"complete {CLASSES}")
+    return ZeroShotData(found.classes, found.templates, found.shards, key_split)
+
+
+def resolve_multilabel(
+    address: str, cache_dir: str | Path, where: str, key_split: KeySplit = "first"
+) -> MultilabelData:
+    """The zero-shot task of pictures that show any number of classes, in a folder as for `resolve_zero_shot`.
+
+    Instead of `.cls` members there are `.npy` members: one-dimensional arrays of zeros, and of ones for the classes
+    that a picture shows. Raises InputError as `resolve_zero_shot` does, and for arrays of another length than there are
+    class names.
+    """
+    wanted = Wanted(classes=True, key_split=key_split)
+    found, cache = _prompted(address, wanted, cache_dir, where), Path(cache_dir).expanduser()
+    for shard in found.shards:
+        if wrong := [n for n in _labels(shard, wanted, cache, where) if n != len(found.classes)]:
+            raise InputError(where, f"an .npy member for {wrong[0]} classes in {shard.address}",
+                             f"{len(found.classes)}, the lines of {CLASSES}", f"correct {CLASSES}")  # fmt: skip
+    return MultilabelData(found.classes, found.templates, found.shards, key_split)
+
+
+def _prompted(address: str, wanted: Wanted, cache_dir: str | Path, where: str) -> Prompted:
+    """The names, templates and shards of a zero-shot task. Raises InputError."""
     classes = _lines(address, CLASSES, where)
     while classes and not classes[-1]:
         classes.pop()
@@ -175,11 +235,8 @@ def resolve_zero_shot(
         if SLOT not in template:
             raise InputError(where, f"the template {template!r} in {address}/{TEMPLATES}",
                              f"templates with {SLOT} where the class name belongs", f"add {SLOT} to it")  # fmt: skip
-    wanted = Wanted(label=True, key_split=key_split)
-    found = _survey([below(address, SPLIT)], wanted, cache_dir, where)
-    allowed = f"0 … {len(classes) - 1}, the lines of {CLASSES}"
-    _check_labels(found, wanted, cache_dir, where, len(classes), allowed, f"complete {CLASSES}")
-    return ZeroShotData(tuple(classes), templates, found, key_split)
+    shards = _survey([below(address, SPLIT)], wanted, cache_dir, where)
+    return Prompted(tuple(classes), templates, shards, wanted.key_split)
 
 
 def resolve_retrieval(
@@ -263,8 +320,11 @@ def _lines(address: str, name: str, where: str) -> list[str]:
 
 
 def _labels(shard: Shard, wanted: Wanted, cache: Path, where: str) -> tuple[int, int]:
-    """Smallest and largest label of a shard, without those that are no whole number. Pictures are skipped, not read."""
-    noted = cache / "counts" / f"{shard.identity}-labels{'' if wanted.key_split == 'first' else '-last'}.json"
+    """Smallest and largest label of a shard, or number of classes, without what is none. Pictures are skipped, not
+    read.
+    """
+    of = "classes" if wanted.classes else "labels"
+    noted = cache / "counts" / f"{shard.identity}-{of}{'' if wanted.key_split == 'first' else '-last'}.json"
     known = document(noted.read_bytes()) if noted.is_file() else None
     if isinstance(known, list) and len(known) == 2 and all(type(label) is int for label in known):
         return known[0], known[1]
@@ -275,12 +335,14 @@ def _labels(shard: Shard, wanted: Wanted, cache: Path, where: str) -> tuple[int,
                 _, extension = split_name(name, wanted.key_split)
                 if content and extension and extension.lower() in wanted.extensions and size <= LARGEST:
                     with contextlib.suppress(ValueError):  # one broken sample of many: reading skips it with a warning
-                        labels.append(int(content()))
+                        labels.append(len(classes_of(content())) if wanted.classes else int(content()))
     except OSError as error:
         raise InputError(where, shard.address, "a complete tar file", f"replace or remove it ({error})") from None
     if not labels:
-        raise InputError(where, f"{shard.address} without a usable label", "one whole number in each .cls member",
-                         f"write the line number in {CLASSES}, counted from 0")  # fmt: skip
+        allowed, fix = "one whole number in each .cls member", f"write the line number in {CLASSES}, counted from 0"
+        if wanted.classes:
+            allowed, fix = "a row of zeros and ones in each .npy member", f"write one for each line of {CLASSES}"
+        raise InputError(where, f"{shard.address} without a usable label", allowed, fix)
     noted.write_text(json.dumps((min(labels), max(labels))))
     return min(labels), max(labels)
 

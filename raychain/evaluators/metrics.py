@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, NamedTuple
@@ -25,6 +26,8 @@ class Metric(NamedTuple):
     """The direction in which models get better."""
     brief: bool = True
     """Shown where there is room for few metrics."""
+    mean: str = ""
+    """The mean that it enters, `TYPE/KEY`; absent: that of the evaluators of its type."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,8 @@ class Definition:
     """The name under which files of raychain 0.1 have it: `zero_shot_top1`."""
     kind: str = ""
     """The evaluator's type."""
+    mean: str = ""
+    """As in `Metric`."""
 
     def value(self, metrics: Mapping[str, Any]) -> float | None:
         """The metric among a record's metrics, under either name; None where it is missing or not finite."""
@@ -77,7 +82,10 @@ class Definition:
         return self.former or self.name
 
 
+ZERO_SHOT_MEAN = "zero_shot/top1"
+"""The mean of zero-shot sets: of top-1, and of mean average precision where pictures have several labels."""
 ZERO_SHOT = (Metric("top1", "top-1", "%", "high"), Metric("top5", "top-5", "%", "high", brief=False))
+MULTILABEL = (Metric("map", "mAP", "%", "high", mean=ZERO_SHOT_MEAN),)
 RETRIEVAL = tuple(
     Metric(f"{direction}_r{k}", f"{direction} R@{k}", "%", "high", brief=k == 1)
     for direction in ("i2t", "t2i")
@@ -91,13 +99,13 @@ def define(name: str, kind: str, metrics: Iterable[Metric]) -> tuple[Definition,
     `zero_shot` and `retrieval`, called so, keep the names that their metrics had before there were others.
     """
     found = []
-    for key, label, unit, best, brief in metrics:
+    for key, label, unit, best, brief, mean in metrics:
         own, former = f"{name} {label}", ""
         if name == kind == "zero_shot":
             own, former = f"zero-shot {label}", f"zero_shot_{key}"
         elif name == kind == "retrieval":
             own, former = label, key
-        found.append(Definition(f"{name}/{key}", own, unit, best, brief, former, kind))
+        found.append(Definition(f"{name}/{key}", own, unit, best, brief, former, kind, mean))
     return tuple(found)
 
 
@@ -116,7 +124,10 @@ def find(definitions: Iterable[Definition], name: str, where: str) -> Definition
 
 def written_down(definitions: Iterable[Definition]) -> dict[str, Json]:
     """The definitions as run.json and search.json hold them, by name."""
-    return {found.name: {k: v for k, v in asdict(found).items() if k != "name"} for found in definitions}
+    return {
+        found.name: {k: v for k, v in asdict(found).items() if k != "name" and (k, v) != ("mean", "")}
+        for found in definitions
+    }
 
 
 def read_back(document: Mapping[str, Any]) -> tuple[Definition, ...]:
@@ -125,16 +136,16 @@ def read_back(document: Mapping[str, Any]) -> tuple[Definition, ...]:
     held = document.get("metrics")
     for name, fields in held.items() if isinstance(held, Mapping) else ():
         if isinstance(fields, Mapping):
-            text = {k: str(fields.get(k) or "") for k in ("label", "unit", "former", "kind")}
+            text = {k: str(fields.get(k) or "") for k in ("label", "unit", "former", "kind", "mean")}
             best: Direction = "low" if fields.get("best") == "low" else "high"
             label = text["label"] or str(name)
             found.append(Definition(str(name), label, text["unit"], best, fields.get("brief") is not False,
-                                    text["former"], text["kind"]))  # fmt: skip
+                                    text["former"], text["kind"], text["mean"]))  # fmt: skip
     return tuple(found) or FORMER
 
 
 class Mean(NamedTuple):
-    """The mean of one metric over all evaluators of a type."""
+    """The mean of a metric over evaluators."""
 
     definition: Definition
     """The definition of any of them; its label says what the mean is of."""
@@ -142,16 +153,26 @@ class Mean(NamedTuple):
 
 
 def means(definitions: Iterable[Definition], metrics: Mapping[str, Any]) -> list[Mean]:
-    """The means over evaluators of a type, of which there must be two or more, all measured; for brief metrics."""
-    groups: dict[tuple[str, str], list[Definition]] = {}
+    """The means over evaluators of a type, of which there must be two or more, all measured; for brief metrics.
+
+    Where a metric enters the mean of another one, the label counts both: `mean of 38 × zero shot (37 top1, 1 map)`.
+    """
+    groups: dict[str, list[Definition]] = {}
     for definition in definitions:
         if definition.brief and definition.kind:
-            groups.setdefault((definition.kind, definition.name.partition("/")[2]), []).append(definition)
+            groups.setdefault(definition.mean or f"{definition.kind}/{_key(definition)}", []).append(definition)
     found = []
-    for (kind, key), group in groups.items():
+    for name, group in groups.items():
         values = [value for d in group if (value := d.value(metrics)) is not None]
         if len(group) > 1 and len(values) == len(group):
-            label = f"mean of {len(group)} × {kind.replace('_', ' ')} {key}"
-            found.append(Mean(replace(group[0], name=f"mean/{kind}/{key}", label=label, former=""),
+            kind, _, key = name.partition("/")
+            keys = Counter(map(_key, group))
+            of = key if len(keys) == 1 else f"({', '.join(f'{n} {key}' for key, n in keys.items())})"
+            label = f"mean of {len(group)} × {kind.replace('_', ' ')} {of}"
+            found.append(Mean(replace(group[0], name=f"mean/{name}", label=label, former=""),
                               sum(values) / len(values)))  # fmt: skip
     return found
+
+
+def _key(definition: Definition) -> str:
+    return definition.name.partition("/")[2]

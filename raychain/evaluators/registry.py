@@ -15,7 +15,12 @@ from raychain.schema.problems import Problem, ProblemsError, explain
 _MODULE = "raychain.evaluators.builtin"
 EVALUATORS: Plugins[type[Evaluator]] = Plugins(
     "raychain.evaluators",
-    {"zero_shot": f"{_MODULE}:ZeroShot", "retrieval": f"{_MODULE}:Retrieval", "linear_probe": f"{_MODULE}:LinearProbe"},
+    {
+        "zero_shot": f"{_MODULE}:ZeroShot",
+        "retrieval": f"{_MODULE}:Retrieval",
+        "linear_probe": f"{_MODULE}:LinearProbe",
+        "zero_shot_multilabel": f"{_MODULE}:ZeroShotMultilabel",
+    },
 )
 
 

@@ -15,7 +15,7 @@ from raychain.evaluators.metrics import Definition, means, read_back
 from raychain.terminal.console import make_console
 
 HEADINGS = ("task", "data", "pictures", "result (%)")
-LABELS = {"zero_shot": "zero-shot", "retrieval": "retrieval"}
+LABELS = {"zero_shot": "zero-shot", "zero_shot_multilabel": "zero-shot, several labels", "retrieval": "retrieval"}
 
 
 def measured_table(result: Mapping[str, Any], console: Console | None = None) -> None:
@@ -57,7 +57,9 @@ def _by_evaluator(console: Console, definitions: Sequence[Definition], metrics: 
 
 
 def _numbers(metrics: Mapping[str, float]) -> str:
-    """`top-1 86.25  top-5 97.10`; recalls in a line for each direction."""
+    """`top-1 86.25  top-5 97.10`, `mAP 71.30`; recalls in a line for each direction."""
+    if "map" in metrics:
+        return f"mAP {metrics['map']:.2f}"
     if "zero_shot_top1" in metrics:
         return f"top-1 {metrics['zero_shot_top1']:.2f}  top-5 {metrics['zero_shot_top5']:.2f}"
     lines = []
