@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from raychain.core.json import Json
 from raychain.core.storage import local_path
-from raychain.errors import InputError, RunFailed, nearest
+from raychain.errors import InputError, RunFailed
 from raychain.terminal.counting import CountingLine
 
 if TYPE_CHECKING:
@@ -39,8 +38,9 @@ def evaluate(
 ) -> Json:
     """Measures a checkpoint in fp32 on each of the addresses `data` and by `evaluators`; returns what `--json` prints.
 
-    `checkpoint` is what `read_checkpoint` takes, also on object storage; `model` names the architecture of a weights
-    file, whose names the folder of model configs `models` may add to. Which tasks an address holds,
+    `checkpoint` is what `read_checkpoint` takes, or a plain timm model (a folder as timm saves it, or a weights file),
+    which is measured by evaluators of pictures alone; also on object storage. `model` names the architecture of a
+    weights file, whose names the folder of model configs `models` may add to. Which tasks an address holds,
     `raychain.evaluators.finding` tells; `captions` and `key_split` are as `data.captions.keys` and `data.key_split` of
     a run. `evaluators` is what stands under `evaluate:` of an experiment, or the name of a file of evaluators, in
     whose addresses `root` stands for `{root}`. Decoded pictures are kept in `cache`, at most `budget` bytes (default
@@ -58,9 +58,10 @@ def evaluate(
     from raychain.evaluators.finding import find_tasks
     from raychain.evaluators.measure import measure
     from raychain.evaluators.metrics import FORMER, written_down
+    from raychain.evaluators.registry import check_takes
+    from raychain.evaluators.subject import read_subject
     from raychain.evaluators.suite import resolve_suite
     from raychain.models.registry import use_models
-    from raychain.models.tokenizing import make_tokenizer
 
     started, addresses = time.monotonic(), [data] if isinstance(data, str) else list(data)
     where = _device(device)
@@ -69,29 +70,30 @@ def evaluate(
     if not addresses and not named.named:
         raise InputError("raychain evaluate", "nothing to measure on", "--data, --evaluators or both", "give one")
     use_models(models, "--models")
-    read = _read(checkpoint, model)
-    size, resizing, preprocessing = _preprocessing(read.model, checkpoint)
-    folder = _cache_folder(cache)
+    subject, folder = read_subject(checkpoint, model), _cache_folder(cache)
+    check_takes(named.named, subject.takes, "evaluators")
+    if addresses and "texts" not in subject.takes:
+        raise InputError("--data", addresses[0], "--evaluators with a linear_probe, for a model that takes no texts",
+                         "leave --data out")  # fmt: skip
     tasks = [(a, task) for a in addresses for task in find_tasks(a, captions, folder, "--data", key_split)]
     suite = resolve_suite(named, Setting(folder, tuple(captions), key_split))
-    tokenize = make_tokenizer(read.config)
-    clip = read.model.to(where)
+    measurable = subject.model.to(where)
 
     def measured(held_out: HeldOut, what: str) -> dict[str, float]:
         try:
             with CountingLine(f"{what}, samples") as line:
                 context = Context(
                     cache=ShardCache(folder, budget or 64 * 2**30),
-                    tokenize=tokenize,
-                    image_size=size,
-                    mean=tuple(preprocessing["mean"]),
-                    std=tuple(preprocessing["std"]),
+                    tokenize=subject.tokenize,
+                    image_size=subject.image_size,
+                    mean=subject.mean,
+                    std=subject.std,
                     device=where,
                     batch_size=batch_size,
-                    resizing=resizing,
+                    resizing=subject.resizing,
                     progress=partial(_show, line, held_out.samples),
                 )
-                return measure(clip, held_out, context)
+                return measure(measurable, held_out, context)
         except (OSError, FloatingPointError) as error:
             raise RunFailed(str(error)) from None
 
@@ -106,8 +108,8 @@ def evaluate(
     return {
         "checkpoint": checkpoint,
         "model": model,
-        "params": sum(parameter.numel() for parameter in clip.parameters()),
-        "image_size": size,
+        "params": sum(parameter.numel() for parameter in measurable.parameters()),
+        "image_size": subject.image_size,
         "device": str(where),
         "seconds": round(time.monotonic() - started, 2),
         "results": results,
@@ -135,40 +137,6 @@ def _named(evaluators: str | Mapping[str, Any] | None, root: str | None) -> Eval
             for p in explain(error, Evaluate)
         )
         raise InputError(*first.args, *more) from None
-
-
-def _read(checkpoint: str, model: str | None) -> Any:
-    """The `Checkpoint`. Raises InputError; nothing is downloaded but what the user's own address names."""
-    from raychain.models import UnknownModelError, model_names
-    from raychain.models.checkpoints import CheckpointError, read_checkpoint
-    from raychain.models.remote import FORMS, is_name, local_checkpoint, stages_in
-
-    fix = "check the file" if model else "name the file's architecture with --model, if it has no open_clip_config.json"
-    if is_name(checkpoint):
-        raise InputError("CHECKPOINT", f"{checkpoint}, a name", FORMS, "nothing is downloaded here: save the weights "
-                         "yourself, and give their file with --model NAME")  # fmt: skip
-    try:
-        with tempfile.TemporaryDirectory(prefix="raychain-") as scratch:
-            return read_checkpoint(local_checkpoint(checkpoint, Path(scratch)), model)
-    except UnknownModelError as error:
-        raise InputError("--model" if model else "CHECKPOINT", model or checkpoint, str(error),
-                         nearest(model or "", model_names(), "give another one")) from None  # fmt: skip
-    except CheckpointError as error:
-        raise InputError("CHECKPOINT", checkpoint, FORMS, f"{error}; {stages_in(checkpoint) or fix}") from None
-
-
-def _preprocessing(clip: Any, checkpoint: str) -> tuple[int, Any, Json]:
-    """Pixels a side, how pictures get there, and open_clip's `preprocess_cfg`."""
-    from open_clip.model import get_model_preprocess_cfg
-
-    from raychain.data.spec import SQUARED, squared
-
-    found = get_model_preprocess_cfg(clip)
-    try:
-        return *squared(found), found
-    except ValueError as error:
-        raise InputError("CHECKPOINT", f"{checkpoint}: {error}", SQUARED,
-                         "measure this one with clip_benchmark") from None  # fmt: skip
 
 
 def _show(line: CountingLine, pictures: int, seen: int) -> None:

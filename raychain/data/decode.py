@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -149,13 +150,15 @@ def _at_most(side: int, other: int) -> int:
 
 
 def resize_exactly(encoded: bytes, size: int, how: Resizing) -> np.ndarray:
-    """A picture as uint8 [size, size, 3], to the bit what open_clip's evaluation sees: Pillow decodes and resizes.
+    """A picture as uint8 [size, size, 3], to the bit what open_clip's evaluation, or timm's, sees: Pillow decodes and
+    resizes.
 
     Raises Unusable for a picture that takes too much memory, and what Pillow raises.
     """
     image = opened(encoded)
     with in_turn(image.width * image.height):
-        width, height = (size, size) if how.squash else shorter_to(*image.size, size)
+        short = math.floor(size / how.crop)
+        width, height = (short, short) if how.squash else shorter_to(*image.size, short)
         frame = Frame(width, height, round((width - size) / 2), round((height - size) / 2), size, size)
         return framed(image, frame, how.kernel, exactly=True)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -46,10 +46,17 @@ class Resizing:
     squash: bool = False
     """Both sides, which changes the picture's proportions."""
     kernel: Literal["bicubic", "bilinear"] = "bicubic"
+    crop: float = field(default=1.0, repr=False)  # `digest` has it where it is another
+    """Side of what is cropped out of the centre, as a share of the side that was resized (timm's `crop_pct`)."""
+
+    @property
+    def digest(self) -> str:
+        """All of it in words."""
+        return str(self) if self.crop == 1 else f"{self}, crop={self.crop}"
 
 
 def squared(preprocessing: Mapping[str, Any]) -> tuple[int, Resizing]:
-    """Pixels a side, and how pictures get there, of an open_clip `preprocess_cfg`.
+    """Pixels a side, and how pictures get there, of an open_clip `preprocess_cfg`, or of one with a `crop_pct` beside.
 
     Raises ValueError, which tells what it asks for, where that is something else.
     """
@@ -57,9 +64,12 @@ def squared(preprocessing: Mapping[str, Any]) -> tuple[int, Resizing]:
     height, width = (size, size) if isinstance(size, int) else size
     mode: str = preprocessing.get("resize_mode") or "shortest"
     kernel: Any = preprocessing.get("interpolation") or "bicubic"
-    if height != width or mode not in ("shortest", "squash") or kernel not in ("bicubic", "bilinear"):
-        raise ValueError(f"{height} × {width} pixels, resize_mode {mode}, {kernel}")
-    return height, Resizing(mode == "squash", kernel)
+    crop = preprocessing.get("crop_pct", 1.0)
+    known = mode in ("shortest", "squash") and kernel in ("bicubic", "bilinear") and 0 < crop <= 1
+    if height != width or not known:
+        cropped = f", crop_pct {crop}" if crop != 1 else ""
+        raise ValueError(f"{height} × {width} pixels, resize_mode {mode}, {kernel}{cropped}")
+    return height, Resizing(mode == "squash", kernel, crop)
 
 
 SQUARED = "square pictures, resize_mode shortest or squash, bicubic or bilinear"
@@ -85,7 +95,7 @@ class Spec:
         """Content address of the spec."""
         kept = self.pixels if self.pixels == "raw" else f"{self.pixels}{QUALITY}"
         text = f"{FORMAT}|{self.wanted.digest}|{self.image_size}|{self.tokenizer}|{self.cropped}|{kept}"
-        text += f"|{self.exactly}" if self.exactly else ""
+        text += f"|{self.exactly.digest}" if self.exactly else ""
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
     @property

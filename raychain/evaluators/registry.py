@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from raychain.core.plugins import Plugins
-from raychain.errors import nearest
+from raychain.errors import InputError, nearest
 from raychain.evaluators.evaluator import Evaluator
 from raychain.schema.problems import Problem, ProblemsError, explain
 
@@ -27,6 +27,16 @@ EVALUATORS: Plugins[type[Evaluator]] = Plugins(
 def own() -> dict[str, type[Evaluator]]:
     """raychain's own evaluators."""
     return {name: EVALUATORS[name] for name in EVALUATORS.own}
+
+
+def check_takes(named: Mapping[str, Evaluator], takes: frozenset[str], where: str) -> None:
+    """InputError, which names the option `where`, for an evaluator of what a model does not turn into features."""
+    for name, evaluator in named.items():
+        if missing := evaluator.needs - takes:
+            known = ", ".join(sorted(kind for kind, found in own().items() if found.needs <= takes))
+            raise InputError(f"{where}.{name}.type", evaluator.type,
+                             f"an evaluator of {' and '.join(sorted(takes))}: {known or 'none'}",
+                             f"leave it out: the models have no {' or '.join(sorted(missing))}")  # fmt: skip
 
 
 def make(name: str, value: Any) -> Evaluator:

@@ -12,11 +12,13 @@ from typing import Any, cast
 
 import timm
 import torch
-from pydantic import JsonValue
+from pydantic import BaseModel, Field, JsonValue, PositiveInt, ValidationError
 from safetensors.torch import save_file
+from timm.data import DEFAULT_CROP_PCT, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 
 from raychain.core.finite import not_finite
+from raychain.core.json import Json
 from raychain.models.building import initialised
 from raychain.models.checkpoints import CONFIG as OPEN_CLIP_CONFIG
 from raychain.models.checkpoints import CheckpointError, existing, fitting, tensors_of, weights_in
@@ -27,6 +29,8 @@ OPTIONS = ("in_chans", "img_size", "num_classes", "global_pool", "class_token", 
            "embed_dim", "num_heads", "window_size", "patch_size", "depths", "mlp_ratio", "qkv_bias", "dynamic_img_size",
            "dynamic_img_pad", "drop_rate", "drop_path_rate")  # fmt: skip
 """Arguments of `timm.create_model` that a config may give; none of them makes it load or run anything."""
+KEPT = ("mean", "std", "interpolation", "crop_pct", "crop_mode", "input_size", "label_names")
+"""What a `pretrained_cfg` says of pictures and classes."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,32 @@ class TimmCheckpoint:
     architecture: str
     options: dict[str, JsonValue]
     preprocessing: dict[str, JsonValue]
+
+    @property
+    def seen(self) -> Json:
+        """How timm's evaluation prepares pictures, as an open_clip `preprocess_cfg` with `crop_pct` says it.
+
+        Raises CheckpointError for a `pretrained_cfg` that is none.
+        """
+        try:
+            own = _Seen.model_validate({name: v for name, v in self.preprocessing.items() if v is not None})
+        except ValidationError as error:
+            [first, *_] = error.errors(include_url=False)
+            where = ".".join(map(str, first["loc"]))
+            raise CheckpointError(f"pretrained_cfg.{where} is {first['input']!r}: {first['msg']}") from None
+        mode = "shortest" if own.crop_mode == "center" else own.crop_mode
+        return {**own.model_dump(), "size": self.options.get("img_size") or own.input_size[1:], "resize_mode": mode}
+
+
+class _Seen(BaseModel):
+    """A `pretrained_cfg` as far as it tells how pictures are prepared, with timm's defaults."""
+
+    mean: tuple[float, float, float] = IMAGENET_DEFAULT_MEAN
+    std: tuple[float, float, float] = IMAGENET_DEFAULT_STD
+    interpolation: str = "bicubic"
+    crop_pct: float = Field(DEFAULT_CROP_PCT, gt=0)
+    crop_mode: str = "center"
+    input_size: tuple[PositiveInt, PositiveInt, PositiveInt] = (3, 224, 224)
 
 
 def is_timm(path: str | Path, architecture: str | None = None) -> bool:
@@ -92,7 +122,7 @@ def read_timm(path: str | Path, architecture: str | None = None) -> TimmCheckpoi
     assert architecture is not None, "is_timm"
     try:
         if not path.is_dir():
-            options = _guessed(architecture, tensors)
+            options, preprocessing = _guessed(architecture, tensors)
         shapes = build_timm(architecture, options, seed=0, device="meta").state_dict()
         tensors = fitting(tensors, shapes, f"{weights} is not {architecture}")
         model = build_timm(architecture, options, seed=0)
@@ -132,14 +162,16 @@ def _document(path: Path) -> tuple[str, dict[str, JsonValue], dict[str, JsonValu
         raise CheckpointError(f"{path}: model_args.{unknown[0]} is none of {', '.join(OPTIONS)}")
     if "num_classes" in document:
         options = {"num_classes": document["num_classes"], **options}
-    kept = ("mean", "std", "interpolation", "crop_pct", "crop_mode", "input_size", "label_names")
-    return document["architecture"], options, {key: preprocessing[key] for key in kept if key in preprocessing}
+    return document["architecture"], options, {key: preprocessing[key] for key in KEPT if key in preprocessing}
 
 
-def _guessed(architecture: str, tensors: dict[str, torch.Tensor]) -> dict[str, JsonValue]:
-    """The number of classes of a weights file, by the size of the classifier's bias; none without a classifier."""
+def _guessed(architecture: str, tensors: dict[str, torch.Tensor]) -> tuple[dict[str, JsonValue], dict[str, JsonValue]]:
+    """Options and preprocessing of a weights file: the number of classes by the size of the classifier's bias, none
+    without a classifier, and timm's preprocessing for the architecture.
+    """
     model: Any = build_timm(architecture, {}, seed=0, device="meta")
     name = model.default_cfg.get("classifier")
     names = [name] if isinstance(name, str) else list(name or ())
     biases = [tensors[f"{n}.bias"] for n in names if f"{n}.bias" in tensors]
-    return {"num_classes": len(biases[0]) if biases else 0}
+    preprocessing: dict[str, JsonValue] = json.loads(json.dumps(model.pretrained_cfg, default=str))
+    return {"num_classes": len(biases[0]) if biases else 0}, {key: preprocessing.get(key) for key in KEPT}

@@ -10,7 +10,7 @@ from raychain.core.storage import Folder
 from raychain.data.health import DOTTED
 from raychain.data.members import WAY_OUT
 from raychain.errors import InputError, nearest
-from raychain.evaluators import registry
+from raychain.evaluators.registry import check_takes
 from raychain.growth import DEPTH_OPERATORS, WIDTH_OPERATORS, GrowthError, check
 from raychain.paradigms import make_paradigm, model_size, usable_size
 from raychain.reporting.health import DataHealth
@@ -49,13 +49,7 @@ def check_chain(experiment: Experiment) -> None:
 
 def check_evaluators(experiment: Experiment) -> None:
     """Whether the paradigm's models can be measured by the evaluators. Raises InputError."""
-    takes = make_paradigm(experiment.task).takes
-    for name, evaluator in experiment.evaluate.named.items():
-        if missing := evaluator.needs - takes:
-            known = ", ".join(sorted(kind for kind, found in registry.own().items() if found.needs <= takes))
-            raise InputError(f"evaluate.{name}.type", evaluator.type,
-                             f"an evaluator of {' and '.join(sorted(takes))}: {known or 'none'}",
-                             f"leave it out: the models have no {' or '.join(sorted(missing))}")  # fmt: skip
+    check_takes(experiment.evaluate.named, make_paradigm(experiment.task).takes, "evaluate")
 
 
 def _check_shrink(transfer: Transfer) -> None:
