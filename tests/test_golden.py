@@ -63,6 +63,7 @@ def experiments(root: Path) -> dict[str, dict[str, Any]]:
         "wsd": varied(train={"schedule": "wsd", "cooldown": "25 %"}),
         "crops": varied(data={"crop": [0.9, 1.0], "shuffle_window": 2, "captions": CAPTIONS | {"per_image": 4}}),
         "mixture": varied(data={"train": mixture, "samples": 3000}),
+        "lanes": varied(data={"train": mixture, "lanes": 4}),
         "own-data": varied(chain=[two[0], two[1] | {"data": {"train": str(root / "b"), "image_size": 48}}]),
         "recipe": varied(
             train={"lr": 5e-4, "betas": [0.9, 0.95], "eps": 1e-7, "average": None, "clip_norm": None, "seed": 7,

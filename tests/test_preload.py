@@ -12,7 +12,8 @@ from test_feed import READER, SPEC, WANTED, numbers, sample, write
 
 from raychain.data.cache import ShardCache
 from raychain.data.loader import Feed, Loader
-from raychain.data.order import Mixture, Order, extend
+from raychain.data.mixture import Mixture
+from raychain.data.order import Order, extend
 from raychain.data.pictures import PictureReader
 from raychain.data.preload import Item, Preloader, Source, first_windows, wanted
 from raychain.data.shards import Shard, survey
@@ -69,10 +70,10 @@ def start(tmp_path: Path) -> Iterator[Callable[..., tuple[Preloader, ShardCache]
 def test_the_current_windows_come_first_then_the_next_stages_then_the_rest(sources: list[Source]) -> None:
     order = sources[0].feed.order
     items = list(wanted(sources, 0, step=3))
-    windows = [w.shards for w in extend([], order.coming(3 * BATCH), 3 * BATCH + 1, 1)]
+    windows = [w.shards for w in extend([], order.lane(0).coming(3 * BATCH), 3 * BATCH + 1, 1)]
     assert len(windows) == 2
     current = list(dict.fromkeys(Item(0, shard) for window in windows for shard in window))
-    following = [Item(1, shard) for shard in first_windows(sources[1].feed)]
+    following = [Item(1, shard) for shard in first_windows(sources[1])]
     assert items[: len(current)] == current
     assert items[len(current) : len(current) + len(following)] == following
     assert sorted(items) == sorted({*(Item(0, s) for s in range(SHARDS)), *following})
@@ -86,7 +87,7 @@ def test_the_last_stage_and_a_waiting_loop_have_no_following_stage(sources: list
 def test_several_sources_are_all_preloaded(shards: list[Shard]) -> None:
     parts = (Order((SAMPLES,) * 3, 1, 1), Order((SAMPLES,) * 5, 2, 1))
     feed = Feed(tuple(shards[:8]), Mixture(parts, (1.0, 3.0), 3), READER)
-    assert len({shard < 3 for shard in first_windows(feed)}) == 2
+    assert len({shard < 3 for shard in first_windows(Source(feed, BATCH))}) == 2
     assert {item.shard for item in wanted([Source(feed, BATCH)], 0, 0)} == set(range(8))
 
 

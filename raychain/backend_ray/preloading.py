@@ -8,7 +8,7 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -27,14 +27,14 @@ class PreloadActor:
     """A node's Preloader and Measurer in a process of their own, which runs when no other wants the core.
 
     That begins with its imports, for which a starting worker would wait otherwise: `task` is a reference in a list, as
-    Ray would import what the task is made of before this is called.
+    Ray would import what the task is made of before this is called. `ranks` are the node's.
     """
 
-    def __init__(self, task: list[ray.ObjectRef]) -> None:
+    def __init__(self, task: list[ray.ObjectRef], ranks: Sequence[int], world: int) -> None:
         run_when_idle()
         from raychain.backend_ray.measuring import Measurer
         from raychain.data.cache import ShardCache
-        from raychain.data.preload import Preloader, Source
+        from raychain.data.preload import Preloader, Ranks, Source
 
         chain: ChainTask = ray.get(task[0])
         self.measurer = Measurer(chain)
@@ -44,7 +44,7 @@ class PreloadActor:
             return
         cpus = preload.cpus if preload.cpus is not None else max(1.0, (os.cpu_count() or 1) / 4)
         sources = [Source(stage.feed, chain.experiment.train.global_batch) for stage in chain.stages]
-        self.preloader = Preloader(sources, ShardCache(preload.cache, preload.budget), cpus)
+        self.preloader = Preloader(sources, ShardCache(preload.cache, preload.budget), cpus, Ranks(ranks, world))
 
     def report(self, stage: int, step: int, waiting: float) -> list[Span]:
         """See Preloader.report."""
@@ -74,10 +74,14 @@ class PreloadLink:
     """
 
     def __init__(self, task: ChainTask, worker: ChainWorker, emit: Callable[[Event], None]) -> None:
+        from raychain.core.dist import world_size  # torch, which the helper imports at its own priority
+
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         actor: Any = ray.remote(num_cpus=0)(PreloadActor)
         # two at once: a report does not wait for a measurement
-        self.actor = actor.options(scheduling_strategy=here, max_concurrency=2).remote([ray.put(task)])
+        self.actor = actor.options(scheduling_strategy=here, max_concurrency=2).remote(
+            [ray.put(task)], worker.node, world_size()
+        )
         self._worker, self._emit = worker, emit
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._work, name="preload-link", daemon=True)
@@ -114,9 +118,7 @@ def preloading(
     task: ChainTask, worker: ChainWorker, emit: Callable[[Event], None]
 ) -> contextlib.AbstractContextManager[PreloadLink | None]:
     """The link of the one worker of each node that keeps the node's helper; a null context for the others."""
-    import ray.train
-
     measures = worker.rank == 0 and worker.device.type == "cpu" and bool(task.suite.evaluations)
-    if ray.train.get_context().get_local_rank() or not (task.experiment.preload.cpus != 0 or measures):
+    if worker.rank != worker.node[0] or not (task.experiment.preload.cpus != 0 or measures):
         return contextlib.nullcontext()
     return contextlib.closing(PreloadLink(task, worker, emit))

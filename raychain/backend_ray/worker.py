@@ -149,6 +149,7 @@ def train_chain(config: Settings) -> bool:
         micro_batches=config["micro_batch"],
         until=config["until"],
         beside=True,
+        node=ray.get_runtime_context().get_node_id(),
     )
     try:
         with preloading(task, worker, link.emit) as helper:

@@ -108,7 +108,11 @@ class Data(Component):
     crop: AreaRange | None = None
     """Area range of a random resized crop a step, such as [0.9, 1.0]; centre crop when absent."""
     shuffle_window: int = Field(8, ge=1)
-    """Shards whose samples are shuffled together (the shards' order is shuffled too)."""
+    """Shards whose samples are shuffled together (the shards' order is shuffled too); with more lanes than that, one of
+    each lane."""
+    lanes: int | None = Field(None, ge=1, le=4096)
+    """Parts into which the samples are cut once; a batch takes as many of each, and a node reads those of its own
+    workers alone. Absent: the largest power of two up to 64 that leaves a lane 16 shards, 1 below 32 shards."""
     store: Literal["raw", "jpeg"] | None = None
     """What the cache keeps of a picture: its pixels (raw), or JPEG of quality 95 in a seventh of the bytes, off by a
     level or two. Absent: raw where the pixels of all samples together are 64 GiB at most, else jpeg."""
@@ -128,6 +132,7 @@ class StageData(Component):
     captions: Captions | None = None
     image_size: int | None = Field(None, ge=8, le=8192)
     crop: AreaRange | None = None
+    lanes: int | None = Field(None, ge=1, le=4096)
     key_split: KeySplit | None = None
 
 

@@ -117,7 +117,7 @@ class ShardCache:
         if needed > self.budget:
             raise OSError(
                 f"preload.budget is {self.budget} bytes; the {len(shards)} shards that are shuffled together need "
-                f"about {needed}: raise it, or lower data.shuffle_window"
+                f"about {needed}: raise it, or lower data.shuffle_window or data.lanes"
             )
 
     def size(self, shard: Shard, reader: Reader) -> int:
@@ -192,7 +192,7 @@ class ShardCache:
         name = self.path(shard, reader).stem
         log.warning(
             "%s: decoded into memory, since all of preload.budget (%d bytes) was in use for %g s; raise it, or lower "
-            "data.shuffle_window", shard.address, self.budget, PATIENCE_S,
+            "data.shuffle_window or data.lanes", shard.address, self.budget, PATIENCE_S,
         )  # fmt: skip
         sink = pa.BufferOutputStream()
         bad: list[Bad] = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -17,7 +17,8 @@ from raychain.core.dist import rank_slice
 from raychain.data import health
 from raychain.data.cache import ShardCache
 from raychain.data.health import Tally
-from raychain.data.order import Stream, Window, extend
+from raychain.data.lanes import Part, dealt, needed, parts
+from raychain.data.order import Lane, Stream, Window, extend, joined
 from raychain.data.reader import Reader, Table
 from raychain.data.shards import Shard
 
@@ -55,6 +56,33 @@ class Feed:
     reader: Reader
 
 
+class Ahead:
+    """The windows of a lane from a place on, which only moves forward."""
+
+    def __init__(self, lane: Lane, place: int) -> None:
+        self._sources, self._coming = lane.sources, lane.coming(place)
+        self._windows: list[Window] = []
+
+    def at(self, place: int) -> tuple[list[Window], list[Window]]:
+        """The windows that `place` lies in, and those that follow."""
+        extend(self._windows, self._coming, place + 1, self._sources)
+        self._windows = [window for window in self._windows if window.stop > place]
+        current = [window for window in self._windows if window.start <= place]
+        return current, self._windows[len(current) :]
+
+
+def lanes_of(order: Stream, global_batch: int, ranks: Sequence[int], world: int) -> tuple[int, ...]:
+    """The lanes that these ranks read."""
+    blocks = [rank_slice(global_batch, rank, world) for rank in ranks]
+    found = {lane for block in blocks for lane in needed(order.lanes, global_batch, block.start, block.stop)}
+    return tuple(sorted(found))
+
+
+def shards_of(order: Stream, windows: Sequence[Window]) -> list[int]:
+    """The shards of windows that have samples, each once."""
+    return [s for s in dict.fromkeys(s for window in windows for s in window.shards) if order.counts[s]]
+
+
 class Loader:
     """Iterates over the batches of steps `start` … `stop` for `rank` of `world`. Starts working when made.
 
@@ -62,6 +90,8 @@ class Loader:
     turned out unusable when its shard was decoded is replaced by another of the same shard: the order counts samples as
     surveyed, and its row r is row r modulo the rows there are. So batches keep their size, and every rank makes the
     same choice. `report` hears of such shards whenever one is read; by default they are named in the log, once.
+
+    It reads the lanes alone that its part of a batch is of. `node`: the ranks that share the cache; absent: this one.
     """
 
     def __init__(
@@ -74,6 +104,7 @@ class Loader:
         stop: int,
         rank: int = 0,
         world: int = 1,
+        node: Sequence[int] = (),
         threads: int = 1,
         pin: bool = False,
         report: Callable[[Shard, Tally], None] = lambda shard, bad: health.name(shard.address, bad),
@@ -81,10 +112,13 @@ class Loader:
         self.feed, self.cache = feed, cache
         self.global_batch, self.start, self.stop, self.report = global_batch, start, stop, report
         self.slice = rank_slice(global_batch, rank, world)
-        self.rank, self.world, self.pin, self.wait_s = rank, world, pin, 0.0
+        self.pin, self.wait_s = pin, 0.0
+        lanes, places = lanes_of(feed.order, global_batch, (rank,), world), self._places(start)
+        self._ahead = {lane: Ahead(feed.order.lane(lane), places[lane]) for lane in lanes}
+        self._node = lanes_of(feed.order, global_batch, node or (rank,), world)
+        self._turn = self.slice.start * feed.order.lanes / global_batch - min(lanes, default=0)
+        """Where this rank's part begins in its lanes, in lanes."""
         self._tables: dict[int, Table] = {}
-        self._coming = feed.order.coming(start * global_batch)
-        self._ahead: list[Window] = []
         self._queue: queue.Queue[Batch | BaseException | None] = queue.Queue(AHEAD)
         self._closed = threading.Event()
         self._threads = max(1, threads)
@@ -140,34 +174,52 @@ class Loader:
         except BaseException as error:  # handed to the training loop, which raises it
             self._put(error)
 
-    def _hold(self, place: int) -> int:
-        """Holds every table of the windows that `place` lies in; returns the place up to which these are enough.
+    def _places(self, step: int) -> list[int]:
+        """Where every lane is before a step."""
+        return dealt(self.feed.order.lanes, step * self.global_batch).tolist()
+
+    def _hold(self, places: Mapping[int, int], step: int) -> dict[int, int]:
+        """Holds every table of the windows in which the lanes' places lie; returns up to where these are enough.
 
         Where room is scarce, one loader of the node at a time waits for it, and the others hold nothing, so that none
         waits for what another keeps while it waits.
         """
-        extend(self._ahead, self._coming, place + 1, self.feed.order.sources)
-        self._ahead = [window for window in self._ahead if window.stop > place]
-        current = [window for window in self._ahead if window.start <= place]
-        following = self._ahead[len(current) :]
-        shards = self._in_turn(current)
-        self._tables = {shard: table for shard, table in self._tables.items() if shard in shards}
+        ends: dict[int, int] = {}
+        now: list[Window] = []
+        soon: list[Window] = []
+        for lane, place in places.items():
+            current, following = self._ahead[lane].at(place)
+            now += current
+            soon += following
+            ends[lane] = min(*(window.stop for window in current), *(window.start for window in following))
+        shards = self._in_turn(now)
+        held = set(shards)
+        self._tables = {shard: table for shard, table in self._tables.items() if shard in held}
         if missing := [shard for shard in shards if shard not in self._tables]:
-            if not self._take(shards, missing, self.cache.table_now):
+            together = self._together(shards, step)
+            if not self._take(together, missing, self.cache.table_now):
                 self._release()
                 with self.cache.turn(self._closed):
-                    self._take(shards, [shard for shard in shards if shard not in self._tables], self.cache.table)
-            for shard in self._in_turn(following):  # files used from now on do not make room for these
+                    self._take(together, [shard for shard in shards if shard not in self._tables], self.cache.table)
+            for shard in self._in_turn(soon):  # files used from now on do not make room for these
                 self._submit(self.cache.ensure, shard, spare=time.time())
-        return min(*(window.stop for window in current), *(window.start for window in following))
+        return ends
+
+    def _together(self, own: list[int], step: int) -> list[int]:
+        """What the node's ranks hold at a step: `own`, and the windows of the lanes that only others read."""
+        order, before = self.feed.order, self._places(step)
+        others = [lane for lane in self._node if lane not in self._ahead]
+        windows = [w for lane in others for w in Ahead(order.lane(lane), before[lane]).at(before[lane])[0]]
+        return list(dict.fromkeys([*own, *shards_of(order, windows)]))
 
     def _take(self, together: list[int], shards: list[int], get: Callable[..., Table | None]) -> bool:
         """Whether all of the tables could be got, which are part of those needed `together`."""
+        self._check_fits(together)
         futures = [self._submit(get, shard) for shard in shards]
         while wait(futures, timeout=POLL_S).not_done:
             if self._closed.is_set():
                 raise CancelledError
-            self.cache.check_fits([self.feed.shards[shard] for shard in together], self.feed.reader)
+            self._check_fits(together)
         tables = {shard: future.result() for shard, future in zip(shards, futures, strict=True)}
         for shard, table in tables.items():
             if table is not None and table.bad:
@@ -175,14 +227,17 @@ class Loader:
         self._tables |= {shard: table for shard, table in tables.items() if table is not None}
         return None not in tables.values()
 
+    def _check_fits(self, together: list[int]) -> None:
+        self.cache.check_fits([self.feed.shards[shard] for shard in together], self.feed.reader)
+
     def _release(self) -> None:
         """Lets the cache's files go."""
         self._tables = {shard: table for shard, table in self._tables.items() if not table.mapped}
 
     def _in_turn(self, windows: list[Window]) -> list[int]:
-        """Shards with samples; ranks of a node start at different ones and share the work."""
-        shards = [s for s in dict.fromkeys(s for window in windows for s in window.shards) if self.feed.order.counts[s]]
-        turn = self.rank * len(shards) // self.world
+        """Shards with samples; ranks that share their lanes start at different ones and share the work."""
+        shards = shards_of(self.feed.order, windows)
+        turn = int(self._turn * len(shards) / max(1, len(self._ahead)))
         return [*shards[turn:], *shards[:turn]]
 
     def _submit(self, work: Callable[..., T], shard: int, **options: Any) -> Future[T]:
@@ -202,15 +257,25 @@ class Loader:
         return False
 
     def _batch(self, step: int) -> Batch:
-        """The rank's part of a global batch, one window after the other: only what one needs is held at a time."""
-        place, stop = (step * self.global_batch + edge for edge in (self.slice.start, self.slice.stop))
-        parts: list[dict[str, np.ndarray]] = []
-        while place < stop:
-            end = min(stop, self._hold(place))
-            rows = self.feed.order.rows(place, end)
-            parts.append(self.feed.reader.read(rows, self._tables, self.feed.order.seed, self._share))
-            place = end
-        columns = {name: _joined([part[name] for part in parts]) for name in parts[0]}
+        """The rank's part of a global batch. Where a lane comes to its next window within it, what stands in the
+        windows so far is read first: only what one window of every lane needs is held at a time.
+        """
+        order, begin = self.feed.order, step * self.global_batch
+        left = parts(order.lanes, begin, begin + self.global_batch, self.slice)
+        slots = dict(zip((part.lane for part in left), _offsets(left), strict=True))
+        places = {lane: place for lane, place in enumerate(self._places(step)) if lane in self._ahead}
+        places |= {part.lane: part.start for part in left}
+        read: list[dict[str, np.ndarray]] = []
+        where: list[np.ndarray] = []
+        while left:
+            ends = self._hold(places, step)
+            now = [part._replace(stop=min(part.stop, ends[part.lane])) for part in left]
+            rows = joined([order.lane(lane).rows(start, stop) for lane, start, stop in now])
+            read.append(self.feed.reader.read(rows, self._tables, order.seed, self._share))
+            where += [slots[part.lane] + np.arange(part.start, part.stop) for part in now]
+            places |= {part.lane: part.stop for part in now}
+            left = [part._replace(start=places[part.lane]) for part in left if part.stop > places[part.lane]]
+        columns = {name: _placed([part[name] for part in read], where) for name in read[0]}
         return Batch(step, {name: c.pin_memory() for name, c in columns.items()} if self.pin else columns)
 
     def _share(self, work: Callable[[int, int], None]) -> None:
@@ -221,5 +286,17 @@ class Loader:
             list(self._readers.map(lambda part: work(part, parts), range(parts)))
 
 
-def _joined(parts: list[np.ndarray]) -> torch.Tensor:
-    return torch.from_numpy(parts[0] if len(parts) == 1 else np.concatenate(parts))
+def _offsets(of: Sequence[Part]) -> list[int]:
+    """What takes a place in a part's lane to its place in the batch, in which the parts follow one another."""
+    sizes = [part.stop - part.start for part in of]
+    return [sum(sizes[:i]) - part.start for i, part in enumerate(of)]
+
+
+def _placed(columns: list[np.ndarray], where: Sequence[np.ndarray]) -> torch.Tensor:
+    """One column out of several, whose values belong at the places `where`."""
+    if len(columns) == 1:
+        return torch.from_numpy(columns[0])
+    whole, places = np.concatenate(columns), np.concatenate(where)
+    if (np.diff(places) > 0).all():
+        return torch.from_numpy(whole)
+    return torch.from_numpy(whole[np.argsort(places)])

@@ -5,23 +5,26 @@ Global batch `g` is positions g·B … (g+1)·B of that stream, so a batch may s
 dropped at the end of one; the stage ends after a whole number of batches. A rank takes a contiguous block of the
 batch, so ranks joined in order are the same batch at any world size.
 
-Within a pass the shards are permuted, taken `window` at a time, and the samples of a window are permuted together.
-
-Several sources of different weights (`Mixture`) are such streams merged into one: every BLOCK positions hold as many
-of each source as its share demands, to the nearest whole sample of the running total, permuted. A source's samples
-still come once in each of its own passes.
+With one lane the shards are permuted in a pass, taken `window` at a time, and the samples of a window are permuted
+together. With several (`raychain.data.lanes`) the shards are laid out and cut into lanes once. Each lane is such a
+stream, which permutes its own pieces of shards and has passes of its own; a batch takes as many samples of each as of
+the others, to one, and the lanes' windows hold `window` shards together, at least one each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from heapq import merge
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from functools import cached_property
 from itertools import count
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
+
+from raychain.data.lanes import Segments, cut, parts
+
+K = TypeVar("K")
+T = TypeVar("T")
 
 
 class Rows(NamedTuple):
@@ -32,8 +35,16 @@ class Rows(NamedTuple):
     passes: np.ndarray
 
 
+def joined(rows: list[Rows]) -> Rows:
+    """One after the other."""
+    if len(rows) == 1:
+        return rows[0]
+    none = np.zeros(0, dtype=np.int64)
+    return Rows(*(np.concatenate(column) for column in zip(Rows(none, none, none), *rows, strict=True)))
+
+
 class Window(NamedTuple):
-    """Stream positions start … stop lie in these shards; with several sources other windows' positions among them."""
+    """A lane's positions start … stop lie in these shards; with several sources other windows' positions among them."""
 
     start: int
     stop: int
@@ -51,8 +62,35 @@ def extend(ahead: list[Window], coming: Iterator[Window], stop: int, sources: in
     return ahead[known:]
 
 
+class Lane(Protocol):
+    """An endless, random-access stream of some of the samples, all of them where there is one lane."""
+
+    @property
+    def samples(self) -> int:
+        """Samples of one epoch."""
+        ...
+
+    @property
+    def turnover(self) -> int:
+        """Windows in which it reads all that it has, beginning with a pass."""
+        ...
+
+    @property
+    def sources(self) -> int:
+        """How many windows are read from at the same time."""
+        ...
+
+    def rows(self, start: int, stop: int) -> Rows:
+        """The samples at its positions start … stop."""
+        ...
+
+    def coming(self, position: int) -> Iterator[Window]:
+        """The windows from those that hold `position` on, in the order of their starts, without end."""
+        ...
+
+
 class Stream(Protocol):
-    """An endless, random-access stream of samples."""
+    """An endless, random-access stream of samples, in lanes."""
 
     @property
     def counts(self) -> tuple[int, ...]:
@@ -70,17 +108,22 @@ class Stream(Protocol):
         ...
 
     @property
-    def sources(self) -> int:
-        """How many windows are read from at the same time."""
+    def lanes(self) -> int:
+        """How many lanes it has."""
+        ...
+
+    def lane(self, index: int) -> Lane:
+        """One of them."""
         ...
 
     def rows(self, start: int, stop: int) -> Rows:
-        """The samples at stream positions start … stop."""
+        """The samples of the batch that stream positions start … stop are."""
         ...
 
-    def coming(self, position: int) -> Iterator[Window]:
-        """The windows from those that hold `position` on, in the order of their starts, without end."""
-        ...
+
+def batch_rows(stream: Stream, start: int, stop: int) -> Rows:
+    """See Stream.rows."""
+    return joined([stream.lane(part.lane).rows(part.start, part.stop) for part in parts(stream.lanes, start, stop)])
 
 
 @dataclass(frozen=True)
@@ -91,152 +134,128 @@ class Order:
     seed: int
     window: int = 8
     shuffle: bool = True
-    sources = 1
+    lanes: int = 1
+
+    def __getstate__(self) -> dict[str, Any]:
+        return own_fields(self)
 
     @cached_property
     def samples(self) -> int:
         """Samples of one pass."""
         return sum(self.counts)
 
-    def windows(self, pass_: int) -> list[tuple[int, ...]]:
-        """Shard numbers of each window of a pass, in reading order."""
-        return _plan(self, pass_)[0]
+    def lane(self, index: int) -> Pieces:
+        """One of the lanes."""
+        return self._lanes[index]
+
+    @cached_property
+    def _lanes(self) -> list[Pieces]:
+        counts = np.array(self.counts, dtype=np.int64)
+        if self.lanes == 1:
+            whole = Segments(np.arange(len(counts)), np.zeros_like(counts), counts)
+            return [Pieces(whole, self.seed, (), self.window, self.shuffle)]
+        if self.lanes > self.samples:
+            raise ValueError(f"{self.lanes} lanes of {self.samples} samples")
+        layout = np.random.default_rng((self.seed, 0, 0, 0, 1)) if self.shuffle else None
+        window = max(1, self.window // self.lanes)
+        segments = enumerate(cut(counts, self.lanes, layout))
+        return [Pieces(own, self.seed, (lane + 1,), window, self.shuffle) for lane, own in segments]
 
     def rows(self, start: int, stop: int) -> Rows:
-        """The samples at stream positions start … stop."""
-        none = np.zeros(0, dtype=np.int64)
-        parts = [Rows(none, none, none)]
+        """The samples of the batch that stream positions start … stop are."""
+        return batch_rows(self, start, stop)
+
+
+class Pieces:
+    """A lane of one source: pieces of shards, permuted in every pass, `window` of them mixed at a time.
+
+    `tail` sets the lane's random numbers apart from those of others.
+    """
+
+    sources = 1
+
+    def __init__(self, segments: Segments, seed: int, tail: tuple[int, ...], window: int, shuffle: bool) -> None:
+        self._segments, self._seed, self._tail = segments, seed, tail
+        self._window, self._shuffle = window, shuffle
+        self._count, self.samples = len(segments.size), int(segments.size.sum())
+        self.turnover = -(-self._count // window)
+        self._plans: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._mixed: dict[tuple[int, int], np.ndarray] = {}
+
+    def windows(self, pass_: int) -> list[tuple[int, ...]]:
+        """Shard numbers of each window of a pass, in reading order."""
+        shards = self._segments.shard[self._plan(pass_)[0]]
+        return [tuple(shards[i : i + self._window].tolist()) for i in range(0, self._count, self._window)]
+
+    def rows(self, start: int, stop: int) -> Rows:
+        """The samples at its positions start … stop."""
+        found: list[Rows] = []
         while start < stop:
             pass_, offset = divmod(start, self.samples)
-            ends = _plan(self, pass_)[1]
-            index = int(np.searchsorted(ends, offset, side="right"))
-            shard, row = _window(self, pass_, index)
-            first = offset - (int(ends[index]) - len(row))
-            part = slice(first, first + stop - start)
-            parts.append(Rows(shard[part], row[part], np.full(len(row[part]), pass_)))
-            start += len(row[part])
-        return Rows(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+            order, ends = self._plan(pass_)
+            index = int(ends.searchsorted(offset, side="right"))
+            first = offset - (int(ends[index - 1]) if index else 0)
+            mixed = self._places(pass_, index)[first : first + stop - start]
+            pieces = order[index * self._window : (index + 1) * self._window]
+            edges = self._segments.size[pieces].cumsum()
+            which = edges.searchsorted(mixed, side="right")
+            piece = pieces[which]
+            row = mixed + (self._segments.first[piece] - (edges - self._segments.size[pieces])[which])
+            found.append(Rows(self._segments.shard[piece], row, np.full(len(mixed), pass_)))
+            start += len(mixed)
+        return joined(found)
 
     def coming(self, position: int) -> Iterator[Window]:
         """The windows from the one that holds `position` on, without end."""
         for pass_ in count(position // self.samples):
-            start = pass_ * self.samples
-            for shards, end in zip(*_plan(self, pass_), strict=True):
-                stop = pass_ * self.samples + int(end)
-                if stop > max(position, start):
-                    yield Window(start, stop, shards)
-                start = stop
+            (order, ends), begin = self._plan(pass_), pass_ * self.samples
+            first = int(ends.searchsorted(position - begin, side="right"))
+            start = begin + (int(ends[first - 1]) if first else 0)
+            for index, end in enumerate(ends[first:].tolist(), first):
+                if begin + end > start:
+                    shards = self._segments.shard[order[index * self._window : (index + 1) * self._window]]
+                    yield Window(start, begin + end, tuple(shards.tolist()))
+                start = begin + end
+
+    def _plan(self, pass_: int) -> tuple[np.ndarray, np.ndarray]:
+        """A pass's pieces in order, and the windows' ends within the pass."""
+        return kept(self._plans, pass_, lambda: self._planned(pass_))
+
+    def _planned(self, pass_: int) -> tuple[np.ndarray, np.ndarray]:
+        order = np.arange(self._count)
+        if self._shuffle:
+            order = self._rng(pass_, 0).permutation(order)
+        sizes = self._segments.size[order]
+        return order, np.add.reduceat(sizes, np.arange(0, self._count, self._window)).cumsum()
+
+    def _places(self, pass_: int, index: int) -> np.ndarray:
+        """The samples of a window in the order in which they come: each its place in the window's joined pieces."""
+        return kept(self._mixed, (pass_, index), lambda: self._placed(pass_, index))
+
+    def _placed(self, pass_: int, index: int) -> np.ndarray:
+        ends = self._plan(pass_)[1]
+        size = int(ends[index]) - (int(ends[index - 1]) if index else 0)
+        order = self._rng(pass_, index + 1).permutation(size) if self._shuffle else np.arange(size)
+        return order.astype(np.int32 if size < 2**31 else np.int64)
+
+    def _rng(self, pass_: int, kind: int) -> np.random.Generator:
+        """Random numbers of the order of a pass's pieces (`kind` 0) or of its window `kind` - 1."""
+        return np.random.default_rng((self._seed, pass_, kind, *self._tail))
 
 
-BLOCK = 1024
-"""Positions over which a mixture keeps its shares exactly."""
+def own_fields(order: Any) -> dict[str, Any]:
+    """What travels to other processes: not what was worked out from it."""
+    return {field.name: getattr(order, field.name) for field in fields(order)}
 
 
-@dataclass(frozen=True)
-class Mixture:
-    """Streams merged by weight: in an epoch each sample of `orders[i]` comes `weights[i]` times.
-
-    Shards are numbered through, in the order of the sources; passes count each source's own.
-    """
-
-    orders: tuple[Order, ...]
-    weights: tuple[float, ...]
-    seed: int
-
-    @cached_property
-    def counts(self) -> tuple[int, ...]:
-        """Samples of each shard of all sources."""
-        return tuple(c for order in self.orders for c in order.counts)
-
-    @cached_property
-    def samples(self) -> int:
-        """Samples of one epoch."""
-        return max(1, round(sum(w * order.samples for w, order in zip(self.weights, self.orders, strict=True))))
-
-    @property
-    def sources(self) -> int:
-        """How many windows are read from at the same time."""
-        return len(self.orders)
-
-    def rows(self, start: int, stop: int) -> Rows:
-        """The samples at stream positions start … stop."""
-        merged = Rows(*(np.zeros(stop - start, dtype=np.int64) for _ in Rows._fields))
-        for block in range(start // BLOCK, -(-stop // BLOCK)):
-            first = max(start, block * BLOCK)
-            source = _sources(self, block)[first - block * BLOCK : stop - block * BLOCK]
-            for index, order in enumerate(self.orders):
-                places = first - start + np.flatnonzero(source == index)
-                begin = self._taken(index, first)
-                part = order.rows(begin, begin + len(places))
-                for column, values in zip(merged, part, strict=True):
-                    column[places] = values
-                merged.shard[places] += self._offset(index)
-        return merged
-
-    def coming(self, position: int) -> Iterator[Window]:
-        """The windows from those that hold `position` on, in the order of their starts, without end."""
-        streams = [self._coming(index, position) for index in range(self.sources)]
-        return merge(*streams, key=lambda window: window.start)
-
-    def _coming(self, index: int, position: int) -> Iterator[Window]:
-        for window in self.orders[index].coming(self._taken(index, position)):
-            # To whole blocks: a little early and a little late.
-            start, stop = (self._block(index, place) * BLOCK for place in (window.start, window.stop))
-            offset = self._offset(index)
-            yield Window(start, stop + BLOCK, tuple(shard + offset for shard in window.shards))
-
-    def _offset(self, index: int) -> int:
-        return sum(len(order.counts) for order in self.orders[:index])
-
-    def _before(self, block: int) -> np.ndarray:
-        """int64 [sources]: samples of each source in all blocks before `block`; their sum is block × BLOCK."""
-        shares = np.cumsum([w * order.samples for w, order in zip(self.weights, self.orders, strict=True)])
-        ends = np.floor(shares / shares[-1] * (block * BLOCK) + 0.5).astype(np.int64)
-        return np.diff(ends, prepend=0)
-
-    def _taken(self, index: int, position: int) -> int:
-        """Samples of source `index` before stream position `position`."""
-        block = position // BLOCK
-        inside = _sources(self, block)[: position - block * BLOCK]
-        return int(self._before(block)[index]) + int((inside == index).sum())
-
-    def _block(self, index: int, place: int) -> int:
-        """The block that holds sample `place` of source `index`'s stream."""
-        weight = self.weights[index] * self.orders[index].samples
-        total = sum(w * order.samples for w, order in zip(self.weights, self.orders, strict=True))
-        block = max(0, int(place * total / weight) // BLOCK - 2)
-        while self._before(block + 1)[index] <= place:
-            block += 1
-        return block
-
-
-@lru_cache(maxsize=16)
-def _plan(order: Order, pass_: int) -> tuple[list[tuple[int, ...]], np.ndarray]:
-    """Shards of each window of a pass, and the window's end within the pass."""
-    shards = np.arange(len(order.counts))
-    if order.shuffle:
-        shards = np.random.default_rng((order.seed, pass_)).permutation(shards)
-    windows = [tuple(shards[i : i + order.window].tolist()) for i in range(0, len(shards), order.window)]
-    return windows, np.cumsum([sum(order.counts[s] for s in window) for window in windows])
-
-
-@lru_cache(maxsize=64)
-def _sources(mixture: Mixture, block: int) -> np.ndarray:
-    """int64 [BLOCK]: which source each position of the block is of."""
-    counts = mixture._before(block + 1) - mixture._before(block)
-    source = np.repeat(np.arange(mixture.sources), counts)
-    return np.random.default_rng((mixture.seed, block, BLOCK)).permutation(source)
-
-
-@lru_cache(maxsize=16)
-def _window(order: Order, pass_: int, index: int) -> tuple[np.ndarray, np.ndarray]:
-    shards = order.windows(pass_)[index]
-    shard = np.concatenate([np.full(order.counts[s], s, dtype=np.int64) for s in shards])
-    row = np.concatenate([np.arange(order.counts[s], dtype=np.int64) for s in shards])
-    if order.shuffle:
-        mixed = np.random.default_rng((order.seed, pass_, index + 1)).permutation(len(row))
-        shard, row = shard[mixed], row[mixed]
-    return shard, row
+def kept(known: dict[K, T], key: K, make: Callable[[], T], most: int = 2) -> T:
+    """`known[key]`, made where it is missing; of `known` the last few are kept."""
+    if (value := known.get(key)) is None:
+        value = make()
+        for old in list(known)[: max(0, len(known) - most + 1)]:
+            known.pop(old, None)
+        known[key] = value
+    return value
 
 
 def mix(*values: np.ndarray | int) -> np.ndarray:

@@ -1,4 +1,7 @@
-"""Decoding shards into a node's cache ahead of the loaders: the current stage's first, then the next stage's."""
+"""Decoding shards into a node's cache ahead of the loaders: the current stage's first, then the next stage's.
+
+Only the lanes that the node's ranks read are prepared: for the next stage those that they are going to read.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,13 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from heapq import merge
 from itertools import chain, islice
 from typing import NamedTuple
 
 from raychain.data.cache import ShardCache
-from raychain.data.loader import Feed
+from raychain.data.lanes import dealt
+from raychain.data.loader import Feed, lanes_of, shards_of
 from raychain.data.order import Window, extend
 from raychain.events import Span
 
@@ -40,35 +45,56 @@ class Item(NamedTuple):
     shard: int
 
 
-def wanted(sources: Sequence[Source], stage: int, step: int, *, following: bool = True) -> Iterator[Item]:
-    """What should be in the cache at `step` of `stage`, the most urgent first, each item once.
+class Ranks(NamedTuple):
+    """Some ranks of a worker group."""
+
+    ranks: Sequence[int]
+    world: int
+
+
+ALONE = Ranks((0,), 1)
+"""A group of one."""
+
+
+def wanted(
+    sources: Sequence[Source], stage: int, step: int, node: Ranks = ALONE, *, following: bool = True
+) -> Iterator[Item]:
+    """What should be in the cache of the node of these ranks at `step` of `stage`, the most urgent first, each once.
 
     The windows the current stage's loaders read and the next ones, then (with `following`) the first windows of the
     next stage, then what the current stage reads until it has seen every shard again.
     """
-    current = sources[stage].feed.order.coming(step * sources[stage].global_batch)
-    soon = [Item(stage, shard) for shard in _held(sources[stage].feed, current, step * sources[stage].global_batch)]
+    windows, rest = _held(sources[stage], step, node)
+    soon = [Item(stage, shard) for shard in shards_of(sources[stage].feed.order, windows)]
     if following and stage + 1 < len(sources):
-        soon += [Item(stage + 1, shard) for shard in first_windows(sources[stage + 1].feed)]
-    later = islice(current, len(sources[stage].feed.shards))
-    rest = (
-        Item(stage, shard) for window in later for shard in window.shards if sources[stage].feed.order.counts[shard]
-    )
+        soon += [Item(stage + 1, shard) for shard in first_windows(sources[stage + 1], node)]
+    later = (Item(stage, shard) for window in rest for shard in shards_of(sources[stage].feed.order, [window]))
     seen: set[Item] = set()
-    for item in chain(soon, rest):
+    for item in chain(soon, later):
         if item not in seen:
             seen.add(item)
             yield item
 
 
-def first_windows(feed: Feed) -> list[int]:
-    """The shards that a loader of the feed holds before its first batch."""
-    return _held(feed, feed.order.coming(0), 0)
+def first_windows(source: Source, node: Ranks = ALONE) -> list[int]:
+    """The shards that the ranks' loaders hold before their first batch."""
+    return shards_of(source.feed.order, _held(source, 0, node)[0])
 
 
-def _held(feed: Feed, coming: Iterator[Window], position: int) -> list[int]:
-    windows = extend([], coming, position + 1, feed.order.sources)
-    return list(dict.fromkeys(s for window in windows for s in window.shards if feed.order.counts[s]))
+def _held(source: Source, step: int, node: Ranks) -> tuple[list[Window], Iterator[Window]]:
+    """The windows that the ranks' loaders hold at a step, those in use first; and what comes after these, of all lanes,
+    until each was read."""
+    order, now, soon, rest, turnover = source.feed.order, [], [], [], 0
+    places = dealt(order.lanes, step * source.global_batch).tolist()
+    for index in lanes_of(order, source.global_batch, *node):
+        lane = order.lane(index)
+        coming, place = lane.coming(places[index]), places[index]
+        windows = extend([], coming, place + 1, lane.sources)
+        now += [window for window in windows if window.start <= place]
+        soon += [window for window in windows if window.start > place]
+        rest.append(coming)
+        turnover += lane.turnover
+    return now + soon, islice(merge(*rest, key=lambda window: window.start), 2 * turnover)
 
 
 class Preloader:
@@ -78,8 +104,8 @@ class Preloader:
     while the training loop waits for data.
     """
 
-    def __init__(self, sources: Sequence[Source], cache: ShardCache, cpus: float) -> None:
-        self.sources, self.cache = sources, cache
+    def __init__(self, sources: Sequence[Source], cache: ShardCache, cpus: float, node: Ranks = ALONE) -> None:
+        self.sources, self.cache, self._node = sources, cache, node
         self._threads = max(1, math.floor(cpus))
         self._rest = max(0.0, self._threads / cpus - 1)
         """Seconds of rest for each second of work."""
@@ -129,7 +155,7 @@ class Preloader:
         stage, step, waiting = self._place
         room, self._looked = self.cache.budget * SHARE_OF_BUDGET, time.time()
         missing: list[Item] = []
-        for item in wanted(self.sources, stage, step, following=waiting < WAITING):
+        for item in wanted(self.sources, stage, step, self._node, following=waiting < WAITING):
             source = self.sources[item.stage]
             shard, reader = source.feed.shards[item.shard], source.feed.reader
             room -= self.cache.size(shard, reader)

@@ -60,7 +60,7 @@ class Reader(Protocol):
         """
 
     def read(self, rows: Rows, tables: Mapping[int, Any], seed: int, share: Share) -> dict[str, np.ndarray]:
-        """The columns of n rows of one window, each [n, …].
+        """The columns of n rows of the windows whose tables are held, each [n, …].
 
         `seed` is the data order's: what is drawn for a sample follows from it, the pass, the shard and the row.
         """

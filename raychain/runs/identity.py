@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from raychain.config.experiment import Transfer
 from raychain.core.json import Json
+from raychain.data.mixture import BLOCK
 
 SCHEMA = 3
 """Version of the code's training semantics and of what its keys are made of; part of every stage key."""
@@ -55,6 +56,10 @@ class Determinants:
     transfer: Transfer | None
     """How the stage starts from the one before; None for the first stage."""
     seed: int
+    lanes: int = 1
+    """Lanes of the data."""
+    block: int = BLOCK
+    """Positions of a mixture over which it keeps its shares."""
     changes: tuple[tuple[int, float], ...] = ()
     """Other peak learning rates, each after the step from which it holds."""
     task: Mapping[str, Any] = field(default_factory=dict)
@@ -88,6 +93,8 @@ def _content(stage: Determinants, previous: str, schema: int) -> Json:
             "shards": stage.shards,
             "weights": stage.weights,
             "window": stage.window,
+            **({"lanes": stage.lanes} if stage.lanes > 1 else {}),
+            **({"block": stage.block} if stage.block != BLOCK else {}),
             **stage.reading,
         },
         "warmup": stage.warmup,

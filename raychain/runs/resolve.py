@@ -13,8 +13,10 @@ from raychain import records
 from raychain.config.experiment import Change, Data, Experiment, Train
 from raychain.core.json import Json
 from raychain.core.storage import Folder, below, is_local, local_path
+from raychain.data.lanes import usual_lanes
 from raychain.data.loader import Feed
-from raychain.data.order import Mixture, Order, Stream
+from raychain.data.mixture import BLOCK, Mixture
+from raychain.data.order import Order, Stream
 from raychain.data.pictures import PictureReader
 from raychain.data.reader import Reader
 from raychain.data.shards import Shard, expand
@@ -156,11 +158,15 @@ def _reading(experiment: Experiment, data: Data, cache: Path, where: str) -> Rea
     found = [tuple(paradigm.survey(expand(source.shards, where), data, cache, where)) for source in data.train]
     weights = tuple(source.weight for source in data.train)
     counts = [tuple(shard.samples for shard in source) for source in found]
-    order: Stream
-    if set(weights) == {1.0}:
-        order = Order(tuple(itertools.chain(*counts)), seed, data.shuffle_window)
-    else:
-        order = Mixture(tuple(Order(c, seed + i, data.shuffle_window) for i, c in enumerate(counts)), weights, seed)
+    merged = set(weights) != {1.0}
+    smallest = min(map(sum, counts)) if merged else sum(map(sum, counts))
+    lanes = data.lanes or usual_lanes(sum(map(len, counts)), smallest)
+    if lanes > smallest:
+        what = f"the {smallest} samples of {'its smallest source' if merged else where}"
+        raise InputError("data.lanes", lanes, f"at most {what}", "lower it, or leave it out")
+    parts = counts if merged else [tuple(itertools.chain(*counts))]
+    orders = tuple(Order(c, seed + i, data.shuffle_window, lanes=lanes) for i, c in enumerate(parts))
+    order: Stream = Mixture(orders, weights, seed) if merged else orders[0]
     if experiment.train.global_batch > order.samples:
         raise InputError(
             "train.global_batch",
@@ -243,6 +249,8 @@ def _stage(
         shards=tuple(shard.identity for shard in reading.shards),
         weights=tuple(source.weight for source in data.train),
         window=data.shuffle_window,
+        lanes=reading.order.lanes,
+        block=reading.order.block if isinstance(reading.order, Mixture) else BLOCK,
         reading=reader.identity,
         global_batch=recipe.global_batch,
         steps=steps,

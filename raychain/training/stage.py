@@ -13,11 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from raychain.core.dist import rank, rank_slice, world_size
+from raychain.core.dist import neighbours, rank, rank_slice, world_size
 from raychain.data.cache import ShardCache
 from raychain.data.health import Tally
 from raychain.data.loader import Loader
-from raychain.data.preload import first_windows
+from raychain.data.preload import Ranks, Source, first_windows
 from raychain.data.shards import Shard
 from raychain.errors import Diverged
 from raychain.evaluators.ranks import World
@@ -58,9 +58,12 @@ class ChainWorker:
         micro_batches: Mapping[int, int | None] | None = None,
         until: int | None = None,
         beside: bool = False,
+        node: str = "",
     ) -> None:
         self.task, self.device, self.stopping = task, device, stopping
         self.rank = rank()
+        self.node = neighbours(node, device) if node else (self.rank,)
+        """The ranks that share this one's cache: those that give the same `node`."""
         self.emit = emit if self.rank == 0 else lambda _: None
         self.emit_from_any = emit
         self.experiment, self.paradigm = task.experiment, task.paradigm
@@ -209,6 +212,7 @@ class ChainWorker:
             stop=stage.steps,
             rank=self.rank,
             world=world_size(),
+            node=self.node,
             threads=self.task.threads,
             pin=self.device.type == "cuda",
             report=self._report,
@@ -218,7 +222,8 @@ class ChainWorker:
 
     def _prepare_early(self, stage: StageTask) -> tuple[nn.Module, Loader]:
         """`_prepare`, once the node's cache holds what the stage's loader begins with or the stage is due."""
-        shards = first_windows(stage.feed)
+        source = Source(stage.feed, self.experiment.train.global_batch)
+        shards = first_windows(source, Ranks((self.rank,), world_size()))
         while not self.hurry.wait(POLL_S):
             if self.preloading and all(self.cache.touch(stage.feed.shards[s], stage.feed.reader) for s in shards):
                 break
