@@ -23,6 +23,7 @@ from raychain.schema.allocation import Allocation
 from raychain.schema.captions import KeySplit, caption_key
 from raychain.schema.component import Component, OneOrMore, Seed
 from raychain.schema.durations import Bytes, Duration, Epochs, Every, Horizon, Interval, Warmup
+from raychain.schema.generate import Generates
 from raychain.schema.problems import ProblemsError
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -327,6 +328,10 @@ class Experiment(Component):
     family: OneOrMore | None = None
     """Models to choose a chain from, instead of `chain`: names, with braces and globs (`CoM-ViT-{T,S,B,L}-16`). The
     largest is what the chain is for."""
+    generate: Generates = ()
+    """Models between known ones, by expansion ratio; one, or a list. `chain`, `family`, `baseline` and `search` may use
+    their names, which `raychain plan` shows. Without `chain` and `family` they are the family, with the two that they
+    are between."""
     allocation: Allocation | None = None
     """How to choose; only with `family`."""
     chain: Annotated[tuple[Stage, ...], Field(validate_default=True)] = ()
@@ -352,8 +357,8 @@ class Experiment(Component):
     @field_validator("chain")
     @classmethod
     def _chain_or_family(cls, chain: tuple[Stage, ...], info: ValidationInfo) -> tuple[Stage, ...]:
-        family, allocation = (info.data.get(key) for key in ("family", "allocation"))
-        if not chain and not family and "family" in info.data:
+        family, allocation, generate = (info.data.get(key) for key in ("family", "allocation", "generate"))
+        if not (chain or family or generate) and {"family", "generate"} <= info.data.keys():
             raise ValueError("allowed is a list of stages {model, epochs}, or `family:` to let the planner choose")
         if chain and (family or allocation):
             raise ValueError("allowed is either `chain`, or `family` (with `allocation`) to let the planner choose")

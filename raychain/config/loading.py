@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from collections.abc import Sequence
@@ -72,6 +73,20 @@ def opened(experiment: str | Experiment, overrides: Sequence[str] = (), models: 
     if models is not None:
         config = config.model_copy(update={"models": models})
     use_models(config.models, "models" if models is None else "--models")
+    return with_generated(config)
+
+
+def with_generated(config: Experiment) -> Experiment:
+    """The experiment, and the models that it has made known to this process; they are its family where it has neither
+    a family nor a chain. Raises InputError.
+    """
+    from raychain.paradigms.generating import generated_models
+
+    made = [generated_models(config.task, generate, "generate") for generate in config.generate]
+    for generate in config.search.space.generate if config.search else ():
+        generated_models(config.task, generate, "search.space.generate")
+    if made and not config.chain and not config.family:
+        return config.model_copy(update={"family": tuple(dict.fromkeys(itertools.chain(*made)))})
     return config
 
 

@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Field, NonNegativeFloat, PositiveInt, mode
 from raychain.schema.allocation import Budget, EpochRule, MacsBudget, RatioBounds
 from raychain.schema.component import Component, OneOrMore, Seed
 from raychain.schema.durations import Epochs, Warmup
+from raychain.schema.generate import Generates
 
 MOST_CHOICES = 1000
 """Values that one range may have."""
@@ -40,6 +41,9 @@ class Space(Component):
     models: OneOrMore | None = None
     """Names, with braces and globs. Every chain ends with the largest. Absent: the experiment's family, or the models
     of its chain."""
+    generate: Generates = ()
+    """Models between known ones, by expansion ratio; one, or a list. They are tried beside `models`, or, without
+    these, in their place, with the two that they are between."""
     lengths: Annotated[tuple[PositiveInt, ...], BeforeValidator(_choices), Field(min_length=1)] | None = None
     """Numbers of models a chain may have. Absent: all from two on."""
     ratios: RatioBounds | None = None

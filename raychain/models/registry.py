@@ -105,6 +105,19 @@ def name_for(config: dict[str, Any], called: str, lookup: Callable[[str], Mappin
     return name
 
 
+def add_model(config: ModelConfig, called: str) -> str:
+    """Makes a config that was made here known until `use_models` is called: as one of raychain's families or the user's
+    folder that is the same, else as `called`. Returns the name. Raises ConfigError where that is another model's.
+    """
+    known = {path.stem: _known(path.stem) for path in sorted(CONFIG_FOLDER.glob("*.json"))} | _users
+    if same := [name for name in (called, *known) if known.get(name) == config]:
+        return same[0]
+    if _is_taken(called):
+        raise ConfigError(f"{called} stands for another model already")
+    _users[called] = deepcopy(config)
+    return called
+
+
 def _is_taken(name: str) -> bool:
     try:
         return bool(model_config(name))

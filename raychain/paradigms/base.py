@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from raychain.models.building import initialised
+from raychain.models.generation import GenerationError
 from raychain.paradigms.objective import Columns, Objective
 from raychain.paradigms.task import Task
 
@@ -159,6 +160,16 @@ class Paradigm(ABC):
         if missing := [name for name in self.files if not (path / name).is_file()]:
             raise ValueError(f"{path} is no folder with {' and '.join(self.files)}: it lacks {missing[0]}")
         return Read(self.load(path), self.config(model))
+
+    def between(self, small: str, large: str, ratio: float, head_dim: int | None = None) -> str:  # noqa: ARG002
+        """Makes a model between two by their names, with `ratio` times as many parameters in the principal part
+        (`ModelSize.principal`) as the smaller has. Returns its name, which `config` knows from then on in this process.
+
+        Paradigms with a rule for it replace this. It gives the same model whenever it is asked, one that grows from the
+        smaller and into the larger. `head_dim` is the width that attention heads are to have. Raises GenerationError.
+        """
+        raise GenerationError(f"a paradigm with a rule for models between two, which {self.name} has not",
+                              "name the models that there are")  # fmt: skip
 
     def inherited(self, config: Config, before: Config) -> Config:  # noqa: ARG002 - for subclasses
         """The configuration of a model that grows from one of the configuration `before`: its own, with whatever of

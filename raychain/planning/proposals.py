@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -57,15 +57,23 @@ class Proposal:
 
 
 def enumerate_chains(
-    family: Sequence[ModelSize], first: float, rules: Sequence[tuple[float, float]], *, all_models: bool = False
+    family: Sequence[ModelSize],
+    first: float,
+    rules: Sequence[tuple[float, float]],
+    *,
+    all_models: bool = False,
+    apart: Collection[tuple[str, str]] = (),
 ) -> Iterator[Candidate]:
     """Every chain of at least two models that ends with the family's largest, under every rule.
 
-    With `all_models` only the whole family. Chains that two rules give the same epochs come once.
+    With `all_models` only the whole family. Chains that two rules give the same epochs come once. Those with two
+    models that are to be kept `apart` as neighbours do not come.
     """
     *others, largest = sorted(family, key=lambda size: size.params)
     for count in [len(others)] if all_models else range(1, len(others) + 1):
         for chosen in itertools.combinations(others, count):
+            if apart and any((a.name, b.name) in apart for a, b in itertools.pairwise((*chosen, largest))):
+                continue
             seen = set()
             for rule in rules:
                 epochs = linear_epochs(first, rule, count)
@@ -79,11 +87,13 @@ def propose(
     setting: Setting,
     limits: Limits = Limits(),  # noqa: B008 - immutable
     baseline: tuple[ModelSize, float] | None = None,
+    apart: Collection[tuple[str, str]] = (),
 ) -> list[Proposal]:
     """All chains within the limits: those that break no principle first, then by cost.
 
     Ratio bounds that the user gave are kept; the default ones only rank, since some families cannot keep them.
-    Raises InputError with the nearest alternative where no chain is left.
+    `apart` are pairs of models that do not grow into one another. Raises InputError with the nearest alternative where
+    no chain is left.
     """
     _check_family(family)
     first = limits.first or alone_epochs(setting.samples)
@@ -95,8 +105,11 @@ def propose(
     smallest = family[smallest_model([size.principal_params for size in family], setting.samples)]
     proposals = [
         _judge(candidate, setting, limits, smallest, baseline)
-        for candidate in enumerate_chains(family, first, rules, all_models=limits.all_models)
+        for candidate in enumerate_chains(family, first, rules, all_models=limits.all_models, apart=apart)
     ]
+    if not proposals:
+        raise InputError("family", ", ".join(size.name for size in family), "models that grow into one another",
+                         "leave some out, or allocation.all_models")  # fmt: skip
     proposals.sort(key=lambda proposal: (len(proposal.broken), proposal.excess, proposal.cost.macs))
     return _affordable(_within_ratios(proposals, limits), limits.budget)
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+from functools import lru_cache
+
 import torch
+from torch import nn
 
 from raychain.backend_ray.address import cluster
 from raychain.config.experiment import Experiment, Transfer
@@ -13,6 +17,7 @@ from raychain.errors import InputError, nearest
 from raychain.evaluators.registry import check_takes
 from raychain.growth import DEPTH_OPERATORS, WIDTH_OPERATORS, GrowthError, check
 from raychain.paradigms import make_paradigm, model_size, usable_size
+from raychain.paradigms.task import Task
 from raychain.reporting.health import DataHealth
 from raychain.reporting.trackers import check_trackers
 
@@ -32,8 +37,16 @@ def check_chain(experiment: Experiment) -> None:
     if experiment.baseline and experiment.chain:
         last = input_size(experiment, len(experiment.chain) - 1)
         usable_size(experiment.task, experiment.baseline.model, last, "baseline.model")
+    check_transfer(experiment.transfer)
+    for i, stage in enumerate(experiment.chain):
+        if i or stage.start:
+            check_growth(experiment, i)
+
+
+def check_transfer(transfer: Transfer) -> None:
+    """Whether the operators exist, and there is something to shrink. Raises InputError."""
     for field, known in (("width", WIDTH_OPERATORS), ("depth", DEPTH_OPERATORS)):
-        given = getattr(experiment.transfer, field)
+        given = getattr(transfer, field)
         if given not in known:
             fix = nearest(given, list(known), "use one of these")
             raise InputError(f"transfer.{field}", given, ", ".join(known), fix)
@@ -41,10 +54,7 @@ def check_chain(experiment: Experiment) -> None:
             known[given]
         except ValueError as error:
             raise InputError(f"transfer.{field}", given, "an operator that can be imported", str(error)) from None
-    _check_shrink(experiment.transfer)
-    for i, stage in enumerate(experiment.chain):
-        if i or stage.start:
-            _check_growth(experiment, i)
+    _check_shrink(transfer)
 
 
 def check_evaluators(experiment: Experiment) -> None:
@@ -63,7 +73,8 @@ def _check_shrink(transfer: Transfer) -> None:
         raise InputError("transfer.shrink", transfer.shrink, "1 with width: none", fix)
 
 
-def _check_growth(experiment: Experiment, i: int) -> None:
+def check_growth(experiment: Experiment, i: int) -> None:
+    """Whether stage `i`, whose model is usable, can grow from the one before or its start. Raises InputError."""
     large, start = experiment.chain[i].model, experiment.chain[i].start
     small = start.model if start else experiment.chain[i - 1].model
     paradigm, size, transfer = make_paradigm(experiment.task), input_size(experiment, i), experiment.transfer
@@ -73,9 +84,8 @@ def _check_growth(experiment: Experiment, i: int) -> None:
     try:
         model_size(experiment.task, small, size)  # the teacher reads this stage's inputs
         own = size if start else input_size(experiment, i - 1)
-        before = paradigm.build(configs[0], size=own, seed=0, device="meta")
-        before = paradigm.adapt(before, configs[0], size)
-        models = [before, paradigm.build(configs[1], size=size, seed=0, device="meta")]
+        before = paradigm.adapt(_shapes(experiment.task, json.dumps(configs[0]), own), configs[0], size)
+        models = [before, _shapes(experiment.task, json.dumps(configs[1]), size)]
     except ValueError as error:
         fix = f"{error} Or end the chain with another model"
         raise InputError(f"chain.{i}.model", f"{small} → {large}", f"models that take {size} pixels", fix) from None
@@ -88,6 +98,12 @@ def _check_growth(experiment: Experiment, i: int) -> None:
     except GrowthError as error:
         allowed = f"a pair that {transfer.width} + {transfer.depth} can grow"
         raise InputError(f"chain.{i}.model", f"{small} → {large}", allowed, str(error)) from None
+
+
+@lru_cache(maxsize=32)
+def _shapes(task: Task, config: str, size: int) -> nn.Module:
+    """A model without weights: a search asks for each of its models with many others."""
+    return make_paradigm(task).build(json.loads(config), size=size, seed=0, device="meta")
 
 
 def check_compute(experiment: Experiment, address: str | None) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from raychain.config.experiment import Allocation, Data, Experiment, Stage
@@ -12,6 +14,7 @@ from raychain.planning.checks import warnings
 from raychain.planning.cost import ChainCost, Setting, StageCost
 from raychain.planning.macs import ModelSize
 from raychain.planning.proposals import Limits, Proposal, propose
+from raychain.runs.generated import Pair, apart, generated
 from raychain.runs.resolve import epoch_samples
 from raychain.schema.durations import Duration
 
@@ -87,7 +90,7 @@ def proposals_for(experiment: Experiment) -> tuple[list[Proposal], int]:
         )
     wanted = experiment.allocation or Allocation()
     limits = Limits(wanted.first, wanted.rules, wanted.ratios, wanted.budget, wanted.all_models)
-    return propose(family, setting, limits, baseline), setting.samples
+    return propose(family, setting, limits, baseline, _apart(experiment, family)), setting.samples
 
 
 def with_chain(experiment: Experiment, proposal: Proposal | None = None) -> Experiment:
@@ -102,6 +105,14 @@ def with_chain(experiment: Experiment, proposal: Proposal | None = None) -> Expe
         for model, epochs in zip(chosen.models, chosen.epochs, strict=True)
     )
     return experiment.model_copy(update={"chain": chain, "family": None, "allocation": None})
+
+
+def _apart(experiment: Experiment, family: Sequence[ModelSize]) -> dict[Pair, InputError]:
+    """Pairs of models, one of them generated, that do not grow into one another."""
+    made = generated(experiment)
+    names = [size.name for size in sorted(family, key=lambda size: size.params)]
+    pairs = [pair for pair in itertools.combinations(names, 2) if made.intersection(pair)]
+    return apart(experiment, pairs, [experiment.transfer], made)
 
 
 def _setting(experiment: Experiment, data: Data, where: str) -> Setting:

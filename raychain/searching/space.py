@@ -8,25 +8,21 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from raychain.config.experiment import Baseline, Distill, Experiment
+from raychain.config.experiment import Baseline, Distill, Experiment, Transfer
 from raychain.config.search import Search
 from raychain.core.json import Json
 from raychain.errors import InputError
-from raychain.models import UnknownModelError, matching_models
 from raychain.paradigms import make_paradigm, model_size, usable_size
 from raychain.planning.macs import ModelSize, stage_macs
-from raychain.planning.principles import alone_epochs, default_rules, linear_epochs, ratio_excess
-from raychain.runs.checks import check_chain
+from raychain.planning.principles import alone_epochs, default_rules, linear_epochs
 from raychain.runs.costing import proposals_for
 from raychain.runs.resolve import Others, epoch_samples
 from raychain.schema.durations import Duration
+from raychain.searching.chains import ARROW, chains_of, growing, models_of
 from raychain.searching.experiments import part, with_stages
 
 Params = Json
 """Choice by dimension: plain text and numbers."""
-ARROW = " → "
-MOST_CHAINS = 4096
-"""Chains that a space may have."""
 CHAIN, FIRST, GROWN, RULE, WIDTH, DEPTH, SHRINK, ALPHA, WARMUP = (
     "chain", "first", "grown.", "rule", "width", "depth", "shrink", "alpha", "warmup",
 )  # fmt: skip
@@ -130,7 +126,9 @@ class Space:
             changes["distill"] = (distill or Distill()).model_copy(update={ALPHA: params[ALPHA]})
             if params[ALPHA] == 0:
                 changes["distill"] = None
-        return with_stages(self.experiment, self.stages(params), transfer.model_copy(update=changes))
+        made = tuple(dict.fromkeys(self.experiment.generate + _settings(self.experiment).space.generate))
+        experiment = self.experiment.model_copy(update={"generate": made}) if made else self.experiment
+        return with_stages(experiment, self.stages(params), transfer.model_copy(update=changes))
 
     def macs(self, params: Params) -> int:
         """Training MACs of the chain."""
@@ -216,12 +214,7 @@ def make_space(experiment: Experiment) -> Space:
     """
     search = _settings(experiment)
     _check_stages(experiment)
-    names = search.space.models or experiment.family or tuple(stage.model for stage in experiment.chain)
-    where = "search.space.models" if search.space.models else "family" if experiment.family else "chain"
-    try:
-        matched = matching_models(names)
-    except (UnknownModelError, ValueError) as error:
-        raise InputError(where, ", ".join(names), str(error), "correct the name or pattern") from None
+    matched, where = models_of(experiment, search.space)
     found = [usable_size(experiment.task, name, experiment.data.image_size, where) for name in matched]
     sizes = sorted(found, key=lambda size: size.params)
     if experiment.baseline:
@@ -257,7 +250,7 @@ def make_space(experiment: Experiment) -> Space:
         experiment=experiment,
         samples=samples,
         sizes=tuple(sizes),
-        chains=_chains(sizes, search, where),
+        chains=growing(experiment, chains_of(sizes, search, where), _transfers(experiment, operators)),
         lengths={str(length): length for length in (*first, *grown, *warmups)},
         first=tuple(dict.fromkeys(str(length) for length in sorted(first, key=steps))),
         grown=tuple(dict.fromkeys(str(length) for length in sorted(grown, key=steps))),
@@ -266,8 +259,15 @@ def make_space(experiment: Experiment) -> Space:
         baseline=experiment.baseline or Baseline(model=sizes[-1].name, epochs=longest_first),
     )
     _check_budget(space)
-    _check_growth(space)
     return space
+
+
+def _transfers(experiment: Experiment, operators: dict[str, tuple[str | float, ...]]) -> Iterator[Transfer]:
+    """Every choice of what decides whether one model grows into another."""
+    transfer = experiment.transfer
+    usual = {WIDTH: transfer.width, DEPTH: transfer.depth, SHRINK: transfer.shrink}
+    for choice in itertools.product(*(operators.get(name, (value,)) for name, value in usual.items())):
+        yield transfer.model_copy(update=dict(zip(usual, choice, strict=True)))
 
 
 def _settings(experiment: Experiment) -> Search:
@@ -276,48 +276,6 @@ def _settings(experiment: Experiment) -> Search:
 
 def _tidy(epochs: float) -> float:
     return float(f"{epochs:.3g}")
-
-
-def _chains(sizes: Sequence[ModelSize], search: Search, where: str) -> tuple[tuple[str, ...], ...]:
-    """Subsets that end with the largest model and keep the lengths and ratios."""
-    *others, largest = sizes
-    wanted = search.space.lengths or range(2, len(sizes) + 1)
-    if len(sizes) < 2:
-        raise InputError(where, largest.name, "at least two models", "add models to search.space.models")
-    possible = [count for count in wanted if count <= len(sizes)]
-    if not possible:
-        given = ", ".join(map(str, wanted))
-        raise InputError("search.space.lengths", given, f"at most the {len(sizes)} models there are",
-                         f"set it to {len(sizes)}, or add models")  # fmt: skip
-    if sum(math.comb(len(others), count - 1) for count in possible) > MOST_CHAINS:
-        raise InputError(where, f"{len(sizes)} models", f"at most {MOST_CHAINS} chains", "leave some models out, "
-                         "or set search.space.lengths")  # fmt: skip
-    found = [
-        (*chosen, largest) for count in possible for chosen in itertools.combinations(others, count - 1)
-    ]  # fmt: skip
-    bounds = search.space.ratios
-    if bounds is None:
-        return tuple(tuple(size.name for size in chain) for chain in found)
-
-    def ratios(chain: Sequence[ModelSize]) -> list[float]:
-        return [b.principal_params / a.principal_params for a, b in itertools.pairwise(chain)]
-
-    def excess(chain: Sequence[ModelSize]) -> float:
-        return sum(ratio_excess(ratio, bounds) for ratio in ratios(chain))
-
-    kept = tuple(tuple(size.name for size in chain) for chain in found if excess(chain) == 0)
-    if not kept:
-        near = min(found, key=excess)
-        has = ratios(near)
-        low, high = math.floor(10 * min(has)) / 10, math.ceil(10 * max(has)) / 10
-        raise InputError(
-            "search.space.ratios",
-            f"[{bounds[0]:g}, {bounds[1]:g}]",
-            "bounds that some chain keeps",
-            f"the nearest is {ARROW.join(size.name for size in near)}: allow [{min(low, bounds[0]):g}, "
-            f"{max(high, bounds[1]):g}]",
-        )
-    return kept
 
 
 def _check_stages(experiment: Experiment) -> None:
@@ -360,14 +318,3 @@ def _check_budget(space: Space) -> None:
         f'the cheapest chain is {stages}; raise the budget to "{math.ceil(10 * percent) / 10:g} %", or allow shorter '
         f"stages",
     )
-
-
-def _check_growth(space: Space) -> None:
-    """Every pair of neighbours under every operator."""
-    transfer = space.experiment.transfer
-    pairs = sorted({pair for chain in space.chains for pair in itertools.pairwise(chain)})
-    usual = {WIDTH: transfer.width, DEPTH: transfer.depth, SHRINK: transfer.shrink}
-    for choice in itertools.product(*(space.operators.get(name, (value,)) for name, value in usual.items())):
-        own = transfer.model_copy(update=dict(zip(usual, choice, strict=True)))
-        for pair in pairs:
-            check_chain(with_stages(space.experiment, [(model, Duration(1, "epochs")) for model in pair], own))

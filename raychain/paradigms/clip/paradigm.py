@@ -20,7 +20,9 @@ from raychain.data.spec import Spec, Tokenizer, fitting
 from raychain.models import at_image_size, model_config
 from raychain.models.building import NORMALISATION, build_config, preprocessing_of
 from raychain.models.checkpoints import CheckpointError, config_beside, read_checkpoint
-from raychain.models.registry import difference, name_for, native_size
+from raychain.models.configs import ConfigError
+from raychain.models.generation import GenerationError, between, name_between
+from raychain.models.registry import add_model, difference, name_for, native_size
 from raychain.models.tokenizing import check_tokenizer, make_tokenizer
 from raychain.paradigms.base import Config, Paradigm, Read, plain
 from raychain.paradigms.clip.objective import ClipObjective, ImageTextObjective
@@ -134,6 +136,15 @@ class ImageTextParadigm(Paradigm):
         own = {name: list(preprocessing_of(found)[name]) for name in NORMALISATION}
         usual = {name: list(preset) for name, preset in NORMALISATION.items()}
         return Read(found, config if own == usual else {**config, PREPROCESSING: own})
+
+    def between(self, small: str, large: str, ratio: float, head_dim: int | None = None) -> str:
+        """A vision transformer of open_clip's with a text transformer."""
+        configs = model_config(small), model_config(large)
+        made = between(*configs, ratio, head_dim)
+        try:
+            return add_model(made, name_between(small, large, configs, made))
+        except ConfigError as error:
+            raise GenerationError("models whose names are free", f"rename a config of `models`: {error}") from None
 
     def inherited(self, config: Config, before: Config) -> Config:
         """Pictures are normalised as they were for the weights that grow."""
