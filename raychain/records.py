@@ -24,14 +24,15 @@ from raychain.core.record import (
     parse,
     read,
     set_aside,
+    show,
     take,
     warn,
     write,
 )  # fmt: skip
 
 __all__ = [
-    "Record", "clean", "content", "document", "examine", "is_a", "is_taken", "parse", "read", "set_aside", "take",
-    "warn", "write",
+    "Record", "clean", "content", "document", "examine", "is_a", "is_taken", "parse", "read", "set_aside", "show",
+    "take", "warn", "write",
 ]  # fmt: skip
 
 MOST = 10**40

@@ -31,6 +31,7 @@ def run_json(**changes: Any) -> dict[str, Any]:
     records = [
         {
             "index": i,
+            "key": f"key {i}",
             "model": f"CoM-micro-{size}",
             "status": "trained",
             "epochs": 2.0,
@@ -204,20 +205,22 @@ def test_text_stays_inside_of_its_drawing(tmp_path):
             assert left + length <= width + 1, "".join(text.itertext())
 
 
-NASTY = "<script>alert(1)</script><img src=x onerror=alert(1)>'\"&\x00\x1b]0;x\ud800"
+NASTY = "<script>alert(1)</script><img src=x onerror=alert(1)>'\"&\x00\x1b]0;x"
 
 
-def test_names_and_messages_cannot_become_markup(tmp_path):
+@pytest.mark.parametrize("half", ["", "\ud800"])  # half a character, which is no text
+def test_names_and_messages_cannot_become_markup(tmp_path, half):
     def poisoned(value: Any) -> Any:
         if isinstance(value, dict):
-            return {f"{k}": poisoned(v) for k, v in value.items()} | {NASTY: NASTY}
+            return {f"{k}": poisoned(v) for k, v in value.items()} | {NASTY + half: NASTY + half}
         if isinstance(value, list):
             return [poisoned(v) for v in value]
-        return NASTY if isinstance(value, str) else value
+        kept = ("planned",)  # a kind of trial
+        return NASTY + half if isinstance(value, str) and value not in kept else value
 
     run = poisoned(run_json())
     root = made(write(tmp_path / "run", run, poisoned(LINES), poisoned(TRACE), poisoned(SEARCH)))
-    assert "alert(1)" in words(root)
+    assert half or "alert(1)" in words(root)
     assert not list(root.iter("img"))
 
 
@@ -293,7 +296,27 @@ def test_no_field_of_any_type_breaks_the_page(tmp_path, part):
                 folder = write(tmp_path / "run", run_json(), LINES[:6], [*TRACE[2:], changed])
             case _:
                 folder = write(tmp_path / "run", changed, LINES[:6])
-        checked(page(*read(Folder(str(folder)))))
+        try:
+            found = read(Folder(str(folder)))
+        except InputError:  # it does not say which search it is, or of a version that is not known yet
+            assert path in (("identity",), ("schema",))
+            continue
+        checked(page(*found))
+
+
+def test_what_is_damaged_is_left_out_and_named_and_the_rest_is_shown(tmp_path, caplog):
+    run = run_json()
+    run["stages"][1] |= {"params": "many", "metrics": {"zero_shot_top1": 30.0, "i2t_r1": "x"}, "wall_s": True}
+    del run["stages"][0]["key"]
+    run["totals"]["speedup"] = [3]
+    told = words(made(write(tmp_path / "run", run)))
+    assert "30.0 %" in told
+    assert "3.00×" not in told
+    assert "a node was lost" in told
+    assert "'stages.1.wall_s'" in caplog.text
+    newer = write(tmp_path / "newer", run | {"schema": 2})
+    with pytest.raises(InputError, match="which a newer raychain wrote"):
+        raychain.report(newer)
 
 
 def test_training_that_was_cut_off_is_known_from_its_steps(tmp_path):
@@ -333,9 +356,12 @@ def test_the_axis_is_cut_where_the_run_was_not_at_work(tmp_path):
     assert "not at work, 24:59:10" in told
 
 
-def trial(*chain: tuple[str, float], macs: float, top: float | None, **more: Any) -> dict[str, Any]:
+def trial(*chain: tuple[str, float], number: int, macs: float, top: float | None, **more: Any) -> dict[str, Any]:
     metrics = {} if top is None else {"zero_shot_top1": top}
     return {
+        "number": number,
+        "kind": "planned",
+        "params": {},
         "chain": [{"model": f"CoM-micro-{m}", "epochs": e} for m, e in chain],
         "macs": macs,
         "metrics": metrics,
@@ -343,27 +369,36 @@ def trial(*chain: tuple[str, float], macs: float, top: float | None, **more: Any
     } | more
 
 
-SEARCH = {
+SEARCH: dict[str, Any] = {
+    "schema": 2,
+    "identity": "a search",
     "trials": [
-        trial(("S", 4), ("L", 1), macs=2e12, top=25.0, alpha=1.0),
-        trial(("S", 4), ("M", 2), ("L", 1), macs=3e12, top=30.0, alpha=2.0),
-        trial(("S", 8), ("L", 1), macs=4e12, top=28.0),
-        trial(("S", 4), ("M", 2), ("L", 2), macs=5e12, top=32.0),
-        trial(("L", 8), macs=6e12, top=None),
+        trial(("S", 4), ("L", 1), number=0, macs=2e12, top=25.0, alpha=1.0),
+        trial(("S", 4), ("M", 2), ("L", 1), number=1, macs=3e12, top=30.0, alpha=2.0),
+        trial(("S", 8), ("L", 1), number=2, macs=4e12, top=28.0),
+        trial(("S", 4), ("M", 2), ("L", 2), number=3, macs=5e12, top=32.0),
+        trial(("L", 8), number=4, macs=6e12, top=None),
     ],
-    "pareto": [0, 1, 3],
-    "best": 3,
+    "pareto": [],
+    "best": None,
     "stage_epochs_requested": 41,
     "stage_epochs_trained": 29,
     "baseline": {"model": "CoM-micro-L", "epochs": 8, "macs": 2e13},
     "comparisons": [
         {
             "model": "CoM-micro-M",
-            "at_equal_macs": {"epochs": 12.0, "macs": 5e12, "zero_shot_top1": 45.0, "chain_is_ahead_by": -13.0},
+            "at_equal_macs": {
+                "trial": 9,
+                "epochs": 12.0,
+                "macs": 5e12,
+                "zero_shot_top1": 45.0,
+                "chain_is_ahead_by": -13.0,
+            },
             "at_most": None,
         },
     ],
 }
+SEARCH |= {"pareto": [SEARCH["trials"][number] for number in (0, 1, 3)], "best": SEARCH["trials"][3]}
 
 
 def test_a_search_has_its_front_its_tree_and_its_trials(tmp_path):
@@ -395,7 +430,7 @@ def test_a_search_has_its_front_its_tree_and_its_trials(tmp_path):
 
 
 def test_a_search_says_what_the_large_model_reaches_alone_beside_the_speed_up(tmp_path):
-    alone = trial(("L", 16), macs=2e13, top=36.0)
+    alone = trial(("L", 16), number=5, macs=2e13, top=36.0)
     whole = {**SEARCH, "trials": [*SEARCH["trials"], alone]}
     told = words(made(write(tmp_path / "search", None, None, None, whole)))
     assert "in MACs, against the last model alone: 36.0 %" in told
@@ -405,13 +440,14 @@ def test_a_search_says_what_the_large_model_reaches_alone_beside_the_speed_up(tm
     "shown",
     [
         {"pareto": None, "best": None},
-        {"pareto": [], "best": {"chain": SEARCH["trials"][3]["chain"]}},
+        {"pareto": [], "best": trial(number=77, macs=1e12, top=99.0)},
         {"pareto": [SEARCH["trials"][i] for i in (3, 0, 1)], "best": SEARCH["trials"][3]},
         {"pareto": ["x"], "best": "y"},
     ],
 )
-def test_the_front_and_the_best_are_found_however_they_are_given(shown):
-    search = search_json.parse(SEARCH | shown)
+def test_the_front_and_the_best_are_the_named_ones_or_are_found(tmp_path, shown):
+    record = read(Folder(str(write(tmp_path / "search", None, None, None, SEARCH | shown))))[1]
+    search = search_json.parse(record)
     assert [t.number for t in search.front] == [0, 1, 3]
     assert search.best == search.trials[3]
 
@@ -422,7 +458,9 @@ def test_stages_of_other_settings_are_not_shared_and_settings_that_differ_are_sh
               reason="behind others", params={"chain": "S", "alpha": 1.0 + n, "width": "centred"})
         for n in range(3)
     ]  # fmt: skip
-    root = made(write(tmp_path / "search", None, None, None, {"name": "my", "status": "running", "trials": trials}))
+    others = dict.fromkeys(("pareto", "best", "baseline", "comparisons"))
+    search = SEARCH | others | {"name": "my", "status": "running", "trials": trials}
+    root = made(write(tmp_path / "search", None, None, None, search))
     titles = [t.text for t in root.iter("title")]
     assert titles.count("CoM-micro-L, 1 epoch: in 1 trial") == 2 * 3  # wide and narrow
     assert titles.count("CoM-micro-S, 4 epochs: in 3 trials") == 2

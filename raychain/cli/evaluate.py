@@ -17,9 +17,7 @@ from raychain.terminal import delivered, say
 
 
 def evaluate_command(
-    checkpoint: Annotated[
-        str, typer.Argument(help="open_clip, timm or stage folder, or weights file; s3:// too.")
-    ],
+    checkpoint: Annotated[str, typer.Argument(help="open_clip, timm or stage folder, or weights file; s3:// too.")],
     data: Annotated[
         list[str] | None,
         typer.Option("--data", help="clip_benchmark folder, folder of shards, or pattern; may be repeated."),

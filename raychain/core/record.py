@@ -8,8 +8,11 @@ refused.
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
 import logging
+import operator
 import os
 from functools import cache
 from typing import Annotated, Any, ClassVar, Self, TypeVar
@@ -27,6 +30,9 @@ DEEPEST = 64
 """Levels of a record; its own have a quarter of that."""
 NEWEST = 9999
 """No version is higher; what is higher is none."""
+
+NAMED = 3
+"""Places of a record that a warning names."""
 
 Version = Annotated[int, Field(ge=1, le=NEWEST)]
 
@@ -93,6 +99,24 @@ def take(folder: Folder, name: str, kind: type[Kind]) -> Kind | None:
     return record
 
 
+def show(folder: Folder, name: str, kind: type[Kind]) -> Kind | None:
+    """As much of the record in a file as can be shown to people, for who never writes it again; None where there is
+    none, or not even what every such record has.
+
+    What is of another kind than it should be is left out alone, however deep it stands, and a warning names it. Raises
+    OSError where the folder cannot be read, InputError where a newer version wrote the file.
+    """
+    value = document(content(folder, name) or b"null")
+    if issubclass(kind, Versioned):
+        _refuse_newer(value, kind.SCHEMA, name, folder)
+    record, wrong = salvage(value, kind)
+    if wrong:
+        more = f" and {len(wrong) - NAMED} others" if len(wrong) > NAMED else ""
+        named = ", ".join(map(repr, wrong[:NAMED])) + more
+        warn(f"{name} in {folder.address} has something else than it should in {named}, which is not shown")
+    return record
+
+
 def write(folder: Folder, name: str, record: Record) -> None:
     """Writes the record's file. Raises OSError."""
     folder.write(name, record.document())
@@ -137,6 +161,39 @@ def clean(value: Any, kind: type[Kind]) -> tuple[Kind | None, list[str]]:
     if any(known[name] for name in wrong):
         return None, wrong
     return kind.of({name: field for name, field in value.items() if name not in wrong}), wrong
+
+
+def salvage(value: Any, kind: type[Kind]) -> tuple[Kind | None, list[str]]:
+    """A record without what has a wrong kind, and where that stood; None where nothing is left of it.
+
+    An object that lacks what it needs is left out as a whole.
+    """
+    value = copy.deepcopy(value)
+    lost: list[str] = []
+    while isinstance(value, dict):
+        try:
+            return kind.of(value), lost
+        except ValidationError as error:
+            wrong = {_place(value, problem["loc"]) for problem in error.errors(include_url=False, include_input=False)}
+        outermost = [place for place in wrong if not any(place[:n] in wrong for n in range(len(place)))]
+        if () in wrong:
+            break
+        for *before, last in sorted(outermost, key=lambda place: [f"{part:>20}" for part in place], reverse=True):
+            holder = functools.reduce(operator.getitem, before, value)
+            del holder[last]
+            lost.append(".".join(map(str, (*before, last))))
+    return None, lost
+
+
+def _place(value: Any, where: tuple[int | str, ...]) -> tuple[int | str, ...]:
+    """The part of pydantic's `loc` that exists: after it come the kinds that were tried, or a field that is missing."""
+    found: list[int | str] = []
+    for part in where:
+        if not (part in value if isinstance(value, dict) else isinstance(value, list) and part in range(len(value))):
+            break
+        value = value[part]
+        found.append(part)
+    return tuple(found)
 
 
 def is_a(value: Any, kind: type[Kind]) -> bool:

@@ -10,6 +10,7 @@ from raychain.core.wording import number as digits
 from raychain.pages.loading import Run, Stage, amount, mapping
 from raychain.pages.markup import Markup, drawing, join, label, tag, text_width
 from raychain.pages.plot import colour, fitted, shortened
+from raychain.records import TotalsRecord
 
 MARKS = {"failed": "failed", "unfinished": "unfinished", "not started": "not started"}
 
@@ -34,7 +35,7 @@ def areas(stages: list[Stage]) -> list[float | None]:
 
 def growth_ratio(stages: list[Stage], index: int) -> float | None:
     """How much larger stage `index` is than the one before, by `areas`; None where it does not grow from that."""
-    started = index > 0 and bool(stages[index].record.get("origin"))
+    started = index > 0 and stages[index].record.origin is not None
     before, now = areas(stages)[index - 1 : index + 1] if index and not started else (None, None)
     return now / before if before and now else None
 
@@ -114,8 +115,8 @@ def _facts(run: Run, stage: Stage) -> list[str]:
 
 def cost_bars(run: Run) -> Markup | None:
     """The chain's MACs, stage by stage, over the baseline's; None where either is unknown."""
-    totals = mapping(run.run.get("totals"))
-    total, alone = amount(totals.get("macs")), amount(totals.get("baseline_macs"))
+    totals = run.record.totals or TotalsRecord()
+    total, alone = amount(totals.macs), amount(totals.baseline_macs)
     parts_of = [stage.macs for stage in run.stages]
     if not total or not alone or not parts_of or None in parts_of:
         return None
@@ -154,6 +155,6 @@ def cost_bars(run: Run) -> Markup | None:
 
 def baseline(run: Run) -> tuple[str, str]:
     """What the chain is compared with: the model and how long it would train."""
-    given = mapping(mapping(run.run.get("config")).get("baseline"))
+    given = mapping(run.config.get("baseline"))
     last, first = run.stages[-1], next((stage for stage in run.stages if stage.length != "given"), run.stages[0])
     return str(given.get("model") or last.model), str(given.get("epochs") or first.length)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from raychain.core.wording import number as digits
 from raychain.evaluators.metrics import Definition
-from raychain.pages.loading import Run, Stage, mapping, mappings, number, numbers
+from raychain.pages.loading import Run, Stage, mapping, number, numbers
 from raychain.pages.markup import Markup, drawing, join, label, tag, text_width
 from raychain.pages.plot import Frame, colour, fitted, path, shortened, spread
 from raychain.pages.scales import Scale, around, short, ticks
@@ -180,13 +180,12 @@ def _marker(n: int, x: float, y: float, told: str, hue: int) -> Markup:
 
 def _measured(run: Run, stage: Stage) -> list[tuple[float, dict[str, float]]]:
     """Evaluations during the stage and at its end, by samples seen."""
-    batch = number(mapping(mapping(run.run.get("config")).get("train")).get("global_batch")) or 0.0
+    batch = number(mapping(run.config.get("train")).get("global_batch")) or 0.0
+    logged = {number(line.get("step")): number(line["samples"]) for line in stage.lines}
     found = {}
-    for evaluation in mappings(run.run.get("evaluations")):
-        step = number(evaluation.get("step"))
-        if number(evaluation.get("stage")) == stage.index and step is not None:
-            logged = {number(line.get("step")): number(line["samples"]) for line in stage.lines}
-            found[logged.get(step) or step * batch] = numbers(evaluation.get("metrics"))
+    for evaluation in run.record.evaluations or ():
+        if evaluation.stage == stage.index:
+            found[logged.get(evaluation.step) or evaluation.step * batch] = numbers(evaluation.metrics)
     if stage.metrics:
         found[stage.seen] = stage.metrics
     return sorted(found.items())

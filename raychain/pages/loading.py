@@ -1,10 +1,13 @@
-"""What a report needs from a run folder. Nothing there is trusted: fields may be missing, cut off or of any type."""
+"""What a report needs from a run folder, read through the records of `raychain.records`: what is damaged is left out,
+and the rest is shown. The experiment of run.json (`config`), the machine and metrics.jsonl are plain JSON, of which any
+field may be missing or of any type.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from raychain import records
 from raychain.core.json import Json
@@ -12,6 +15,7 @@ from raychain.core.storage import Folder
 from raychain.errors import InputError
 from raychain.evaluators.metrics import Definition, read_back
 from raychain.lease import LEASE, is_abandoned
+from raychain.records import RunRecord, SearchRecord, StageEntry
 from raychain.reporting import trace
 from raychain.reporting.runlog import METRICS, RUN, TRACE
 from raychain.schema.durations import parse_duration
@@ -21,6 +25,9 @@ MOST = 1e40
 """No quantity of a run is larger."""
 MOST_STAGES = 64
 """Stages that are drawn."""
+NONE = StageEntry(key="")
+"""The record of a stage that has none."""
+Kind = TypeVar("Kind", RunRecord, SearchRecord)
 
 
 @dataclass(frozen=True)
@@ -40,7 +47,8 @@ class Stage:
     first_macs: float | None
     """Training MACs of the stages before it."""
     metrics: dict[str, float]
-    record: Mapping[str, Any]
+    record: StageEntry
+    """Its record; one without content where it has none yet."""
     lines: list[Json] = field(repr=False)
     """Its lines of metrics.jsonl."""
 
@@ -53,7 +61,7 @@ class Stage:
     def seen(self) -> float:
         """Samples it has seen."""
         last = number(self.lines[-1]["samples"]) if self.lines else 0.0
-        return max(amount(self.record.get("samples_seen")) or 0.0, last or 0.0)
+        return max(self.record.samples_seen or 0.0, last or 0.0)
 
     def at(self, samples: float) -> float | None:
         """The chain's training MACs once this stage has seen `samples`."""
@@ -66,15 +74,20 @@ class Stage:
 class Run:
     """A run folder."""
 
-    run: Json
+    record: RunRecord
     stages: list[Stage]
     bars: list[trace.Bar] = field(repr=False)
 
     @property
     def measures(self) -> list[Definition]:
         """The metrics that matter most, the score first."""
-        found = [definition for definition in read_back(self.run) if definition.brief]
-        return sorted(found, key=lambda definition: definition.name != self.run.get("score"))
+        found = [definition for definition in read_back({"metrics": self.record.metrics}) if definition.brief]
+        return sorted(found, key=lambda definition: definition.name != self.record.score)
+
+    @property
+    def config(self) -> Json:
+        """The experiment as it was resolved."""
+        return self.record.config.content() if self.record.config else {}
 
     @property
     def lines(self) -> list[Json]:
@@ -82,15 +95,18 @@ class Run:
         return [line for stage in self.stages for line in stage.lines]
 
 
-def read(folder: Folder) -> tuple[Run | None, Json | None]:
-    """The run and the search of a folder. Raises InputError where it has neither, or cannot be read."""
+def read(folder: Folder) -> tuple[Run | None, SearchRecord | None]:
+    """The run and the search of a folder. Raises InputError where it has neither, where it cannot be read, and where a
+    newer version wrote them.
+    """
     allowed, fix = "the folder of a run (run.json) or of a search (search.json)", "give its path or s3:// address"
     try:
-        found, searched = (_document(folder, name) for name in (RUN, SEARCH))
+        found = records.show(folder, RUN, RunRecord)
+        searched = records.show(folder, SEARCH, SearchRecord)
         if found is None and searched is None:
             there = "no such folder" if not folder.exists("") else "it holds neither file, or no readable one"
             raise InputError("RUN_DIR", folder.address, allowed, f"{there}; {fix}")
-        found, searched = (_ended(folder, record) for record in (found, searched))
+        found, searched = _ended(folder, found), _ended(folder, searched)
         if found is None:
             return None, searched
         lines = records.content(folder, METRICS) or b""
@@ -100,17 +116,11 @@ def read(folder: Folder) -> tuple[Run | None, Json | None]:
     return Run(found, _stages(found, _lines(lines)), [bar for bar in bars if _drawable(bar)]), searched
 
 
-def _document(folder: Folder, name: str) -> Json | None:
-    """The JSON object in a file, whatever it holds."""
-    record = records.read(folder, name, records.Record, quiet=True)
-    return record.content() if record else None
-
-
-def _ended(folder: Folder, record: Json | None) -> Json | None:
+def _ended(folder: Folder, record: Kind | None) -> Kind | None:
     """The record; one that says `running` although its driver was killed says `interrupted` instead."""
-    if record is None or record.get("status") != "running" or not is_abandoned(folder, LEASE):
+    if record is None or record.status != "running" or not is_abandoned(folder, LEASE):
         return record
-    return record | {"status": "interrupted"}
+    return record.model_copy(update={"status": "interrupted"})
 
 
 def number(value: Any) -> float | None:
@@ -141,9 +151,9 @@ def mappings(value: Any) -> list[Json]:
     return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
 
 
-def numbers(value: Any) -> dict[str, float]:
-    """The finite numbers of a JSON object."""
-    return {str(k): v for k, raw in mapping(value).items() if (v := number(raw)) is not None}
+def numbers(metrics: Mapping[str, float | None] | None) -> dict[str, float]:
+    """The metrics that are known."""
+    return {name: float(value) for name, value in (metrics or {}).items() if value is not None}
 
 
 def _lines(content: bytes) -> dict[int, list[Json]]:
@@ -162,23 +172,23 @@ def _drawable(bar: trace.Bar) -> bool:
     return all(t is not None and 0 <= t < 1e17 for t in times)
 
 
-def _stages(run: Json, lines: dict[int, list[Json]]) -> list[Stage]:
-    config = mapping(run.get("config"))
+def _stages(run: RunRecord, lines: dict[int, list[Json]]) -> list[Stage]:
+    config = run.config.content() if run.config else {}
     planned = mappings(config.get("chain"))
-    records = {count(record.get("index")): record for record in mappings(run.get("stages"))}
-    last = max([len(planned) - 1, *records, *lines], default=-1)
+    known_stages = {record.index or 0: record for record in run.stages or ()}
+    last = max([len(planned) - 1, *known_stages, *lines], default=-1)
     names, sizes = [], []
     for index in range(min(last + 1, MOST_STAGES)):
-        entry, record = (planned[index] if index < len(planned) else {}), records.get(index, {})
-        names.append(str(record.get("model") or entry.get("model") or "?"))
+        entry, record = (planned[index] if index < len(planned) else {}), known_stages.get(index, NONE)
+        names.append(str(record.model or entry.get("model") or "?"))
         sizes.append(_size(config, names[-1], _setting(config, entry, "image_size")))
     stages: list[Stage] = []
     known: float | None = 0.0
     for index, (name, size) in enumerate(zip(names, sizes, strict=True)):
-        entry, record = (planned[index] if index < len(planned) else {}), records.get(index, {})
-        mine, status = lines.get(index, []), str(record.get("status") or "")
-        per_sample, macs = None, amount(record.get("macs"))
-        seen = amount(record.get("samples_seen")) or (number(mine[-1]["samples"]) if mine and status else None)
+        entry, record = (planned[index] if index < len(planned) else {}), known_stages.get(index, NONE)
+        mine, status = lines.get(index, []), record.status or ""
+        per_sample, macs = None, amount(record.macs)
+        seen = record.samples_seen or (number(mine[-1]["samples"]) if mine and status else None)
         if macs is not None and seen:
             per_sample = macs / seen
         elif size is not None:
@@ -195,9 +205,9 @@ def _stages(run: Json, lines: dict[int, list[Json]]) -> list[Stage]:
         stages.append(
             Stage(
                 index, name, status or ("unfinished" if mine else "not started"),
-                amount(record.get("params")) or (float(size.params) if size else None),
+                float(record.params or 0) or (float(size.params) if size else None),
                 float(size.principal_params) if size else None,
-                _length(record, entry), macs, per_sample, known, numbers(record.get("metrics")), record, mine,
+                _length(record, entry), macs, per_sample, known, numbers(record.metrics), record, mine,
             )
         )  # fmt: skip
         known = known + macs if known is not None and macs is not None else None
@@ -233,13 +243,13 @@ def _captions(config: Mapping[str, Any], entry: Mapping[str, Any]) -> int:
 
 
 def _planned_samples(
-    run: Mapping[str, Any], config: Mapping[str, Any], entry: Mapping[str, Any], lines: list[Json]
+    run: RunRecord, config: Mapping[str, Any], entry: Mapping[str, Any], lines: list[Json]
 ) -> float | None:
     """Samples that an unfinished stage will have seen."""
     batch = count(mapping(config.get("train")).get("global_batch"))
     last = lines[-1] if lines else {}
     epoch, samples = number(last.get("epoch")), number(last.get("samples"))
-    whole = samples / epoch if epoch and samples else number(mapping(run.get("data_health")).get("samples"))
+    whole = samples / epoch if epoch and samples else run.data_health.samples if run.data_health else None
     try:
         length = parse_duration(entry.get("epochs"), default_unit="epochs")
         return float(length.steps(epoch_samples=round(whole or 0), global_batch=batch) * batch) or None
@@ -247,14 +257,13 @@ def _planned_samples(
         return None
 
 
-def _length(record: Mapping[str, Any], entry: Mapping[str, Any]) -> str:
+def _length(record: StageEntry, entry: Mapping[str, Any]) -> str:
     try:
         return _singular(str(parse_duration(entry.get("epochs"), default_unit="epochs")))
     except (ValueError, OverflowError):
-        if entry.get("checkpoint") or record.get("status") == "given":
+        if entry.get("checkpoint") or record.status == "given":
             return "given"
-        epochs = number(record.get("epochs"))
-        return "" if epochs is None else _singular(f"{epochs:g} epochs")
+        return "" if record.epochs is None else _singular(f"{record.epochs:g} epochs")
 
 
 def _singular(length: str) -> str:

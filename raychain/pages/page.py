@@ -7,7 +7,6 @@ import hashlib
 from datetime import datetime
 from importlib.resources import files
 
-from raychain.core.json import Json
 from raychain.core.wording import clock, macs, percent, uncounted
 from raychain.core.wording import number as digits
 from raychain.pages import search_json, searched, tables
@@ -18,6 +17,7 @@ from raychain.pages.markup import Markup, join, tag
 from raychain.pages.scales import span
 from raychain.pages.searched import Search
 from raychain.pages.timeline import Story, story, timeline
+from raychain.records import SearchRecord, TotalsRecord
 
 NBSP = "\u00a0"
 STATES = {"succeeded": "✓", "failed": "✕", "interrupted": "❚❚", "running": "▶"}
@@ -25,15 +25,16 @@ OTHERS = 4
 """Metrics beside the score in the headline."""
 
 
-def page(run: Run | None, found: Json | None) -> str:
+def page(run: Run | None, found: SearchRecord | None) -> str:
     """The document for a run, a search, or both."""
     search = search_json.parse(found) if found is not None else None
     content: list[Markup | None] = []
-    name = str((run.run if run else found or {}).get("name") or "run") + ("" if run else " (search)")
+    record = run.record if run else found
+    name = ((record.name if record else None) or "run") + ("" if run else " (search)")
     if run:
         content += _run(run)
     if search:
-        content += _search(search, None if run or found is None else _title(name, found))
+        content += _search(search, None if run or found is None else _title(name, found.status))
     made = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
     foot = tag("footer", f"Made by raychain report, {made}.")
     return _document(f"{name} · raychain", join([*content, foot]))
@@ -88,20 +89,21 @@ def _absent(text: str) -> Markup:
 def _headline(run: Run, tale: Story | None) -> Markup:
     return tag(
         "header",
-        _title(str(run.run.get("name") or "run"), run.run),
-        tag("p", _summary(run, str(run.run.get("status") or "unknown")), class_="summary"),
+        _title(run.record.name or "run", run.record.status),
+        tag("p", _summary(run, run.record.status or "unknown"), class_="summary"),
         _figures(_run_figures(run, tale)),
-        *(tag("p", line, class_="muted") for line in uncounted([stage.record for stage in run.stages])),
+        *(tag("p", line, class_="muted") for line in uncounted([stage.record.content() for stage in run.stages])),
         cost_bars(run),
     )
 
 
-def _title(name: str, document: Json) -> Markup:
+def _title(name: str, status: str | None) -> Markup:
     """The name, and how the run or the search ended."""
-    status = str(document.get("status") or "unknown")
-    chip = tag("span", tag("i", STATES.get(status, "?"), aria_hidden="true"), f" {status}",
-               class_=f"status {status}" if status in STATES else "status")  # fmt: skip
-    return tag("div", tag("h1", name), chip if document.get("status") else None, class_="title")
+    chip = None
+    if status:
+        chip = tag("span", tag("i", STATES.get(status, "?"), aria_hidden="true"), f" {status}",
+                   class_=f"status {status}" if status in STATES else "status")  # fmt: skip
+    return tag("div", tag("h1", name), chip, class_="title")
 
 
 def _summary(run: Run, status: str) -> str:
@@ -145,7 +147,7 @@ def _unbroken(text: str) -> list[object]:
 
 
 def _run_figures(run: Run, tale: Story | None) -> list[tuple[str, str, str]]:
-    totals = mapping(run.run.get("totals"))
+    totals = run.record.totals or TotalsRecord()
     measured = [stage for stage in run.stages if stage.metrics]
     found = []
     if measured:
@@ -158,16 +160,16 @@ def _run_figures(run: Run, tale: Story | None) -> list[tuple[str, str, str]]:
             found.append((f"{arrows(score.label)} of {last.model}", score.written(value), ", ".join([*words, *more])))
     planned = "" if run.stages and all(stage.done for stage in run.stages) else "planned: "
     name, length = baseline(run) if run.stages else ("the last model", "")
-    speedup, share, cost = (amount(totals.get(key)) for key in ("speedup", "percent_of_baseline", "macs"))
+    speedup, share, cost = map(amount, (totals.speedup, totals.percent_of_baseline, totals.macs))
     if speedup is not None:
         what = "of its own baseline" if len(run.stages) == 1 else f"against {name} alone"
         found.append(
             (f"{planned}speed-up {what}", f"{digits(speedup)}×", f"in MACs, alone for {length}" if length else "")
         )
     if cost:
-        remark = f"{percent(share)} % of the {macs(totals.get('baseline_macs'))} alone" if share is not None else ""
+        remark = f"{percent(share)} % of the {macs(totals.baseline_macs)} alone" if share is not None else ""
         found.append((f"{planned}training MACs", macs(cost), remark))
-    wall = [w for stage in run.stages if (w := amount(stage.record.get("wall_s"))) is not None]
+    wall = [w for stage in run.stages if (w := amount(stage.record.wall_s)) is not None]
     if tale and not planned:
         found.append(("training time", clock(sum(wall) or tale.trained), f"of {clock(tale.at_work)} at work"))
     elif tale:
@@ -180,7 +182,7 @@ def _run_figures(run: Run, tale: Story | None) -> list[tuple[str, str, str]]:
 def _chain_note(run: Run) -> str:
     if len(run.stages) < 2:
         return ""
-    transfer = mapping(mapping(run.run.get("config")).get("transfer"))
+    transfer = mapping(run.config.get("transfer"))
     grown = " and ".join(f"{transfer[key]} ({key})" for key in ("width", "depth") if transfer.get(key))
     alpha = number(mapping(transfer.get("distill")).get("alpha"))
     follows = f" and follows its features (distillation weight {alpha:g})" if alpha else ""
@@ -191,7 +193,7 @@ def _chain_note(run: Run) -> str:
     if share is not None and share < 1:
         grown += f" shrunk to {100 * share:g} % with a random start as the rest,"
     before = "the one before it"
-    if any(stage.record.get("origin") and stage.status != "given" for stage in run.stages):
+    if any(stage.record.origin and stage.status != "given" for stage in run.stages):
         before += ", or from the checkpoint in its place,"
     return f"Each model starts from {before}{grown}{follows}. Areas are {what}."
 
@@ -252,10 +254,8 @@ def _search_figures(search: Search) -> list[tuple[str, str, str]]:
     if best and value is not None:
         found.append((f"best {search.metric.label}", search.metric.written(value), searched.named(search, best)))
     if best and best.macs:
-        alone = amount(search.baseline.get("macs"))
-        remark = (
-            f"{100 * best.macs / alone:.1f} % of {search.baseline.get('model', 'the baseline')} alone" if alone else ""
-        )
+        alone = amount(search.baseline.macs)
+        remark = f"{100 * best.macs / alone:.1f} % of {search.baseline.model or 'the baseline'} alone" if alone else ""
         found.append(("its training MACs", macs(best.macs), remark))
         if alone:
             large = (search.value(t) for t in search.trials if len(t.chain) == 1 and t.macs == alone)

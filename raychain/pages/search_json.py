@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from raychain.core.json import Json
 from raychain.evaluators.metrics import Definition, read_back
-from raychain.pages.loading import amount, mapping, mappings, number, numbers
+from raychain.pages.loading import amount, numbers
+from raychain.records import BaselineRecord, ChainedRecord, ComparisonRecord, SearchRecord, TrialRecord
 
 
 class Step(NamedTuple):
@@ -19,11 +20,11 @@ class Step(NamedTuple):
     length: str
     rest: str
     key: str = ""
-    """Its content address, where search.json gives it: stages of one key are one."""
+    """Its content address, where the search has it: stages of one key are one."""
 
 
 class Trial(NamedTuple):
-    """A trial of search.json."""
+    """A trial, as it is shown."""
 
     number: int
     chain: tuple[Step, ...]
@@ -36,15 +37,15 @@ class Trial(NamedTuple):
 
 
 class Search(NamedTuple):
-    """search.json, read."""
+    """A search, as it is shown."""
 
     trials: list[Trial]
     front: list[Trial]
     best: Trial | None
     metric: Definition
     """What trials are judged by."""
-    baseline: Json
-    comparisons: list[Json]
+    baseline: BaselineRecord
+    comparisons: list[ComparisonRecord]
     requested: float | None
     trained: float | None
     measures: list[Definition]
@@ -60,36 +61,28 @@ class Search(NamedTuple):
         return -math.inf if value is None else self.metric.rank(value)
 
 
-KNOWN = {
-    "chain", "macs", "metrics", "status", "id", "trial", "index", "number", "key", "keys", "params", "reason",
-    "reached",
-}  # fmt: skip
-
-
-def parse(document: Json) -> Search:
-    """What of search.json can be shown. Trials in `pareto` and `best` may stand as indices or as the trials are."""
-    raw = mappings(document.get("trials"))
-    trials = [_trial(i, entry) for i, entry in enumerate(raw)]
-    definitions = read_back(document)
-    metric = _judged_by(definitions, document.get("metric"), trials)
-    best = _find(document.get("best"), raw, trials)
-    listed = document.get("pareto")
-    front = [t for t in (_find(item, raw, trials) for item in listed) if t] if isinstance(listed, list) else []
-    measured = [t for t in trials if t.macs and metric.value(t.metrics) is not None]
-    front = sorted({t.number: t for t in front if t in measured}.values(), key=lambda t: t.macs or 0) or _front(
-        measured, metric
-    )
+def parse(record: SearchRecord) -> Search:
+    """What of a search can be shown."""
+    trials = [_trial(trial) for trial in record.trials or ()]
+    by_number = {trial.number: trial for trial in trials}
+    definitions = read_back({"metrics": record.metrics})
+    metric = _judged_by(definitions, record.metric, trials)
+    measured = [trial for trial in trials if trial.macs and metric.value(trial.metrics) is not None]
+    named = [by_number.get(found.number) for found in record.pareto or ()]
+    front = sorted({t.number: t for t in named if t in measured and t}.values(), key=lambda t: t.macs or 0)
+    best = by_number.get(record.best.number) if record.best else None
     if best is None and measured:
         best = max(measured, key=lambda t: metric.rank(metric.value(t.metrics) or 0.0))
-    requested, trained = (_total(document.get(f"stage_epochs_{key}")) for key in ("requested", "trained"))
-    baseline, comparisons = mapping(document.get("baseline")), mappings(document.get("comparisons"))
-    measures = [definition for definition in definitions if definition.brief]
-    return Search(trials, front, best, metric, baseline, comparisons, requested, trained, measures)
+    return Search(
+        trials, front or _front(measured, metric), best, metric, record.baseline or BaselineRecord(),
+        record.comparisons or [], record.stage_epochs_requested, record.stage_epochs_trained,
+        [definition for definition in definitions if definition.brief],
+    )  # fmt: skip
 
 
-def _judged_by(definitions: Sequence[Definition], name: Any, trials: Sequence[Trial]) -> Definition:
+def _judged_by(definitions: Sequence[Definition], name: str | None, trials: Sequence[Trial]) -> Definition:
     """The metric that the search names, else the first one that a trial has."""
-    if isinstance(name, str) and name:
+    if name:
         found = next((d for d in definitions if name in (d.name, d.former)), None)
         return found or Definition(name, name, "%", "high")
     had = (d for d in definitions if any(d.value(trial.metrics) is not None for trial in trials))
@@ -98,58 +91,23 @@ def _judged_by(definitions: Sequence[Definition], name: Any, trials: Sequence[Tr
     return next(had, fallback)
 
 
-def _trial(index: int, entry: Json) -> Trial:
-    chain = entry.get("chain")
-    steps = tuple(_step(stage) for stage in chain[:16]) if isinstance(chain, list) else ()
-    keys = entry.get("keys")
-    if isinstance(keys, list) and len(keys) == len(steps):
-        steps = tuple(step._replace(key=str(key)) for step, key in zip(steps, keys, strict=True))
+def _trial(record: TrialRecord) -> Trial:
+    steps = tuple(_step(stage) for stage in (record.chain or ())[:16])
+    if record.keys and len(record.keys) == len(steps):
+        steps = tuple(step._replace(key=key) for step, key in zip(steps, record.keys, strict=True))
     told = ("chain", "length", "first", "rules")  # the chain says these
-    params = {str(k): v for k, v in mapping(entry.get("params")).items() if not isinstance(v, dict | list)}
-    settings = {k: v for k, v in params.items() if k not in told and not k.startswith("grown.")}
-    rest = {str(k): v for k, v in entry.items() if k not in KNOWN} | settings
-    status, numbered = str(entry.get("status") or ""), number(entry.get("number"))
-    return Trial(
-        index if numbered is None else int(numbered),
-        steps,
-        amount(entry.get("macs")),
-        numbers(entry.get("metrics")),
-        status,
-        str(entry.get("reason") or ""),
-        rest,
-    )
+    params = {name: v for name, v in record.params.items() if not isinstance(v, dict | list)}
+    settings = {name: v for name, v in params.items() if name not in told and not name.startswith("grown.")}
+    rest = {"kind": record.kind} | (record.model_extra or {}) | settings
+    metrics, reason = numbers(record.metrics), record.reason or ""
+    return Trial(record.number, steps, amount(record.macs), metrics, record.status, reason, rest)
 
 
-def _step(stage: Any) -> Step:
-    if not isinstance(stage, dict):
-        return Step(str(stage), "", "")
-    epochs = stage.get("epochs")
-    length = f"{epochs:.3g} epochs" if number(epochs) is not None else str(epochs or "")
-    length = length[:-1] if length == "1 epochs" else length
-    rest = {k: v for k, v in stage.items() if k not in ("model", "epochs") and v is not None}
-    return Step(str(stage.get("model", "?")), length, json.dumps(rest, sort_keys=True, default=str) if rest else "")
-
-
-def _find(item: Any, raw: Sequence[Json], trials: Sequence[Trial]) -> Trial | None:
-    if isinstance(item, int) and not isinstance(item, bool):
-        return trials[item] if 0 <= item < len(trials) else None
-    for key in ("id", "trial", "index", "number", "key"):
-        wanted = item.get(key) if isinstance(item, dict) else item
-        found = next((t for t, r in zip(trials, raw, strict=True) if wanted is not None and r.get(key) == wanted), None)
-        if found:
-            return found
-    if isinstance(item, dict):
-        return next((t for t, r in zip(trials, raw, strict=True) if r.get("chain") == item.get("chain")
-                     and r.get("macs") == item.get("macs", r.get("macs"))), None)  # fmt: skip
-    return None
-
-
-def _total(value: Any) -> float | None:
-    """A number, or the sum of the numbers in a list or an object."""
-    if isinstance(value, dict | list):
-        inner = value.values() if isinstance(value, dict) else value
-        return sum(n for n in map(number, inner) if n is not None)
-    return number(value)
+def _step(stage: ChainedRecord) -> Step:
+    length = f"{stage.epochs:.3g} epochs"
+    rest = {name: value for name, value in (stage.model_extra or {}).items() if value is not None}
+    written = json.dumps(rest, sort_keys=True, default=str) if rest else ""
+    return Step(stage.model, length[:-1] if length == "1 epochs" else length, written)
 
 
 def _front(trials: Sequence[Trial], metric: Definition) -> list[Trial]:

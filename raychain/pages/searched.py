@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from raychain.core.wording import MISSING, macs
 from raychain.evaluators.metrics import Definition
-from raychain.pages.loading import amount, mapping, number
+from raychain.pages.loading import amount
 from raychain.pages.markup import Markup, drawing, join, label, tag, text_width
 from raychain.pages.plot import Frame, colour, fitted, path, shortened
 from raychain.pages.scales import Scale, around, log_ticks, short, ticks
@@ -39,7 +39,7 @@ def pareto(search: Search) -> Markup | None:
     shown = [t for t in search.trials if t.number in values]
     if not shown:
         return None
-    alone, metric = amount(search.baseline.get("macs")), search.metric
+    alone, metric = amount(search.baseline.macs), search.metric
     title = metric.label
     costs = [t.macs or 1.0 for t in shown] + ([alone] if alone else [])
     low, high = min(costs), max(costs)
@@ -57,7 +57,7 @@ def pareto(search: Search) -> Markup | None:
         if alone:
             x = frame.x(alone)
             parts.append(tag("line", x1=x, x2=x, y1=40, y2=330, class_="baseline"))
-            name = f"{search.baseline.get('model', 'the last model')} alone"
+            name = f"{search.baseline.model or 'the last model'} alone"
             parts.append(label(min(x + 4, width), 33, fitted(name, x - 60), "note muted", "end"))
         taken: list[tuple[float, float, float, float]] = []
         corners = [(frame.x(t.macs or 1), frame.y(values[t.number])) for t in search.front]
@@ -215,16 +215,13 @@ def against(search: Search) -> Markup | None:
     """A row for each model alone, at the best chain's MACs and at its best."""
     rows = []
     for compared in search.comparisons:
-        equal, most = (mapping(compared.get(where)) for where in ("at_equal_macs", "at_most"))
+        equal, most = compared.at_equal_macs, compared.at_most
         both = [(equal, "equal MACs"), (most, "its best")]
         for alone, words in both if equal != most else [(equal, "equal MACs, best")]:
-            lead, epochs = number(alone.get("chain_is_ahead_by")), number(alone.get("epochs"))
-            if lead is not None:
-                rows.append((
-                    str(compared.get("model", MISSING)), words, f"{epochs:.3g}" if epochs is not None else None,
-                    macs(amount(alone.get("macs"))), search.metric.number(search.metric.value(alone)),
-                    _lead(search.metric, lead),
-                ))  # fmt: skip
+            if alone is not None:
+                value = search.metric.number(search.metric.value(alone.content()))
+                lead = _lead(search.metric, alone.chain_is_ahead_by)
+                rows.append((compared.model, words, f"{alone.epochs:.3g}", macs(amount(alone.macs)), value, lead))
     heads = (("alone", False), ("at", False), ("epochs", True), ("MACs", True),
              (f"{search.metric.label} {search.metric.unit}".strip(), True), ("the best chain is", False))  # fmt: skip
     return table(heads, rows) if rows else None

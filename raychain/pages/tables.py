@@ -12,11 +12,12 @@ from raychain.core.wording import MISSING, clock, macs
 from raychain.core.wording import number as digits
 from raychain.evaluators.metrics import means
 from raychain.pages.chain_drawing import growth_ratio
-from raychain.pages.loading import Run, amount, count, mapping, mappings, number
+from raychain.pages.loading import Run, amount, count, mapping, number
 from raychain.pages.markup import Markup, join, plain_text, tag
 from raychain.pages.plot import colour
 from raychain.pages.scales import span
 from raychain.pages.timeline import Story
+from raychain.records import HealthRecord
 
 SHOWN = 50
 """Rows of a table of restarts, gaps or bad samples."""
@@ -54,8 +55,8 @@ def stages(run: Run) -> Markup | None:
     rows, measures = [], run.measures[:FEW]
     for i, stage in enumerate(run.stages):
         record, ratio = stage.record, growth_ratio(run.stages, i)
-        wall, gap, wait = (amount(record.get(key)) for key in ("wall_s", "gap_s", "data_wait_s"))
-        steps, epochs = number(record.get("steps")), number(record.get("epochs"))
+        wall, gap, wait = map(amount, (record.wall_s, record.gap_s, record.data_wait_s))
+        steps, epochs = record.steps, record.epochs
         rows.append((
             tag("b", stage.model, class_=f"name {colour(i)}{' word' if len(stage.model) < 18 else ''}"),
             stage.status,
@@ -92,19 +93,16 @@ def _progress(lines: Sequence[Json]) -> str | None:
 
 def restarts(run: Run, tale: Story | None) -> Markup | None:
     """Faults and elastic changes: when, why, and the time until training went on."""
-    found = mappings(run.run.get("restarts"))
+    found = run.record.restarts
     if not found:
         return None
     spans = {round(bar.start, 1): bar for bar in tale.bars if bar.category == "restart"} if tale else {}
     rows = []
     for restart in found[:SHOWN]:
-        time = number(restart.get("time"))
-        bar = spans.get(round(time, 1)) if time is not None else None
-        at = clock(time - tale.start) if time is not None and tale and time >= tale.start else None
-        rows.append((
-            at, str(restart.get("reason", "")), f"{count(restart.get('workers'))}",
-            span(bar.end - bar.start) if bar else None, str(restart.get("message", "")),
-        ))  # fmt: skip
+        bar = spans.get(round(restart.time, 1))
+        at = clock(restart.time - tale.start) if tale and restart.time >= tale.start else None
+        until = span(bar.end - bar.start) if bar else None
+        rows.append((at, restart.reason, f"{restart.workers}", until, restart.message))
     heads = (("at", True), ("reason", False), ("workers", True), ("until training", True), ("what happened", False))
     return join([table(heads, rows, "wordy"), _more(len(found))])
 
@@ -125,14 +123,14 @@ def _more(found: int) -> Markup | None:
 
 def data_health(run: Run) -> Markup | None:
     """What of the data could not be used; None where nothing is said about it."""
-    health = mapping(run.run.get("data_health"))
-    samples, shards = count(health.get("samples")), count(health.get("shards"))
+    health = run.record.data_health or HealthRecord()
+    samples, shards = health.samples or 0, health.shards or 0
     if not samples and not shards:
         return None
-    bad = {str(kind): count(n) for kind, n in mapping(health.get("bad")).items() if count(n)}
+    bad = {kind: found for kind, found in (health.bad or {}).items() if found}
     total = sum(bad.values())
     where = f"{samples:,} samples in {shards:,} shard{'s' if shards != 1 else ''}"
-    limit = number(mapping(mapping(run.run.get("config")).get("data")).get("max_bad_fraction"))
+    limit = number(mapping(run.config.get("data")).get("max_bad_fraction"))
     if not total:
         return tag("p", tag("span", "✓ ", class_="good"), f"All {where} can be used.")
     share = total / max(samples, 1)
@@ -141,13 +139,8 @@ def data_health(run: Run) -> Markup | None:
     kinds = sorted(bad.items(), key=lambda item: -item[1])[:SHOWN]
     parts.append(table((("what is wrong", False), ("samples", True)), [(kind, f"{n:,}") for kind, n in kinds]))
     examples = [
-        (
-            str(e.get("kind", "")),
-            str(e.get("shard", "")).rpartition("/")[2],
-            str(e.get("key", "")),
-            str(e.get("detail", "")),
-        )
-        for e in mappings(health.get("examples"))[:SHOWN]
+        (e.get("kind", ""), e.get("shard", "").rpartition("/")[2], e.get("key", ""), e.get("detail", ""))
+        for e in (health.examples or ())[:SHOWN]
     ]
     if examples:
         heads = (("kind", False), ("shard", False), ("sample", False), ("detail", False))
@@ -157,7 +150,7 @@ def data_health(run: Run) -> Markup | None:
 
 def environment(run: Run) -> Markup | None:
     """What the run ran on."""
-    found = mapping(run.run.get("environment"))
+    found = run.record.environment
     if not found:
         return None
     gpus = [str(gpu) for gpu in found["gpus"]] if isinstance(found.get("gpus"), list) else []
@@ -180,7 +173,7 @@ def environment(run: Run) -> Markup | None:
 
 def configuration(run: Run) -> Markup | None:
     """The experiment as it was resolved, in YAML, without what is null."""
-    config = _pruned(mapping(run.run.get("config")))
+    config = _pruned(run.config)
     if not config:
         return None
     written = yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=100)
