@@ -1,9 +1,12 @@
 """Zero-shot classification and retrieval: open_clip's own numbers, at any number of ranks."""
 
+import os
 import pickle
 import shutil
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -38,8 +41,12 @@ from raychain.evaluators.measure import measure as measure_one
 from raychain.evaluators.ranks import World
 from raychain.evaluators.reading import shares
 from raychain.evaluators.retrieval import recall
+from raychain.evaluators.suite import Evaluation
 from raychain.models import build, model_config
 from raychain.models.tokenizing import make_tokenizer
+from raychain.paradigms import make_paradigm
+from raychain.paradigms.task import Task
+from raychain.training.measuring import InThread
 
 MODEL = "CoM-micro-S"
 CLASSES = ("red", "green thing", "blue", "grey", "dark", "light", "odd one")
@@ -235,6 +242,34 @@ def test_measuring_leaves_the_model_as_it_was(folder: Path) -> None:
     assert {name: module.training for name, module in model.named_modules()} == before
     assert measured == pytest.approx(expected_zero_shot(build(MODEL, seed=0).eval()))
     model.encode_image(torch.zeros(1, 3, 40, 40)).sum().backward()
+
+
+@pytest.mark.parametrize("batches", [None, 0, 1])
+def test_a_thread_measures_at_the_lowest_priority_until_it_is_told_to_stop(folder: Path, batches: int | None) -> None:
+    """What was asked for is done, or given up one batch after it is wanted no more."""
+    model, evaluation = build(MODEL, seed=0), Evaluation("sets", both(folder)[1], ())
+    stage = SimpleNamespace(config=model_config(MODEL), size=40, model=MODEL)
+    asked, policies = [0], []
+
+    def given_up() -> bool:
+        asked[0] += 1
+        policies.append(os.sched_getscheduler(0))
+        return batches is not None and asked[0] > 1 + batches  # it is asked once before it begins
+
+    def work() -> dict[str, float] | None:
+        cache = ShardCache(folder / "cache", 1 << 30)
+        place = InThread(make_paradigm(Task()), cache, torch.device("cpu"), lambda: True)
+        return place.measure(stage, place.copy(stage, model), evaluation, given_up)  # type: ignore[arg-type]
+
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(work).result()
+    if batches is None:
+        assert found == pytest.approx(expected_retrieval(model.eval(), range(PICTURES)))
+    else:
+        assert found is None
+        assert asked[0] == 2 + batches
+    assert set(policies[1:]) <= {os.SCHED_IDLE}
+    assert os.sched_getscheduler(0) != os.SCHED_IDLE
 
 
 def test_digest_names_what_is_measured_and_not_where_it_lies(folder: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import ray
 
 import raychain
 from raychain.backend_ray import group as ray_train
-from raychain.backend_ray import measuring, preloading
+from raychain.backend_ray import measuring
 from raychain.backend_ray.worker import train_chain
 from raychain.config.loading import validate
 from raychain.training.stage import ChainWorker
@@ -35,30 +35,10 @@ class LostApart(measuring.Apart):
         os._exit(1)
 
 
-class LostHelper(preloading.PreloadActor):
-    """Its process dies when it is asked to measure."""
-
-    def measure(self, *_: Any) -> dict[str, float]:
-        os._exit(1)
-
-
 def by_the_group(config: dict[str, Any]) -> bool:
     """A worker that measures together with the others, while training waits."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ChainWorker, "measures_beside", property(lambda _: False, lambda *_: None), raising=False)
-        return train_chain(config)
-
-
-def in_a_thread(config: dict[str, Any]) -> bool:
-    """A worker that measures in a thread, as on a GPU."""
-    from raychain.backend_ray import worker
-    from raychain.training.measuring import InThread
-
-    def place(task: Any, chain: Any, _: Any) -> Any:
-        return measuring.OnRay(task, thread=InThread(chain.paradigm, chain.cache, chain.device, chain.settled.is_set))
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(worker, "_place", place)
         return train_chain(config)
 
 
@@ -76,13 +56,6 @@ def apart_and_lost(config: dict[str, Any]) -> bool:
         return apart(config)
 
 
-def without_a_helper(config: dict[str, Any]) -> bool:
-    """A worker whose node's helper dies when it is to measure."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(preloading, "PreloadActor", LostHelper)
-        return train_chain(config)
-
-
 def measurements(run: dict[str, Any]) -> dict[tuple[int, int], dict[str, float]]:
     return {(found["stage"], found["step"]): found["metrics"] for found in run["evaluations"]}
 
@@ -91,23 +64,21 @@ def measurements(run: dict[str, Any]) -> dict[tuple[int, int], dict[str, float]]
     "worker",
     [
         by_the_group,
-        in_a_thread,
-        without_a_helper,
-        pytest.param(apart, marks=pytest.mark.long),
+        apart,
         pytest.param(apart_and_lost, marks=pytest.mark.long),
     ],
 )
 def test_metrics_are_the_same_wherever_models_are_measured(
     ray_session: None, finished: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, worker: Any
 ) -> None:
-    """`finished` is measured by the node's helper."""
+    """`finished` is measured in a thread of a worker."""
     usual, _, tree = finished
     monkeypatch.setattr(ray_train, "train_chain", worker)
     run = raychain.run(validate(tree | {"storage": str(tmp_path / "other")}))
     assert [stage["status"] for stage in run["stages"]] == ["trained", "trained"]
     assert [stage["metrics"] for stage in run["stages"]] == [stage["metrics"] for stage in usual["stages"]]
     assert not run["restarts"]
-    lost = worker in (apart_and_lost, without_a_helper)
+    lost = worker is apart_and_lost
     assert ("will be measured again" in capsys.readouterr().err) == lost
     found, expected = measurements(run), measurements(usual)
     assert all(expected[place] == metrics for place, metrics in found.items())

@@ -1,7 +1,7 @@
 """Where models are measured while training goes on: on a node with room for one more worker, or beside rank 0's worker.
 
-What is beside it is the node's helper process, which runs when no other wants the core, or on a GPU a thread of the
-worker. Measuring takes resources of its own from so many samples on that it is worth a process's start.
+What is beside it is a thread of the worker (`training.measuring.InThread`). Measuring takes resources of its own from
+so many samples on that it is worth a process's start.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from raychain.evaluators.suite import Evaluation
-    from raychain.training.measuring import Place
+    from raychain.training.measuring import InThread
     from raychain.training.task import ChainTask, StageTask
 
 log = logging.getLogger("raychain.training")
@@ -27,13 +27,16 @@ APART_FROM = 10_000
 POLL_S = 0.2
 
 
-class Measurer:
-    """Measures the stages of a chain in this process; keeps the last model, which may be asked about several times."""
+class Apart:
+    """An actor that measures the stages of a chain with resources of its own; `task` is a reference in a list, see
+    `PreloadActor`. It keeps the last model, which may be asked about several times.
+    """
 
-    def __init__(self, chain: ChainTask) -> None:
+    def __init__(self, task: list[ray.ObjectRef]) -> None:
         import torch
 
-        self._chain, self._held = chain, ("", None)  # type: tuple[ChainTask, tuple[str, nn.Module | None]]
+        self._chain: ChainTask = ray.get(task[0])
+        self._held: tuple[str, nn.Module | None] = "", None
         self._device = torch.device("cuda" if ray.get_gpu_ids() else "cpu")
 
     def measure(self, stage: int, weights: list[ray.ObjectRef], name: str) -> dict[str, float]:
@@ -58,63 +61,49 @@ class Measurer:
         return measured(paradigm, task, model, [evaluation], cache, self._device, World())[evaluation.digest]
 
 
-class Apart:
-    """An actor that measures with resources of its own; `task` is a reference in a list, see `PreloadActor`."""
-
-    def __init__(self, task: list[ray.ObjectRef]) -> None:
-        self._measurer = Measurer(ray.get(task[0]))
-
-    def measure(self, stage: int, weights: list[ray.ObjectRef], name: str) -> dict[str, float]:
-        """See Measurer."""
-        return self._measurer.measure(stage, weights, name)
-
-
 class Copy(NamedTuple):
-    """A model to be measured: by an actor, or at the place in this process (no actor)."""
+    """A model to be measured: by an actor that is there for it alone, or in the thread (no actor)."""
 
     actor: Any
     weights: Any
-    """A reference to the state dict in the object store, or what the place has copied."""
-    apart: bool = False
-    """The actor is there for this model alone."""
+    """A reference to the state dict in the object store, or what the thread has copied."""
 
 
 class OnRay:
-    """The places there are for rank 0's worker, as one `Place`; `helper` is the node's helper process, `thread` a place
-    in this one.
+    """The places there are for rank 0's worker, as one `Place`: an actor where there is room for one, else a thread of
+    this process.
     """
 
-    def __init__(self, chain: ChainTask, *, helper: Any = None, thread: Place | None = None) -> None:
-        self._chain, self._helper, self._thread = chain, helper, thread
+    def __init__(self, chain: ChainTask, thread: InThread) -> None:
+        self._chain, self._thread = chain, thread
         self._task = ray.put(chain) if chain.suite.samples >= APART_FROM else None
-        self._dead, self._apart = False, 0
+        self._apart = 0
 
     @property
     def patient(self) -> bool:
-        """See Place: a GPU's thread and what has resources of its own are as quick as the workers."""
-        return self._thread is not None or self._apart > 0
+        """See Place: what has resources of its own is as quick as the workers."""
+        return self._thread.patient or self._apart > 0
 
     @property
     def lost(self) -> bool:
         """See Place."""
-        return self._dead or (self._thread is not None and self._thread.lost)
+        return self._thread.lost
 
     def copy(self, stage: StageTask, model: nn.Module) -> Copy | None:
         """See Place."""
         apart = self._start_apart()
-        if apart is None and self._helper is None:
-            held = self._thread.copy(stage, model) if self._thread else None
+        if apart is None:
+            held = self._thread.copy(stage, model)
             return Copy(None, held) if held is not None else None
         weights = {name: value.detach().cpu() for name, value in model.state_dict().items()}
-        self._apart += apart is not None
-        return Copy(apart or self._helper, ray.put(weights), apart is not None)
+        self._apart += 1
+        return Copy(apart, ray.put(weights))
 
     def measure(
         self, stage: StageTask, model: Copy, evaluation: Evaluation, given_up: Callable[[], bool]
     ) -> dict[str, float] | None:
         """See Place."""
         if model.actor is None:
-            assert self._thread is not None, "what made the copy"
             return self._thread.measure(stage, model.weights, evaluation, given_up)
         asked = model.actor.measure.remote(stage.index, [model.weights], evaluation.name)
         try:
@@ -123,14 +112,13 @@ class OnRay:
                     return None
             found: dict[str, float] = ray.get(asked)
         except ray.exceptions.RayError as error:
-            self._dead = self._dead or (model.actor is self._helper and isinstance(error, ray.exceptions.RayActorError))
             log.warning("%s will be measured again: %s", stage.model, str(error).strip().splitlines()[-1])
             return None
         return found
 
     def release(self, model: Copy) -> None:
         """See Place."""
-        if model.apart:
+        if model.actor is not None:
             self._apart -= 1
             ray.kill(model.actor)
 

@@ -1,6 +1,4 @@
-"""A helper process a node: a Ray actor beside the workers, which decodes ahead, told by one of them where the training
-loop is, and measures finished models.
-"""
+"""A process a node that decodes ahead: a Ray actor beside the workers. One of them tells it where the loop is."""
 
 from __future__ import annotations
 
@@ -14,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from raychain.core.priority import run_when_idle
 from raychain.events import Event, Span, Warned
 
 if TYPE_CHECKING:
@@ -24,7 +23,7 @@ REPORT_S = 0.5
 
 
 class PreloadActor:
-    """A node's Preloader and Measurer in a process of their own, which runs when no other wants the core.
+    """A node's Preloader in a process of its own, which runs when no other wants the core.
 
     That begins with its imports, for which a starting worker would wait otherwise: `task` is a reference in a list, as
     Ray would import what the task is made of before this is called. `ranks` are the node's.
@@ -32,16 +31,11 @@ class PreloadActor:
 
     def __init__(self, task: list[ray.ObjectRef], ranks: Sequence[int], world: int) -> None:
         run_when_idle()
-        from raychain.backend_ray.measuring import Measurer
         from raychain.data.cache import ShardCache
         from raychain.data.preload import Preloader, Ranks, Source
 
         chain: ChainTask = ray.get(task[0])
-        self.measurer = Measurer(chain)
-        self.preloader = None
         preload = chain.experiment.preload
-        if preload.cpus == 0:
-            return
         cpus = preload.cpus if preload.cpus is not None else max(1.0, (os.cpu_count() or 1) / 4)
         sources = [Source(stage.feed, chain.experiment.train.global_batch) for stage in chain.stages]
         self.preloader = Preloader(sources, ShardCache(preload.cache, preload.budget), cpus, Ranks(ranks, world))
@@ -49,26 +43,11 @@ class PreloadActor:
     def report(self, stage: int, step: int, waiting: float) -> list[Span]:
         """See Preloader.report."""
         run_when_idle()
-        return self.preloader.report(stage, step, waiting) if self.preloader else []
-
-    def measure(self, stage: int, weights: list[ray.ObjectRef], name: str) -> dict[str, float]:
-        """See Measurer.measure."""
-        run_when_idle()
-        return self.measurer.measure(stage, weights, name)
-
-
-def run_when_idle() -> None:
-    """Lowest priority for this thread and those it starts. Ray's workers themselves run at nice 15, next to which 19
-    would be no difference; Linux has a class below.
-    """
-    if hasattr(os, "SCHED_IDLE"):
-        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-    else:
-        os.nice(19)
+        return self.preloader.report(stage, step, waiting)
 
 
 class PreloadLink:
-    """Starts this node's helper process and keeps its preloader informed from a thread of the worker.
+    """Starts this node's preloading process and keeps it informed from a thread of the worker.
 
     If the actor is lost, the loaders fetch for themselves.
     """
@@ -78,10 +57,7 @@ class PreloadLink:
 
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         actor: Any = ray.remote(num_cpus=0)(PreloadActor)
-        # two at once: a report does not wait for a measurement
-        self.actor = actor.options(scheduling_strategy=here, max_concurrency=2).remote(
-            [ray.put(task)], worker.node, world_size()
-        )
+        self.actor = actor.options(scheduling_strategy=here).remote([ray.put(task)], worker.node, world_size())
         self._worker, self._emit = worker, emit
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._work, name="preload-link", daemon=True)
@@ -117,8 +93,7 @@ class PreloadLink:
 def preloading(
     task: ChainTask, worker: ChainWorker, emit: Callable[[Event], None]
 ) -> contextlib.AbstractContextManager[PreloadLink | None]:
-    """The link of the one worker of each node that keeps the node's helper; a null context for the others."""
-    measures = worker.rank == 0 and worker.device.type == "cpu" and bool(task.suite.evaluations)
-    if worker.rank != worker.node[0] or not (task.experiment.preload.cpus != 0 or measures):
+    """The link of the one worker of each node that has the node's shards preloaded; a null context for the others."""
+    if worker.rank != worker.node[0] or task.experiment.preload.cpus == 0:
         return contextlib.nullcontext()
     return contextlib.closing(PreloadLink(task, worker, emit))

@@ -35,7 +35,7 @@ class Context:
     resizing: Resizing = Resizing()  # noqa: RUF009 - frozen
     """How pictures get to their size."""
     progress: Callable[[int], None] = lambda _: None
-    """Hears how many pictures this rank has read for a task."""
+    """Hears after every batch how many pictures this rank has read for a task; what it raises ends the measurement."""
 
     def encoder(self, model: nn.Module) -> Encoder:
         """Pictures and texts to the model's features, batch by batch."""

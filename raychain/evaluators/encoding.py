@@ -94,6 +94,7 @@ class Encoder:
         for batch in self.batches(range(len(tokens))):
             ids = torch.from_numpy(tokens[batch.start : batch.stop].astype(np.int64)).to(self.device)
             parts.append(self.model.encode_text(ids, normalize=True).float())
+            self.progress(self.seen)
         return _finite(torch.cat(parts), "texts")
 
 

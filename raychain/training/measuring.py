@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from raychain.core.priority import run_when_idle
 from raychain.data.cache import ShardCache
 from raychain.evaluators.context import Context
 from raychain.evaluators.measure import measure
@@ -27,7 +28,7 @@ log = logging.getLogger("raychain.training")
 MOST = 2
 """Models of an unfinished stage that may be held to be measured; with more, training waits for the next one."""
 LAST_S = 20.0
-"""How long measuring at the lowest priority is waited for when training is over: it has the cores for itself then."""
+"""How long measuring at the lowest priority is waited for when training is over: it has the core for itself then."""
 ROOM = 6 * 2**30
 """Bytes that a GPU must have left for the activations of a batch, as at most a ViT-L needs them."""
 POLL_S = 0.2
@@ -41,8 +42,9 @@ def measured(
     cache: ShardCache,
     device: torch.device,
     world: World,
+    progress: Callable[[int], None] = lambda _: None,
 ) -> Results:
-    """The stage's model on what it is to be measured on; every rank of `world` calls it."""
+    """The stage's model on what it is to be measured on; every rank of `world` calls it. `progress` as in Context."""
     tokenize = paradigm.tokenizer(stage.config)
     mean, std = paradigm.normalisation(model)
     context = Context(
@@ -53,6 +55,7 @@ def measured(
         std=tuple(std),
         device=device,
         world=world,
+        progress=progress,
     )
     return {found.digest: measure(model, found.held_out, context) for found in evaluations}
 
@@ -142,21 +145,24 @@ class Beside:
             self._done(stage, step, results, started)
 
 
+class _GivenUpError(Exception):
+    """What is measured is wanted no more."""
+
+
 class InThread:
-    """Measures in a thread of the worker on the worker's device, on a GPU in a stream of its own, which shares it with
-    training's (no stream ranks below the one that training uses).
+    """Measures in a thread of the worker on the worker's device: on CPUs when nothing else wants the core, on a GPU in
+    a stream of its own, which shares it with training's (no stream ranks below the one that training uses).
 
     It begins once `settled` says that training has taken the memory that it needs. Where a GPU has too little left
     then, nothing is measured here, and the workers do it when training is over.
     """
-
-    patient = True
 
     def __init__(
         self, paradigm: Paradigm, cache: ShardCache, device: torch.device, settled: Callable[[], bool]
     ) -> None:
         self._paradigm, self._cache, self._device, self._settled = paradigm, cache, device, settled
         self.lost = False
+        self.patient = device.type != "cpu"
 
     def copy(self, stage: StageTask, model: nn.Module) -> nn.Module | None:  # noqa: ARG002 - of the protocol
         """See Place."""
@@ -175,10 +181,19 @@ class InThread:
         self.lost = self.lost or not self._has_room(model)
         if self.lost or given_up():
             return None
+
+        def go_on(_: int) -> None:
+            if given_up():
+                raise _GivenUpError
+
+        if self._device.type == "cpu":
+            run_when_idle()
+        what = (self._paradigm, stage, model, [evaluation], self._cache, self._device)
         try:
             with self._stream():
-                found = measured(self._paradigm, stage, model, [evaluation], self._cache, self._device, World())
-            return found[evaluation.digest]
+                return measured(*what, World(), go_on)[evaluation.digest]
+        except _GivenUpError:
+            pass
         except torch.OutOfMemoryError:
             self.lost = True
         except OSError as error:
