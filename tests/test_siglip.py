@@ -10,22 +10,18 @@ from typing import Any
 import open_clip
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from open_clip.loss import SigLipLoss
-from torch.nn.parallel import DistributedDataParallel
+from ranks import BATCH, CAPTIONS, agree, reference
 
 import raychain
-from raychain.config.experiment import Distill
 from raychain.config.loading import validate
-from raychain.core.dist import mean_over_ranks, rank_slice
 from raychain.errors import InputError
 from raychain.paradigms import make_paradigm, make_task
 from raychain.paradigms.objective import Objective
 from raychain.paradigms.siglip import sigmoid_loss
-from raychain.training.step import forward_backward
 
-BATCH, CAPTIONS, TASK = 10, 3, make_task({"paradigm": "siglip"})
+TASK = make_task({"paradigm": "siglip"})
 
 
 def features(captions: int = 1) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -54,61 +50,22 @@ def models(dtype: torch.dtype) -> tuple[Objective, Objective]:
     return siglip.objective(siglip.build(large, size=40, seed=2), large, small).to(dtype), teacher
 
 
-def batch(part: slice) -> dict[str, torch.Tensor]:
-    rng = torch.Generator().manual_seed(3)
-    images = torch.randint(0, 256, (BATCH, 40, 40, 3), generator=rng, dtype=torch.uint8)
-    return {"images": images[part], "tokens": torch.randint(1, 90, (BATCH, CAPTIONS, 18), generator=rng)[part]}
-
-
-def reference() -> tuple[float, dict[str, torch.Tensor]]:
-    """Loss and gradients from the definitions, in float64, of the whole batch in one process."""
-    student, teacher = models(torch.float64)
-    whole, encoded = batch(slice(None)), []
-    for side in (student, teacher):
-        pixels = (whole["images"].permute(0, 3, 1, 2).double() - side.mean) / side.std
-        image = side.model.encode_image(pixels, normalize=True)
-        encoded.append((image, torch.stack([side.model.encode_text(t, normalize=True) for t in whole["tokens"]])))
-    (image, text), (image_t, text_t) = encoded
-    task = torch.zeros((), dtype=torch.float64)
+def sigmoid(model: Any, image: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+    """The sigmoid loss of every pair by itself."""
+    total = torch.zeros((), dtype=torch.float64)
     for k in range(CAPTIONS):
         for i in range(BATCH):
             for j in range(BATCH):
-                logit = student.model.logit_scale.exp() * image[i] @ text[j, k] + student.model.logit_bias
-                task = task - F.logsigmoid(logit if i == j else -logit) / (BATCH * CAPTIONS)
-    distance = ((image - image_t) ** 2).sum(-1).mean() / 2 + ((text - text_t) ** 2).sum(-1).mean() / 2
-    alpha = min(2.0, 0.999 * task.item() / distance.item())
-    (task + alpha * distance).backward()
-    return (task + alpha * distance).item(), {n: p.grad for n, p in student.named_parameters() if p.grad is not None}
-
-
-def _compare(rank: int, world: int, rendezvous: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
-    try:
-        loss, gradients = torch.load(f"{rendezvous}.expected")
-        for micro in (None, 2):
-            student, teacher = models(torch.float32)
-            student.micro_batch = teacher.micro_batch = micro
-            wrapped = DistributedDataParallel(student) if world > 1 else student
-            part = batch(rank_slice(BATCH, rank, world))
-            losses = forward_backward(wrapped, student, teacher, part, Distill(), BATCH)
-            assert float(mean_over_ranks(losses.total)) == pytest.approx(loss, rel=1e-6)
-            found = {n: p.grad for n, p in student.named_parameters() if p.grad is not None}
-            assert found.keys() == gradients.keys()
-            assert "model.logit_bias" in found
-            largest = max(float(gradient.abs().max()) for gradient in gradients.values())
-            for name, gradient in gradients.items():
-                error = (found[name].double() - gradient).norm() / gradient.norm().clamp_min(1e-3 * largest)
-                assert error < 1e-5, f"{name}: {error:.1e} at {world} workers, micro-batch {micro}"
-    finally:
-        dist.destroy_process_group()
+                logit = model.logit_scale.exp() * image[i] @ text[j, k] + model.logit_bias
+                total = total - F.logsigmoid(logit if i == j else -logit) / (BATCH * CAPTIONS)
+    return total
 
 
 @pytest.mark.parametrize("world", [1, 3, *(pytest.param(world, marks=pytest.mark.long) for world in (2, 4))])
 def test_gradients_are_those_of_a_float64_reference_at_any_world_size(world: int, tmp_path: Path) -> None:
-    rendezvous = str(tmp_path / "rendezvous")
-    torch.save(reference(), f"{rendezvous}.expected")
-    torch.multiprocessing.spawn(_compare, args=(world, rendezvous), nprocs=world)
+    expected = reference(models, sigmoid)
+    assert "model.logit_bias" in expected[1]
+    agree(models, expected, world, tmp_path)
 
 
 @pytest.mark.slow

@@ -9,21 +9,17 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import BATCH, CAPTIONS, agree, reference
 from torch.nn.functional import cross_entropy
-from torch.nn.parallel import DistributedDataParallel
 
-from raychain.config.experiment import Distill
 from raychain.config.loading import validate
-from raychain.core.dist import mean_over_ranks, rank_slice
 from raychain.events import Event, Step
 from raychain.models import build
 from raychain.paradigms.clip.objective import ClipObjective
 from raychain.paradigms.objective import Projector
 from raychain.runs.resolve import make_task
 from raychain.training.stage import ChainWorker
-from raychain.training.step import forward_backward
 
-BATCH, CAPTIONS = 10, 3
 STEPS = (20, 200)
 WORLDS = (1, 4)
 """2 and 3 are among the changes; alone they deviate as little (4e-7 and 3e-7)."""
@@ -40,70 +36,18 @@ def models(dtype: torch.dtype) -> tuple[ClipObjective, ClipObjective]:
     ), teacher
 
 
-def batch(part: slice) -> dict[str, torch.Tensor]:
-    rng = torch.Generator().manual_seed(3)
-    images = torch.randint(0, 256, (BATCH, 40, 40, 3), generator=rng, dtype=torch.uint8)
-    tokens = torch.randint(1, 90, (BATCH, CAPTIONS, 18), generator=rng)
-    return {"images": images[part], "tokens": tokens[part]}
-
-
-def reference() -> tuple[float, dict[str, torch.Tensor]]:
-    """Loss and gradients from the definitions, in float64, of the whole batch in one process, without raychain's
-    losses.
-    """
-    student, teacher = models(torch.float64)
-    whole = batch(slice(None))
-    features = []
-    for side in (student, teacher):
-        pixels = (whole["images"].permute(0, 3, 1, 2).double() - side.mean) / side.std
-        image = side.model.encode_image(pixels, normalize=True)
-        text = torch.stack([side.model.encode_text(t, normalize=True) for t in whole["tokens"]])
-        features.append((image, text))
-    (image, text), (image_t, text_t) = features
-    scale, target = student.model.logit_scale.exp(), torch.arange(BATCH)
-    task = torch.zeros((), dtype=torch.float64)
+def contrastive(model: Any, image: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+    """The mean of CLIP's loss over the captions."""
+    total, target = torch.zeros((), dtype=torch.float64), torch.arange(BATCH)
     for k in range(CAPTIONS):
-        logits = scale * image @ text[:, k].T
-        task = task + (cross_entropy(logits, target) + cross_entropy(logits.T, target)) / (2 * CAPTIONS)
-    distance = ((image - image_t) ** 2).sum(-1).mean() / 2 + ((text - text_t) ** 2).sum(-1).mean() / 2
-    alpha = min(2.0, 0.999 * task.item() / distance.item())
-    (task + alpha * distance).backward()
-    return (task + alpha * distance).item(), {n: p.grad for n, p in student.named_parameters() if p.grad is not None}
-
-
-def ours(rank: int, world: int, micro: int | None) -> tuple[float, dict[str, torch.Tensor]]:
-    """Loss and the gradients DDP leaves, in float32."""
-    student, teacher = models(torch.float32)
-    student.micro_batch = teacher.micro_batch = micro
-    wrapped = DistributedDataParallel(student) if world > 1 else student
-    part = batch(rank_slice(BATCH, rank, world))
-    losses = forward_backward(wrapped, student, teacher, part, Distill(), BATCH)
-    loss = float(mean_over_ranks(losses.total))
-    return loss, {n: p.grad for n, p in student.named_parameters() if p.grad is not None}
-
-
-def _compare(rank: int, world: int, rendezvous: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
-    try:
-        loss, gradients = torch.load(f"{rendezvous}.expected")
-        for micro in (None, 2):
-            found, found_gradients = ours(rank, world, micro)
-            assert found == pytest.approx(loss, rel=1e-6)
-            assert found_gradients.keys() == gradients.keys()
-            largest = max(float(gradient.abs().max()) for gradient in gradients.values())
-            for name, gradient in gradients.items():
-                error = (found_gradients[name].double() - gradient).norm() / gradient.norm().clamp_min(1e-3 * largest)
-                assert error < 1e-5, f"{name}: {error:.1e} at {world} workers, micro-batch {micro}"
-    finally:
-        dist.destroy_process_group()
+        logits = model.logit_scale.exp() * image @ text[:, k].T
+        total = total + (cross_entropy(logits, target) + cross_entropy(logits.T, target)) / (2 * CAPTIONS)
+    return total
 
 
 @pytest.mark.parametrize("world", [1, 3, *(pytest.param(world, marks=pytest.mark.long) for world in (2, 4))])
 def test_gradients_are_those_of_a_float64_reference_at_any_world_size(world: int, tmp_path: Path) -> None:
-    rendezvous = str(tmp_path / "rendezvous")
-    torch.save(reference(), f"{rendezvous}.expected")
-    torch.multiprocessing.spawn(_compare, args=(world, rendezvous), nprocs=world)
+    agree(models, reference(models, contrastive), world, tmp_path)
 
 
 def _peak(micro: int | None, pairs: int) -> int:

@@ -72,16 +72,13 @@ class ZeroShotData(Prompted):
     @property
     def digest(self) -> str:
         """Identity of what is measured: the pictures' content, the names and the templates; not where they lie."""
-        return _digest(
-            "zero-shot", [shard.identity for shard in self.shards], (self.classes, self.templates), self.key_split
-        )
+        return _digest("zero-shot", _identities(self.shards), (self.classes, self.templates), self.key_split)
 
     @property
     def former(self) -> str:
         """The digest of schema 2."""
-        return _digest(
-            "zero-shot", [shard.former for shard in self.shards], (self.classes, self.templates), self.key_split
-        )
+        former = [shard.former for shard in self.shards]
+        return _digest("zero-shot", former, (self.classes, self.templates), self.key_split)
 
     def run(self, model: nn.Module, context: Context) -> dict[str, float]:
         """See `evaluators.zero_shot`."""
@@ -102,8 +99,8 @@ class MultilabelData(Prompted):
     @property
     def digest(self) -> str:
         """Identity of what is measured, as for `ZeroShotData`."""
-        identities = [shard.identity for shard in self.shards]
-        return _digest("zero-shot-multilabel", identities, (self.classes, self.templates), self.key_split)
+        names = self.classes, self.templates
+        return _digest("zero-shot-multilabel", _identities(self.shards), names, self.key_split)
 
     def run(self, model: nn.Module, context: Context) -> dict[str, float]:
         """See `evaluators.zero_shot`."""
@@ -128,7 +125,7 @@ class RetrievalData:
     @property
     def digest(self) -> str:
         """Identity of what is measured: the pictures' content and the caption keys; not where they lie."""
-        return _digest("retrieval", [shard.identity for shard in self.shards], self.caption_keys, self.key_split)
+        return _digest("retrieval", _identities(self.shards), self.caption_keys, self.key_split)
 
     @property
     def former(self) -> str:
@@ -165,9 +162,9 @@ class LinearProbeData:
     @property
     def digest(self) -> str:
         """Identity of what is measured: the pictures' content and the protocol; not where they lie."""
-        train, test = ([shard.identity for shard in shards] for shards in (self.train, self.test))
         # in the protocol of clip_benchmark the order of the shards matters
-        return _digest("linear-probe", test, (self.protocol, self.classes, train), self.key_split)
+        details = self.protocol, self.classes, _identities(self.train)
+        return _digest("linear-probe", _identities(self.test), details, self.key_split)
 
     @property
     def samples(self) -> int:
@@ -345,6 +342,10 @@ def _labels(shard: Shard, wanted: Wanted, cache: Path, where: str) -> tuple[int,
         raise InputError(where, f"{shard.address} without a usable label", allowed, fix)
     noted.write_text(json.dumps((min(labels), max(labels))))
     return min(labels), max(labels)
+
+
+def _identities(found: Sequence[Shard]) -> list[str]:
+    return [shard.identity for shard in found]
 
 
 def _digest(task: str, identities: Sequence[str], details: object, key_split: KeySplit) -> str:
