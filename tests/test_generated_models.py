@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from collections.abc import Iterator
 from copy import deepcopy
@@ -18,6 +19,7 @@ from growing import cosine, embeddings, perturb, relative_error
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import raychain
 from raychain import plan
 from raychain.config import opened
 from raychain.config.loading import validate
@@ -268,8 +270,6 @@ def test_a_paradigm_without_a_rule_refuses() -> None:
 
 
 def test_a_users_model_of_the_same_name_is_kept_apart(tmp_path: Path) -> None:
-    import json
-
     name = generated_models(Task(), Generate(between=MICRO, ratios=(3.0,)), "generate")[1]
     config = model_config(name)
     (tmp_path / f"{name}.json").write_text(json.dumps(config))
@@ -307,8 +307,6 @@ def test_chains_of_models_that_do_not_grow_are_left_out_of_plans_and_searches() 
 
 def test_keys_hold_the_config_and_not_the_name(demo: Path, tmp_path: Path) -> None:
     name = generated_models(Task(), Generate(between=MICRO, ratios=(3.0,)), "generate")[1]
-    import json
-
     folder = tmp_path / "own"
     folder.mkdir()
     (folder / "mine.json").write_text(json.dumps(model_config(name)))
@@ -346,3 +344,27 @@ def test_a_search_tries_them_and_its_best_chain_is_an_experiment_that_knows_them
     beside = make_space(opened(validate(tree(chain=chain, search={"space": {"generate": BETWEEN_MICRO,
                                                                             "models": "CoM-micro-M"}}))))  # fmt: skip
     assert {size.name for size in beside.sizes} == {*names, "CoM-micro-M"}
+
+
+def test_a_search_trains_a_chain_with_a_generated_model_and_its_best_chain_runs_alone(
+    ray_session: None, tree: dict[str, Any], tmp_path: Path
+) -> None:
+    """Workers know it by its configuration, its stage folder is open_clip's, and best.yaml makes it anew."""
+    space = {"generate": {"between": list(MICRO), "ratios": 4}, "lengths": [3], "alpha": [0, 2]}
+    space |= {"split": {"total": "60 %", "shares": 1}}
+    chain = [{"model": model, "epochs": "8 steps"} for model in MICRO]
+    search = {"trials": 2, "space": space, "controls": None, "sampler": "grid", "seeds": 0}
+    evaluate = {"zero_shot": tree["evaluate"]["zero_shot"]}
+    baseline = {"model": "CoM-micro-L", "epochs": "40 steps"}
+    raychain.search(validate(tree | {"chain": chain, "search": search, "evaluate": evaluate, "baseline": baseline}))
+    out = Path(tree["storage"]) / f"{tree['name']}-search"
+    result = json.loads((out / "search.json").read_text())
+    assert [trial["status"] for trial in result["trials"]] == ["succeeded"] * 2
+    made = "CoM-micro-w96-d3-m5.875-t128-td3"
+    assert [stage["model"] for stage in result["best"]["chain"]] == [MICRO[0], made, MICRO[1]]
+    use_models(None)
+    best = raychain.run(str(out / "best.yaml"))
+    assert [stage["key"] for stage in best["stages"]] == result["best"]["keys"]
+    assert {stage["status"] for stage in best["stages"]} <= {"reused", "shared"}
+    folder = Path(tree["storage"]) / f"{tree['name']}-best" / "stages" / f"1-{made}"
+    assert open_clip.create_model(f"local-dir:{folder}").visual.conv1.out_channels == 96

@@ -31,8 +31,20 @@ def _choices(value: Any) -> Any:
 Lengths = Annotated[tuple[Epochs, ...], BeforeValidator(_choices), Field(min_length=1)]
 """Choices, each "N epochs" (the unit of bare numbers), "N steps" or "N samples"; or {low, high, step} in epochs."""
 Amounts = Annotated[tuple[NonNegativeFloat, ...], BeforeValidator(_choices), Field(min_length=1)]
+Rates = Annotated[tuple[Annotated[float, Field(gt=0)], ...], BeforeValidator(_choices), Field(min_length=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Warmups = Annotated[tuple[Warmup, ...], BeforeValidator(_choices), Field(min_length=1)]
+
+
+class Split(Component):
+    """Training MACs that are the same for every chain, of which each stage gets a part."""
+
+    total: MacsBudget
+    """MACs of a chain: "30 %" of the baseline, "9.5 EMACs", or a number."""
+    shares: Annotated[
+        tuple[Annotated[int, Field(ge=1, le=100)], ...], BeforeValidator(_choices), Field(min_length=1, max_length=12)
+    ]
+    """Weights, each stage's chosen on its own: a stage gets its weight's part of the sum of all. Its length follows."""
 
 
 class Space(Component):
@@ -57,6 +69,11 @@ class Space(Component):
     rules: Annotated[tuple[EpochRule, ...], Field(min_length=1)] | None = None
     """Instead of `grown`: [epochs of the second model, epochs of the last], linear in between. Absent, and without
     `grown`: the planner's."""
+    split: Split | None = None
+    """Instead of `first`, `grown` or `rules`, and `budget`: every chain costs the same, and how the stages share it is
+    searched: {total: "30 %", shares: [1, 2, 3, 4]}."""
+    lr: Rates | None = None
+    """Peak learning rates, each stage's chosen on its own. Absent: `train.lr`, times `lr_scale` for grown stages."""
     width: OneOrMore | None = None
     """Growth operators for widths. Absent, as for the keys below: that of `transfer`."""
     depth: OneOrMore | None = None
@@ -67,11 +84,18 @@ class Space(Component):
     """Weights of the distillation; 0: none."""
     warmup: Warmups | None = None
     """Warm-ups of grown stages."""
+    lr_scale: Rates | None = None
+    """Peak learning rates of grown stages as multiples of `train.lr`."""
 
     @model_validator(mode="after")
     def _one_of(self) -> Space:
         if self.grown and self.rules:
             raise ValueError("allowed is either `grown` or `rules`: both are the lengths of the grown stages")
+        if self.split and (beside := [n for n in ("first", "grown", "rules", "budget") if getattr(self, n)]):
+            names = " and ".join(f"`{name}`" for name in beside)
+            raise ValueError(f"allowed is `split` without {names}: it decides every stage's length and the total MACs")
+        if self.lr and self.lr_scale:
+            raise ValueError("allowed is either `lr` or `lr_scale`: both are the learning rates of grown stages")
         return self
 
 

@@ -97,7 +97,7 @@ def _trial(record: TrialRecord) -> Trial:
         steps = tuple(step._replace(key=key) for step, key in zip(steps, record.keys, strict=True))
     told = ("chain", "length", "first", "rules")  # the chain says these
     params = {name: v for name, v in record.params.items() if not isinstance(v, dict | list)}
-    settings = {name: v for name, v in params.items() if name not in told and not name.startswith("grown.")}
+    settings = {name: v for name, v in params.items() if name not in told and not name.startswith(("grown.", "share."))}
     rest = {"kind": record.kind} | (record.model_extra or {}) | settings
     metrics, reason = numbers(record.metrics), record.reason or ""
     return Trial(record.number, steps, amount(record.macs), metrics, record.status, reason, rest)

@@ -73,9 +73,11 @@ def search_table(result: Mapping[str, Any], console: Console | None = None) -> N
 
 
 def _varied(trial: Mapping[str, Any]) -> str:
-    """What of the transfer was chosen."""
-    names = ("width", "depth", "shrink", "alpha", "warmup")
+    """What was chosen of the transfer and the learning rates."""
+    names = ("width", "depth", "shrink", "alpha", "warmup", "lr_scale")
     found = [f"{name} {trial['params'][name]}" for name in names if name in trial["params"]]
+    rates = [f"{trial['params'][name]:g}" for s in trial["chain"] if (name := f"lr.{s['model']}") in trial["params"]]
+    found += [f"lr {' → '.join(rates)}"] if rates else []
     return f" ({', '.join(found)})" if found else ""
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 from raychain import records
@@ -43,6 +44,8 @@ class Others(NamedTuple):
 
     first: tuple[Duration, ...] = ()
     grown: tuple[Duration, ...] = ()
+    own: Mapping[tuple[str, str], tuple[Duration, ...]] = MappingProxyType({})
+    """More of them by the model before, empty for first stages, and the stage's own."""
 
 
 ALONE = Others()
@@ -232,7 +235,9 @@ def _stage(
         raise InputError(f"chain.{index}", f"{given} of {steps}", "less than the stage",
                          f'set chain.{index}.warmup, for example "10 %"')  # fmt: skip
     rungs = set()
-    for length in (stage.length, *others[min(index, 1)]) if cooldown else ():
+    place = (before.model if before else "", stage.model)
+    elsewhere = (*(others.grown if index else others.first), *others.own.get(place, ()))
+    for length in (stage.length, *elsewhere) if cooldown else ():
         total = length.steps(**lengths)
         rung = total - _cooldown(recipe, lengths, total)
         if own_warmup.steps(**lengths, stage_steps=total) == warmup < rung <= steps - cooldown:

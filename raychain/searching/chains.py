@@ -39,6 +39,23 @@ def models_of(experiment: Experiment, own: Settings) -> tuple[Chain, str]:
     return tuple(dict.fromkeys([*matched, *itertools.chain(*made)])), where
 
 
+def check_stages(experiment: Experiment) -> None:
+    """Whether the experiment's chain has models and lengths alone. Raises InputError."""
+    for index, stage in enumerate(experiment.chain):
+        if origin := stage.checkpoint or (stage.start and stage.start.checkpoint):
+            option = "checkpoint" if stage.checkpoint else "start"
+            raise InputError(f"chain.{index}.{option}", origin, "a chain of models that the search trains itself",
+                             "leave it out; raychain run trains chains with checkpoints")  # fmt: skip
+        own = stage.model_fields_set - {"model", "epochs"}
+        if own:
+            raise InputError(
+                f"chain.{index}.{min(own)}",
+                getattr(stage, min(own)),
+                "only model and epochs in the chain of an experiment that is searched",
+                "set it for all stages in `train`, for grown ones in `transfer`",
+            )
+
+
 def chains_of(sizes: Sequence[ModelSize], search: Search, where: str) -> tuple[Chain, ...]:
     """Subsets that end with the largest model and keep the lengths and ratios."""
     *others, largest = sizes

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 from raychain.config.experiment import Baseline, Distill, Experiment, Transfer
 from raychain.config.search import Search
+from raychain.config.search import Space as Settings
 from raychain.core.json import Json
 from raychain.errors import InputError
 from raychain.paradigms import make_paradigm, model_size, usable_size
@@ -18,14 +20,20 @@ from raychain.planning.principles import alone_epochs, default_rules, linear_epo
 from raychain.runs.costing import proposals_for
 from raychain.runs.resolve import Others, epoch_samples
 from raychain.schema.durations import Duration
-from raychain.searching.chains import ARROW, chains_of, growing, models_of
+from raychain.searching.chains import ARROW, chains_of, check_stages, growing, models_of
 from raychain.searching.experiments import part, with_stages
+from raychain.searching.split import SplitBudget
 
 Params = Json
 """Choice by dimension: plain text and numbers."""
-CHAIN, FIRST, GROWN, RULE, WIDTH, DEPTH, SHRINK, ALPHA, WARMUP = (
-    "chain", "first", "grown.", "rule", "width", "depth", "shrink", "alpha", "warmup",
+CHAIN, FIRST, GROWN, RULE, SHARE, LR, WIDTH, DEPTH, SHRINK, ALPHA, WARMUP, LR_SCALE = (
+    "chain", "first", "grown.", "rule", "share.", "lr.", "width", "depth", "shrink", "alpha", "warmup", "lr_scale",
 )  # fmt: skip
+"""Names of dimensions; those with a dot are followed by the name of a model."""
+
+
+CHOSEN = (WIDTH, DEPTH, SHRINK, LR_SCALE)
+"""Keys of `transfer` that a choice takes the place of."""
 
 
 class Dimension(NamedTuple):
@@ -50,8 +58,9 @@ class Space:
     lengths: dict[str, Duration]
     """Every length by its name."""
     first: tuple[str, ...]
+    """Lengths of first stages, or, where a budget is split, of models alone."""
     grown: tuple[str, ...]
-    """Lengths of grown stages; empty where there are rules."""
+    """Lengths of grown stages; empty where there are rules or a budget that is split."""
     rules: dict[str, tuple[float, float]]
     operators: dict[str, tuple[str | float, ...]]
     """Choices of the transfer, by dimension."""
@@ -64,20 +73,25 @@ class Space:
 
     def dimensions(self, chain: str) -> list[Dimension]:
         """What is left to choose for a chain of these models."""
-        models = chain.split(ARROW)
-        found = [Dimension(FIRST, self.first, ordered=True)]
+        models, space = chain.split(ARROW), self._settings
+        rates = [Dimension(LR + model, tuple(sorted(space.lr)), ordered=True) for model in models] if space.lr else []
+        found = [] if space.split else [Dimension(FIRST, self.first, ordered=True)]
         if len(models) == 1:
-            return found
-        if self.rules:
+            return found + rates
+        if space.split:
+            weights = tuple(sorted(set(space.split.shares)))
+            found += [Dimension(SHARE + model, weights, ordered=True) for model in models]
+        elif self.rules:
             found.append(Dimension(RULE, tuple(self.rules), ordered=False))
         else:
             found += [Dimension(GROWN + model, self.grown, ordered=True) for model in models[1:]]
-        ordered = (SHRINK, ALPHA, WARMUP)
-        return found + [Dimension(name, values, name in ordered) for name, values in self.operators.items()]
+        ordered = (SHRINK, ALPHA, WARMUP, LR_SCALE)
+        found += [Dimension(name, values, name in ordered) for name, values in self.operators.items()]
+        return found + rates
 
     @property
     def size(self) -> int:
-        """How many combinations there are, those beyond the budget included."""
+        """How many combinations there are, those beyond the budget, and splits that come to the same, included."""
         return sum(
             math.prod(len(dimension.choices) for dimension in self.dimensions(chain))
             for chain in self.chain_dimension.choices
@@ -93,19 +107,50 @@ class Space:
         grown = [self.lengths[name] for name in self.grown]
         for rule, count in itertools.product(self.rules.values(), {len(chain) - 1 for chain in self.chains} - {0}):
             grown += [Duration(amount, "epochs") for amount in linear_epochs(0, rule, count)[1:]]
-        return Others(*(tuple(part(length, share) for length in lengths) for lengths in (first, grown)))
+        own: Mapping[tuple[str, str], tuple[Duration, ...]] = {}
+        if self.split:
+            alphas = self.operators.get(ALPHA, (1.0,) if self.experiment.transfer.distill else (0.0,))
+            own = self.split.lengths(self.chains, {alpha != 0 for alpha in alphas})
+
+        def scaled(lengths: Iterable[Duration]) -> tuple[Duration, ...]:
+            return tuple(part(length, share) for length in lengths)
+
+        return Others(scaled(first), scaled(grown), {place: scaled(found) for place, found in own.items()})
+
+    @cached_property
+    def split(self) -> SplitBudget | None:
+        """The budget that the stages of a chain share, where one is split."""
+        own, task = self._settings.split, self.experiment.task
+        if own is None:
+            return None
+        sizes = {size.name: size for size in self.sizes}
+        items = make_paradigm(task).items(self.experiment.data)
+        return SplitBudget(own.total.macs(self.baseline_macs), own.shares, sizes, items, self.samples)
+
+    def _follows(self, params: Params) -> bool:
+        """Whether grown stages have a teacher."""
+        if ALPHA in params:
+            return bool(params[ALPHA] != 0)
+        return self.experiment.transfer.distill is not None
 
     def points(self) -> Iterator[Params]:
-        """Every combination."""
+        """Every combination; splits that come to the same once."""
         for chain in self.chain_dimension.choices:
-            dimensions = self.dimensions(str(chain))
+            dimensions, known = self.dimensions(str(chain)), set()
             for choices in itertools.product(*(dimension.choices for dimension in dimensions)):
                 names = (dimension.name for dimension in dimensions)
-                yield {CHAIN: chain, **dict(zip(names, choices, strict=True))}
+                params: Params = {CHAIN: chain, **dict(zip(names, choices, strict=True))}
+                rest = (value for name, value in params.items() if not name.startswith(SHARE))
+                if not self.split or (same := (*rest, *self.stages(params))) not in known:
+                    yield params
+                    known |= {same} if self.split else set()
 
     def stages(self, params: Params) -> list[tuple[str, Duration]]:
         """Models and their lengths."""
         models = params[CHAIN].split(ARROW)
+        if self.split:
+            weights = [params[SHARE + model] for model in models] if len(models) > 1 else [1]
+            return self.split.stages(models, weights, follows=self._follows(params))
         first = self.lengths[params[FIRST]]
         if len(models) == 1:
             return [(models[0], first)]
@@ -119,20 +164,23 @@ class Space:
     def chosen(self, params: Params) -> Experiment:
         """The experiment with the chain and the transfer of these choices."""
         transfer = self.experiment.transfer
-        distill, changes = transfer.distill, {name: params[name] for name in (WIDTH, DEPTH, SHRINK) if name in params}
+        distill, changes = transfer.distill, {name: params[name] for name in CHOSEN if name in params}
         if WARMUP in params:
             changes[WARMUP] = self.lengths[params[WARMUP]]
         if ALPHA in params:
             changes["distill"] = (distill or Distill()).model_copy(update={ALPHA: params[ALPHA]})
             if params[ALPHA] == 0:
                 changes["distill"] = None
-        made = tuple(dict.fromkeys(self.experiment.generate + _settings(self.experiment).space.generate))
+        made = tuple(dict.fromkeys(self.experiment.generate + self._settings.generate))
         experiment = self.experiment.model_copy(update={"generate": made}) if made else self.experiment
-        return with_stages(experiment, self.stages(params), transfer.model_copy(update=changes))
+        found = with_stages(experiment, self.stages(params), transfer.model_copy(update=changes))
+        rates = [{"lr": params[LR + s.model]} if LR + s.model in params else {} for s in found.chain]
+        chain = tuple(s.model_copy(update=rate) for s, rate in zip(found.chain, rates, strict=True))
+        return found.model_copy(update={"chain": chain})
 
     def macs(self, params: Params) -> int:
         """Training MACs of the chain."""
-        follows = params.get(ALPHA, 1.0) != 0 and (ALPHA in params or self.experiment.transfer.distill is not None)
+        follows = self._follows(params)
         sizes, total, teacher = {size.name: size for size in self.sizes}, 0, None
         for model, length in self.stages(params):
             total += self._stage_macs(sizes[model], teacher if follows else None, length)
@@ -141,7 +189,7 @@ class Space:
 
     def affordable(self, params: Params) -> bool:
         """Within the budget, if there is one."""
-        budget = _settings(self.experiment).space.budget
+        budget = self._settings.budget
         return budget is None or self.macs(params) <= budget.macs(self.baseline_macs)
 
     @property
@@ -155,10 +203,17 @@ class Space:
         chain = ARROW.join(model for model, _ in stages)
         if chain not in self.chain_dimension.choices:
             return None
-        params: Params = {CHAIN: chain, FIRST: self._near(stages[0][1], self.first)}
+        rates = {d.name: self._usual_rate(d, stages[0][0]) for d in self.dimensions(chain) if d.name.startswith(LR)}
+        params: Params = {CHAIN: chain, **rates}
+        if self.split is None:
+            params[FIRST] = self._near(stages[0][1], self.first)
         if len(stages) == 1:
             return params
-        if self.rules:
+        usual = {name: self._usual(name, values) for name, values in self.operators.items()}
+        if self.split:
+            weights = self.split.nearest(stages, follows=self._follows(usual), samples=self._samples_seen)
+            params |= {SHARE + model: weight for (model, _), weight in zip(stages, weights, strict=True)}
+        elif self.rules:
             wanted = [self._steps(length) for _, length in stages[1:]]
 
             def distance(rule: str) -> float:
@@ -168,7 +223,12 @@ class Space:
             params[RULE] = min(self.rules, key=distance)
         else:
             params |= {GROWN + model: self._near(length, self.grown) for model, length in stages[1:]}
-        return params | {name: self._usual(name, values) for name, values in self.operators.items()}
+        return params | usual
+
+    def _usual_rate(self, dimension: Dimension, first: str) -> float:
+        scale = 1.0 if dimension.name == LR + first else self.experiment.transfer.lr_scale
+        usual = self.experiment.train.lr * scale
+        return min((float(rate) for rate in dimension.choices), key=lambda rate: abs(math.log(rate / usual)))
 
     def planned(self) -> Iterator[Params]:
         """The experiment's own chain and the planner's proposals, best first, as near as the space has them."""
@@ -195,16 +255,24 @@ class Space:
             alpha = transfer.distill.alpha if transfer.distill else 0.0
             return min(values, key=lambda value: abs(float(value) - alpha))
         given: dict[str, str | float] = {WIDTH: transfer.width, DEPTH: transfer.depth, SHRINK: transfer.shrink,
-                                         WARMUP: str(transfer.warmup)}  # fmt: skip
+                                         LR_SCALE: transfer.lr_scale, WARMUP: str(transfer.warmup)}  # fmt: skip
         usual = given[name]
         return usual if usual in values else values[0]
+
+    @property
+    def _settings(self) -> Settings:
+        return _settings(self.experiment).space
 
     def _steps(self, length: Duration) -> int:
         return length.steps(epoch_samples=self.samples, global_batch=self.experiment.train.global_batch)
 
+    def _samples_seen(self, length: Duration) -> int:
+        return self._steps(length) * self.experiment.train.global_batch
+
     def _stage_macs(self, size: ModelSize, teacher: ModelSize | None, length: Duration) -> int:
-        samples = self._steps(length) * self.experiment.train.global_batch
-        return stage_macs(size, teacher, samples, make_paradigm(self.experiment.task).items(self.experiment.data))
+        return stage_macs(
+            size, teacher, self._samples_seen(length), make_paradigm(self.experiment.task).items(self.experiment.data)
+        )
 
 
 def make_space(experiment: Experiment) -> Space:
@@ -213,7 +281,7 @@ def make_space(experiment: Experiment) -> Space:
     Raises InputError, with the nearest alternative where limits exclude everything.
     """
     search = _settings(experiment)
-    _check_stages(experiment)
+    check_stages(experiment)
     matched, where = models_of(experiment, search.space)
     found = [usable_size(experiment.task, name, experiment.data.image_size, where) for name in matched]
     sizes = sorted(found, key=lambda size: size.params)
@@ -229,10 +297,10 @@ def make_space(experiment: Experiment) -> Space:
     planned = (experiment.allocation and experiment.allocation.first) or alone_epochs(samples)
     first = own.first or ((experiment.chain[0].length,) if experiment.chain else (Duration(planned, "epochs"),))
     grown: tuple[Duration, ...] = own.grown or ()
-    if not grown and not own.rules and experiment.chain:
+    if not grown and not own.rules and not own.split and experiment.chain:
         grown = tuple(stage.length for stage in experiment.chain[1:])
     rules: tuple[tuple[float, float], ...] = ()
-    if not grown:
+    if not grown and not own.split:
         longest = max(steps(length) for length in first) * batch / samples
         rules = (
             own.rules
@@ -241,7 +309,8 @@ def make_space(experiment: Experiment) -> Space:
         )
     warmups = own.warmup or ()
     operators: dict[str, tuple[str | float, ...]] = {}
-    named = ((WIDTH, own.width), (DEPTH, own.depth), (SHRINK, own.shrink), (ALPHA, own.alpha), (WARMUP, warmups))
+    named = ((WIDTH, own.width), (DEPTH, own.depth), (SHRINK, own.shrink), (ALPHA, own.alpha), (WARMUP, warmups),
+             (LR_SCALE, own.lr_scale))  # fmt: skip
     for name, choices in named:
         if choices:
             operators[name] = tuple(dict.fromkeys(str(c) if isinstance(c, Duration) else c for c in choices))
@@ -259,6 +328,7 @@ def make_space(experiment: Experiment) -> Space:
         baseline=experiment.baseline or Baseline(model=sizes[-1].name, epochs=longest_first),
     )
     _check_budget(space)
+    _check_split(space)
     return space
 
 
@@ -276,22 +346,6 @@ def _settings(experiment: Experiment) -> Search:
 
 def _tidy(epochs: float) -> float:
     return float(f"{epochs:.3g}")
-
-
-def _check_stages(experiment: Experiment) -> None:
-    for index, stage in enumerate(experiment.chain):
-        if origin := stage.checkpoint or (stage.start and stage.start.checkpoint):
-            option = "checkpoint" if stage.checkpoint else "start"
-            raise InputError(f"chain.{index}.{option}", origin, "a chain of models that the search trains itself",
-                             "leave it out; raychain run trains chains with checkpoints")  # fmt: skip
-        own = stage.model_fields_set - {"model", "epochs"}
-        if own:
-            raise InputError(
-                f"chain.{index}.{min(own)}",
-                getattr(stage, min(own)),
-                "only model and epochs in the chain of an experiment that is searched",
-                "set it for all stages in `train`, for grown ones in `transfer`",
-            )
 
 
 def _check_budget(space: Space) -> None:
@@ -318,3 +372,19 @@ def _check_budget(space: Space) -> None:
         f'the cheapest chain is {stages}; raise the budget to "{math.ceil(10 * percent) / 10:g} %", or allow shorter '
         f"stages",
     )
+
+
+def _check_split(space: Space) -> None:
+    """Leaves every stage of some chain a step where all get as much, or raises InputError with the total that does."""
+    split = _settings(space.experiment).space.split
+    if split is None or space.split is None:
+        return
+    equal = [{CHAIN: ARROW.join(chain)} | {SHARE + model: 1 for model in chain} for chain in space.chains]
+    longest = max(min(length.amount for _, length in space.stages(params)) for params in equal)
+    steps = longest * space.samples / space.experiment.train.global_batch
+    if steps < 1:
+        percent = 100 * space.split.total / steps / space.baseline_macs
+        unit = 10.0 ** (math.floor(math.log10(percent)) - 1)  # upwards to two digits
+        allowed = f"at least {unit * math.ceil(percent / unit):.2g} % of the baseline"
+        raise InputError("search.space.split.total", split.total, allowed,
+                         "raise it: no chain has a step for each of its stages")  # fmt: skip
