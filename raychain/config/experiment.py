@@ -226,9 +226,9 @@ class Train(Component):
     """The recipe; stages may override `lr` and `warmup`."""
 
     global_batch: int = Field(1024, ge=2)
-    """Pairs a step over all workers."""
+    """Samples a step over all workers."""
     micro_batch: int | None = Field(None, ge=1)
-    """Pairs of which a worker holds the activations at once; the rest are run again for their gradients (GradCache),
+    """Samples of which a worker holds the activations at once; the rest are run again for their gradients (GradCache),
     which costs a forward pass and leaves the loss of the global batch as it is. Absent: a worker's whole share, halved
     whenever the accelerator's memory turns out too small."""
     lr: float = Field(1e-3, gt=0)

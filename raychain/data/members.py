@@ -202,7 +202,8 @@ def _usable(sample: Sample, wanted: Wanted, bad: Callable[[str, str], None]) -> 
 
 def picture(sample: Sample) -> bytes:
     """The encoded picture."""
-    return next(sample[image] for image in IMAGES if image in sample)
+    found: bytes = next(sample[image] for image in IMAGES if image in sample)
+    return found
 
 
 class Annotation(NamedTuple):

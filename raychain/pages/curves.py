@@ -96,7 +96,7 @@ def _losses(run: Run) -> Markup | None:
 
     def draw(width: float, narrow: bool) -> tuple[float, Markup]:
         frame = _frame(width, narrow, axis.end, around(min(values), max(values), zero=distilled), 42)
-        parts = [_stage_bands(axis, frame), _grid(frame, "contrastive loss"), _bottom(frame, axis.title)]
+        parts = [_stage_bands(axis, frame), _grid(frame, "task loss"), _bottom(frame, axis.title)]
         for stage, kind, points in curves:
             band = [p for p in points if p]
             if any(p.high > p.low for p in band):
@@ -119,7 +119,7 @@ def _ends(frame: Frame, curves: Sequence[tuple[Stage, str, list[Point | None]]])
     for stage, kind, points in curves:
         final = next((p for p in reversed(points) if p), None)
         if stage.index == last and final:
-            ends.append((f"{'distillation' if 'dashed' in kind else 'contrastive'} {digits(final.value)}", final.value))
+            ends.append((f"{'distillation' if 'dashed' in kind else 'task'} {digits(final.value)}", final.value))
     heights = spread([frame.y(value) for _, value in ends], 17, frame.y.end, frame.y.start - 2)
     hue = f"note {colour(last)}"
     return join(label(frame.x.end + 12, y + 4, text, hue) for (text, _), y in zip(ends, heights, strict=True))

@@ -40,6 +40,7 @@ class Stage:
     """trained, reused or failed; else `unfinished` (it has begun) or `not started`."""
     params: float | None
     image_params: float | None
+    """Parameters of the image tower; None for models without towers too."""
     length: str
     """Length in the words of the experiment: `8 epochs`."""
     macs: float | None
@@ -206,7 +207,7 @@ def _stages(run: RunRecord, lines: dict[int, list[Json]]) -> list[Stage]:
             Stage(
                 index, name, status or ("unfinished" if mine else "not started"),
                 float(record.params or 0) or (float(size.params) if size else None),
-                float(size.principal_params) if size else None,
+                float(size.principal_params) if size and size.principal == "image" else None,
                 _length(record, entry), macs, per_sample, known, numbers(record.metrics), record, mine,
             )
         )  # fmt: skip

@@ -201,7 +201,7 @@ def _chain_note(run: Run) -> str:
 def _learning_note(run: Run) -> str:
     distilled = any(number(line.get("distill_loss")) for line in run.lines[-3:])
     return (
-        "Solid: the contrastive loss, which is comparable between stages. Dashed: the distillation term."
+        "Solid: the loss of the task, which is comparable between stages. Dashed: the distillation term."
         if distilled
         else ""
     )

@@ -107,7 +107,7 @@ def _shapes(task: Task, config: str, size: int) -> nn.Module:
 
 
 def check_compute(experiment: Experiment, address: str | None) -> None:
-    """Whether the workers get a pair each, GPUs where this machine is to have them, and a precision with GPUs.
+    """Whether the workers get a sample each, GPUs where this machine is to have them, and a precision with GPUs.
 
     Raises InputError.
     """
@@ -117,7 +117,7 @@ def check_compute(experiment: Experiment, address: str | None) -> None:
         raise InputError(
             "train.global_batch",
             f"{batch} over {experiment.most_workers} workers",
-            "at least one pair a worker",
+            "at least one sample a worker",
             f"--set compute.workers={batch}, or raise train.global_batch",
         )
     joined, here = cluster(address), torch.cuda.device_count()

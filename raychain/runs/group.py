@@ -222,7 +222,8 @@ class Groups(Listener):
             smaller = self.micro.too_large(seen.stage, seen.micro_batch)
             if smaller is None:
                 raise RunFailed(f"{seen.message} Lower train.micro_batch or train.global_batch.") from error
-            self._tell_restart("memory", f"too little memory for {seen.micro_batch} pairs at once: trying {smaller}")
+            held = f"{seen.micro_batch} {self.task.paradigm.samples}"
+            self._tell_restart("memory", f"too little memory for {held} at once: trying {smaller}")
             return
         why, pause = failure_of(error), self.policy.failed()
         if pause is None:

@@ -20,7 +20,7 @@ from raychain.data.mixture import BLOCK
 SCHEMA = 3
 """Version of the code's training semantics and of what its keys are made of; part of every stage key."""
 FORMER_SCHEMA = 2
-"""Its stages are taken over where their data is untouched (chain.takeover)."""
+"""Its stages are taken over where their data is untouched (`runs.takeover`)."""
 
 
 @dataclass(frozen=True)

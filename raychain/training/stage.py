@@ -101,7 +101,7 @@ class ChainWorker:
         return stage.index, state.counters.step, loader.wait_s
 
     def holding(self) -> tuple[int, int]:
-        """The stage that is trained, by index, and how many pairs' activations this rank holds at once, at the most."""
+        """The stage that is trained, by index, and of how many samples at most this rank holds activations at once."""
         index = self._running[0].index if self._running else 0
         own = rank_slice(self.experiment.train.global_batch, self.rank, world_size())
         share = own.stop - own.start

@@ -16,7 +16,7 @@ TRUNKS = "store/.trunks"
 
 
 class Resumed(NamedTuple):
-    """Where a stage goes on, and the states of which that step is; 0: it begins."""
+    """The step to resume from (0: a fresh start), and the checkpoints that hold it."""
 
     step: int
     states: Checkpoints

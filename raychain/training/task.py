@@ -154,7 +154,7 @@ class ChainTask:
     experiment: Experiment
     out: str
     store: str | None
-    """Storage whose finished stages are shared with other run folders (chain.store); None: only the run folder's."""
+    """Storage whose finished stages are shared with other run folders (`runs.store`); None: only the run folder's."""
     stages: tuple[StageTask, ...]
     suite: Suite
     """What every stage is measured on."""
