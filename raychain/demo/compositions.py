@@ -93,10 +93,6 @@ class Compositions:
         mixed = _mixed_backgrounds(self.seed, name)
         return {"validation": mixed[:cut], "test": mixed[cut : 2 * cut], "train": mixed[2 * cut :]}[split]
 
-    def pairs_held_out(self, split: HeldOut) -> list[tuple[int, int]]:
-        """The unordered pairs, smaller number first, that only `split` may show together."""
-        return _held_out_pairs(self)[split]
-
     @property
     def _singles_held_out(self) -> int:
         return min(self.names, round(SINGLE_SHARE["held out"] * self.held_out))
