@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from open_clip.loss import ClipLoss
 
+from raychain.core import dist as core_dist
 from raychain.core.dist import gather, mean_over_ranks, world_size
 from raychain.paradigms.clip.loss import contrastive_loss
 from raychain.paradigms.objective import Projector
@@ -87,36 +88,43 @@ def test_several_captions_are_averaged_as_by_hand() -> None:
     )
 
 
+def _check_gradients(rank: int, world: int, expected: dict[int, Any]) -> None:
+    """Losses and gradients are those of the global batch, and others are left alone."""
+    for captions, (loss, gradients) in expected.items():
+        ours, ours_grad = loss_and_gradients(captions, rank, world)
+        torch.testing.assert_close(ours, loss)
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(ours_grad[name], gradient, rtol=1e-4, atol=1e-6)
+
+    block = slice(rank * BATCH // world, (rank + 1) * BATCH // world)
+    if BATCH % world == 0:
+        image, text, scale = features(towers(), *(part[block] for part in inputs(1)))
+        theirs = ClipLoss(local_loss=True, gather_with_grad=True, rank=rank, world_size=world)
+        torch.testing.assert_close(contrastive_loss(image, text, scale), theirs(image, text[:, 0], scale))
+
+    local, other = (
+        torch.full((2, 3), float(rank), requires_grad=True),
+        torch.zeros(2 * world, 3, requires_grad=True),
+    )
+    beside = other * 1.0  # made before the gathering, so that backward comes to it afterwards
+    joined = gather(local)
+    assert joined[:, 0].tolist() == [float(r) for r in range(world) for _ in range(2)]
+    ((joined + beside) * torch.full_like(other, rank + 1)).sum().backward()
+    assert local.grad is not None
+    assert other.grad is not None
+    assert local.grad.unique().item() == world * (world + 1) / 2
+    assert other.grad.unique().item() == rank + 1, "summing over ranks changed a gradient that is not gathered"
+
+
 def _check_rank(rank: int, world: int, rendezvous: str) -> None:
-    """What one rank checks; an assertion that fails here fails the spawning test."""
+    """What one rank checks, however gradients are summed; an assertion that fails here fails the spawning test."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
     try:
         expected: dict[int, Any] = torch.load(f"{rendezvous}.expected")
-        for captions, (loss, gradients) in expected.items():
-            ours, ours_grad = loss_and_gradients(captions, rank, world)
-            torch.testing.assert_close(ours, loss)
-            for name, gradient in gradients.items():
-                torch.testing.assert_close(ours_grad[name], gradient, rtol=1e-4, atol=1e-6)
-
-        block = slice(rank * BATCH // world, (rank + 1) * BATCH // world)
-        if BATCH % world == 0:
-            image, text, scale = features(towers(), *(part[block] for part in inputs(1)))
-            theirs = ClipLoss(local_loss=True, gather_with_grad=True, rank=rank, world_size=world)
-            torch.testing.assert_close(contrastive_loss(image, text, scale), theirs(image, text[:, 0], scale))
-
-        local, other = (
-            torch.full((2, 3), float(rank), requires_grad=True),
-            torch.zeros(2 * world, 3, requires_grad=True),
-        )
-        beside = other * 1.0  # made before the gathering, so that backward comes to it afterwards
-        joined = gather(local)
-        assert joined[:, 0].tolist() == [float(r) for r in range(world) for _ in range(2)]
-        ((joined + beside) * torch.full_like(other, rank + 1)).sum().backward()
-        assert local.grad is not None
-        assert other.grad is not None
-        assert local.grad.unique().item() == world * (world + 1) / 2
-        assert other.grad.unique().item() == rank + 1, "summing over ranks changed a gradient that is not gathered"
+        for scatters in ((), ("gloo",)):
+            core_dist.SCATTERS = scatters
+            _check_gradients(rank, world, expected)
     finally:
         dist.destroy_process_group()
 

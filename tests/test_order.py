@@ -1,5 +1,6 @@
 """The order of samples depends on seed, pass, shard sizes and lanes alone: not on world size or where one begins."""
 
+import time
 from dataclasses import replace
 from itertools import chain, islice
 
@@ -198,6 +199,25 @@ def test_a_source_between_others_may_be_tiny(small: int) -> None:
     assert (mixture.block == BLOCK) == (small == 5000)
     shards = mixture.rows(0, mixture.samples).shard
     assert abs((shards == 7).sum() - small) <= 2
+
+
+def test_a_large_set_is_planned_at_once_and_a_node_touches_its_part() -> None:
+    """experiments/benchmarks/order.py at a twentieth of the shards; the bounds hold where other work disturbs."""
+    shards, samples, batch, world = 5_000, 2_000, 8_192, 64
+    started = time.thread_time()
+    order = Order((samples,) * shards, 0, lanes=usual_lanes(shards, shards * samples))
+    assert order.lane(0).samples == shards * samples // 64
+    assert time.thread_time() - started < 2
+    for rank in (0, 37):
+        block, took, touched = rank_slice(batch, rank, world), [], set[int]()
+        for step in range(shards * samples // batch):
+            started = time.thread_time()
+            own = parts(order.lanes, step * batch, (step + 1) * batch, block)
+            rows = [order.lane(part.lane).rows(part.start, part.stop) for part in own]
+            took.append(time.thread_time() - started)
+            touched |= {shard for part in rows for shard in part.shard.tolist()}
+        assert sorted(took)[len(took) // 2] < 2e-3
+        assert len(touched) <= shards / 64 + 2
 
 
 def test_seeds_and_passes_give_different_orders() -> None:

@@ -119,6 +119,8 @@ class Loader:
         self._turn = self.slice.start * feed.order.lanes / global_batch - min(lanes, default=0)
         """Where this rank's part begins in its lanes, in lanes."""
         self._tables: dict[int, Table] = {}
+        self._ends: dict[int, int] = {}
+        """Up to where in each lane the tables are enough."""
         self._queue: queue.Queue[Batch | BaseException | None] = queue.Queue(AHEAD)
         self._closed = threading.Event()
         self._threads = max(1, threads)
@@ -184,6 +186,8 @@ class Loader:
         Where room is scarce, one loader of the node at a time waits for it, and the others hold nothing, so that none
         waits for what another keeps while it waits.
         """
+        if all(place < self._ends.get(lane, 0) for lane, place in places.items()):
+            return self._ends
         ends: dict[int, int] = {}
         now: list[Window] = []
         soon: list[Window] = []
@@ -203,6 +207,7 @@ class Loader:
                     self._take(together, [shard for shard in shards if shard not in self._tables], self.cache.table)
             for shard in self._in_turn(soon):  # files used from now on do not make room for these
                 self._submit(self.cache.ensure, shard, spare=time.time())
+        self._ends = ends
         return ends
 
     def _together(self, own: list[int], step: int) -> list[int]:
@@ -232,6 +237,7 @@ class Loader:
 
     def _release(self) -> None:
         """Lets the cache's files go."""
+        self._ends = {}
         self._tables = {shard: table for shard, table in self._tables.items() if not table.mapped}
 
     def _in_turn(self, windows: list[Window]) -> list[int]:
