@@ -385,5 +385,7 @@ class SearchRecord(Versioned):
     stage_epochs_of_chains: dict[str, Number] | None = None
     proxy: ProxyRecord | None = None
     asha: HalvingRecord | None = None
+    tune: dict[str, str] | None = None
+    """Versions of the programs that wrote the folder `tune`."""
     trained: list[str] | None = None
     begun: dict[Annotated[str, Field(pattern="^[0-9]{1,9}$")], list[str]] | None = None

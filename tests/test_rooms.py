@@ -62,12 +62,16 @@ def test_every_module_is_in_a_room() -> None:
 
 
 def test_ray_is_imported_in_its_own_room_alone() -> None:
+    """But `ray.tune` where the search is Tune's: its searcher, scheduler and callback are classes of Tune's that know
+    chains, trials and their tree. Below `searching` they could only call up again through functions handed down.
+    """
     found = [
         f"{file.relative_to(PACKAGE)}:{line} imports {name}"
         for file in sorted(PACKAGE.rglob("*.py"))
         if file.relative_to(PACKAGE).parts[0] != "backend_ray"
         for line, name in imports(file)
         if name.split(".")[0] == "ray"
+        and not (file.parent == PACKAGE / "searching/tune" and f"{name}.".startswith("ray.tune."))
     ]
     assert not found
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
+import queue
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,8 +22,15 @@ from raychain.config.loading import validate
 from raychain.errors import InputError, Interrupted
 from raychain.records import StageEntry
 from raychain.searching import driver
-from raychain.searching.campaign import Job, JobEnded, StageDone
-from raychain.searching.halving import Halving, Point, Verdict
+from raychain.searching.campaign import Job, JobEnded, Notice, StageDone, Stop
+from raychain.searching.judging import Passed, Rungs
+from raychain.searching.tune.scheduler import HalvingScheduler
+
+
+def searched(experiment: Any) -> dict[str, Any]:
+    """search.json of a search in this process."""
+    return raychain.search(experiment).record
+
 
 KEYS = {"trials", "pareto", "best", "stage_epochs_requested", "stage_epochs_trained", "baseline"}
 TRIAL_KEYS = {"chain", "macs", "metrics", "status"}
@@ -44,7 +52,7 @@ def small(tree: dict[str, Any]) -> dict[str, Any]:
 def test_a_search_shares_stages_and_its_best_chain_run_alone_gives_the_same(
     ray_session: None, small: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    result = raychain.search(validate(small))
+    result = searched(validate(small))
     out = tmp_path / "runs" / "tiny-search"
     assert result == json.loads((out / "search.json").read_text())
     assert result.keys() >= KEYS
@@ -59,7 +67,7 @@ def test_a_search_shares_stages_and_its_best_chain_run_alone_gives_the_same(
     assert sorted(keys) == sorted({key for trial in result["trials"] for key in trial["keys"]}), "each trained once"
     assert "of 2 possible chains" in capsys.readouterr().err
 
-    again = raychain.search(validate(small))
+    again = searched(validate(small))
     assert (again["status"], again["trained"]) == ("succeeded", result["trained"])
     assert [trial["metrics"] for trial in again["trials"]] == [trial["metrics"] for trial in result["trials"]]
 
@@ -75,49 +83,89 @@ class Instant:
     """A runner whose stages are there at once; the first one's metric is its steps, every later one adds a point."""
 
     most: ClassVar[int | None] = None
-    """Stages until the search is interrupted."""
+    """Stages until Ctrl-C."""
 
-    def __init__(self, show: Any, *, verbose: bool) -> None:
-        self._notices: list[StageDone | JobEnded] = []
+    judged: ClassVar[set[str] | None] = None
+    """Stages that Tune's scheduler has heard of; a chain's next stage waits for that, so that it may be stopped."""
+
+    def __init__(self, plan: Any, progress: Any, *, verbose: bool) -> None:
+        self._notices: queue.SimpleQueue[Notice] = queue.SimpleQueue()
+        self._cut: set[int] = set()
+        if Instant.judged is not None:
+            Instant.judged.clear()
 
     def start(self, job: Job) -> None:
-        task, done = job.trial.task, []
+        threading.Thread(target=self._work, args=(job,), daemon=True).start()
+
+    def _work(self, job: Job) -> None:
+        task = job.trial.task
         for place, stage in enumerate(task.stages):
             if stage.key in job.keys:
+                before = task.stages[place - 1].key if place else None
+                until = time.monotonic() + 30
+                while before and Instant.judged is not None and time.monotonic() < until:
+                    time.sleep(0.3)  # and for the cut
+                    if before in Instant.judged:
+                        break
+                if id(job) in self._cut:
+                    self.put(JobEnded(job, stopped=True))
+                    return
                 metrics = {"zero_shot_top1": task.stages[0].steps ** 0.5 + place}
                 digest = task.suite.digest
                 record = StageEntry(key=stage.key, status="trained", metrics=metrics, evaluation=digest)
-                done.append(StageDone(job, stage.key, record))
-        self._notices += [*done, JobEnded(job)]
+                self.put(StageDone(job, stage.key, record))
+        self.put(JobEnded(job))
 
-    def wait(self) -> StageDone | JobEnded:
-        if Instant.most is not None:
+    def wait(self) -> Notice:
+        notice = self._notices.get()
+        if Instant.most is not None and isinstance(notice, StageDone):
             Instant.most -= 1
             if Instant.most < 0:
-                raise Interrupted
-        return self._notices.pop(0)
+                os.kill(os.getpid(), signal.SIGINT)
+                job = notice.job
+                self._cut.add(id(job))
+                ended = False
+                while not isinstance(notice, Stop):
+                    notice = self._notices.get()
+                    ended = ended or isinstance(notice, JobEnded)
+                if ended:
+                    self.put(JobEnded(job, stopped=True))
+        return notice
+
+    def put(self, notice: Notice) -> None:
+        self._notices.put(notice)
 
     def cut(self, job: Job) -> None:
-        self._notices = [n for n in self._notices if n.job is not job] + [JobEnded(job, stopped=True)]
+        self._cut.add(id(job))
+
+    def stop(self) -> None: ...
 
 
 @pytest.fixture
-def instant(monkeypatch: pytest.MonkeyPatch) -> type[Instant]:
-    """Nothing is trained, and Ray is not needed."""
+def instant(ray_session: None, monkeypatch: pytest.MonkeyPatch) -> type[Instant]:
+    """Nothing is trained."""
     monkeypatch.setattr(driver, "RayRunner", Instant)
-    monkeypatch.setattr(driver, "session", lambda *_: contextlib.nullcontext())
     monkeypatch.setattr(driver, "slots", lambda _: 1)
     monkeypatch.setattr(Instant, "most", None)
     return Instant
 
 
 @pytest.fixture
-def halved(small: dict[str, Any]) -> dict[str, Any]:
+def halved(small: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Chains that begin with 4, 8 or 12 steps of the first model, judged after the MACs of 4 of them."""
     alone = {k: v for k, v in small.items() if k not in ("family", "search")}
     grace = raychain.plan(validate(alone | {"chain": [{"model": "CoM-micro-S", "epochs": "4 steps"}]}))["macs"]
     space = {"models": "CoM-micro-{S,M}", "first": [f"{n} steps" for n in (4, 8, 12)], "grown": ["6 steps", "7 steps"]}
     asha = {"grace": grace, "reduction_factor": 2}
+    hears, judged = HalvingScheduler.on_trial_result, set()
+
+    def hear(self: HalvingScheduler, controller: Any, trial: Any, result: Any) -> str:
+        decision = hears(self, controller, trial, result)
+        judged.add(result["key"])
+        return decision
+
+    monkeypatch.setattr(HalvingScheduler, "on_trial_result", hear)
+    monkeypatch.setattr(Instant, "judged", judged)
     more = {"trials": 6, "seeds": 0, "space": space, "asha": asha, "controls": None, "sampler": "grid"}
     return small | {"search": more}
 
@@ -132,9 +180,9 @@ def test_a_search_of_schema_1_goes_on_if_its_settings_and_data_are_the_same(
         start(self, job)
 
     monkeypatch.setattr(Instant, "start", noting)
-    instant.most = 7
+    instant.most = 3
     with pytest.raises(Interrupted):
-        raychain.search(validate(halved))
+        searched(validate(halved))
     instant.most = None
     file = tmp_path / "runs" / "tiny-search" / "search.json"
     text = file.read_text()
@@ -147,10 +195,10 @@ def test_a_search_of_schema_1_goes_on_if_its_settings_and_data_are_the_same(
         if changed is halved:
             os.utime(file, (1, 1))
         with pytest.raises(InputError, match="other settings or other data"):
-            raychain.search(validate(changed))
+            searched(validate(changed))
     file.write_text(json.dumps(former))
-    result = raychain.search(validate(halved))
-    whole = raychain.search(validate(halved | {"storage": str(tmp_path / "whole")}))
+    result = searched(validate(halved))
+    whole = searched(validate(halved | {"storage": str(tmp_path / "whole")}))
     assert (result["asha"], result["identity"], result["trained"]) == (
         whole["asha"], whole["identity"], whole["trained"],
     )  # fmt: skip
@@ -160,12 +208,12 @@ def test_chains_that_are_behind_at_equal_macs_are_stopped_and_a_search_goes_on_w
     halved: dict[str, Any], instant: type[Instant], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """2 after 4 steps stay; 2.8 after 8 and 3.5 after 12 are 1.4 and 1.2 after 4."""
-    instant.most = 7
+    instant.most = 3
     with pytest.raises(Interrupted):
-        raychain.search(validate(halved))
+        searched(validate(halved))
     instant.most = None
-    result = raychain.search(validate(halved))
-    whole = raychain.search(validate(halved | {"storage": str(tmp_path / "whole")}))
+    result = searched(validate(halved))
+    whole = searched(validate(halved | {"storage": str(tmp_path / "whole")}))
     assert result["asha"] == whole["asha"]
     seen = [
         (trial["params"]["first"], trial["params"]["grown.CoM-micro-M"], trial["status"]) for trial in whole["trials"]
@@ -190,15 +238,15 @@ def test_chains_that_are_behind_at_equal_macs_are_stopped_and_a_search_goes_on_w
 
 def test_tpe_hears_of_chains_that_were_stopped(halved: dict[str, Any], instant: type[Instant]) -> None:
     halved["search"] |= {"sampler": "tpe"}
-    result = raychain.search(validate(halved))
+    result = searched(validate(halved))
     assert {trial["status"] for trial in result["trials"]} == {"succeeded", "stopped"}
     assert result["best"]["status"] == "succeeded"
-    assert raychain.search(validate(halved))["trials"] == result["trials"], "nothing is left to try"
+    assert searched(validate(halved))["trials"] == result["trials"], "nothing is left to try"
 
 
 def test_asha_that_cannot_be_is_one_message(small: dict[str, Any], instant: type[Instant]) -> None:
     with pytest.raises(InputError, match=r"(?s)search.asha.grace.*200 %.*fewer than the baseline's"):
-        raychain.search(validate(small | {"search": small["search"] | {"asha": {"grace": "200 %"}}}))
+        searched(validate(small | {"search": small["search"] | {"asha": {"grace": "200 %"}}}))
     with pytest.raises(InputError, match="aim: metric"):
         validate(small | {"search": small["search"] | {"asha": {}, "aim": "pareto"}})
 
@@ -207,20 +255,12 @@ def test_asha_that_cannot_be_is_one_message(small: dict[str, Any], instant: type
 def test_a_chain_is_stopped_in_the_middle_of_a_stage(
     ray_session: None, small: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    judged: list[tuple[str, Point]] = []
-
-    def judge(self: Halving, keys: list[str], point: Point) -> Verdict | None:
-        judged.append((keys[-1], point))
-        if len(keys) == 2 and sum(key == keys[-1] for key, _ in judged) == 2:  # six steps are measured once on the way
-            self.behind[keys[-1]] = Verdict(point.macs, point.value, 50.0, 2)
-            return self.behind[keys[-1]]
-        return None
-
-    monkeypatch.setattr(Halving, "judge", judge)
+    """The second of two chains is behind at a rung within its last stage."""
+    monkeypatch.setattr(Rungs, "between", lambda self, before, now: [Passed(9, now.percent, -now.percent)])
     space = small["search"]["space"] | {"grown": ["6 steps", "5000 steps"]}
     small["evaluate"]["every"] = "4 steps"
     small["search"] |= {"space": space, "asha": {"grace": 1.0}, "controls": None, "concurrent": 1, "seeds": 0}
-    result = raychain.search(validate(small))
+    result = searched(validate(small))
     assert [trial["status"] for trial in result["trials"]] == ["succeeded", "stopped"]
     assert len(result["trained"]) == 2, "the first stage of both, and the first one's last"
     folder = tmp_path / "runs/tiny-search/chains" / result["trials"][1]["keys"][-1][:12]
@@ -257,9 +297,9 @@ def test_a_killed_search_continues_where_it_was(small: dict[str, Any], tmp_path:
 def test_a_search_goes_on_whatever_its_record_holds(
     halved: dict[str, Any], instant: type[Instant], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    instant.most = 7
+    instant.most = 3
     with pytest.raises(Interrupted):
-        raychain.search(validate(halved))
+        searched(validate(halved))
     instant.most = None
     file = tmp_path / "runs" / "tiny-search" / "search.json"
     good = json.loads(file.read_text())
@@ -272,9 +312,9 @@ def test_a_search_goes_on_whatever_its_record_holds(
     ):  # fmt: skip
         file.write_text(json.dumps(good | odd))
         caplog.clear()
-        assert raychain.search(validate(halved))["status"] == "succeeded", odd
+        assert searched(validate(halved))["status"] == "succeeded", odd
         raychain.report(file.parent)
     for content in (b"[" * 3000, b"[]", b"\xff", b""):
         file.write_bytes(content)
-        assert raychain.search(validate(halved))["status"] == "succeeded", content
+        assert searched(validate(halved))["status"] == "succeeded", content
     assert len(list(file.parent.glob("search.json.damaged-*"))) == 5

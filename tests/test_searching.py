@@ -24,13 +24,27 @@ from raychain.config.loading import validate
 from raychain.errors import InputError
 from raychain.evaluators.metrics import Definition
 from raychain.records import HalvingRecord, StageEntry
-from raychain.searching.campaign import Campaign, Job, JobEnded, StageDone, Trial, ratio
+from raychain.searching.campaign import (
+    Campaign,
+    Job,
+    JobEnded,
+    Measured,
+    Notice,
+    StageDone,
+    Stop,
+    Unwanted,
+    Wanted,
+    ratio,
+)
+from raychain.searching.choices import Choices
 from raychain.searching.experiments import proxied
-from raychain.searching.halving import Halving, Point, Verdict
+from raychain.searching.judging import Passed, Point, Rungs, Verdict
 from raychain.searching.outcome import best_chain, comparisons, pareto, rank_correlation
-from raychain.searching.sampling import make_sampler
+from raychain.searching.reports import DONE, Measure, Reporter
 from raychain.searching.space import make_space
 from raychain.searching.tree import StageTree
+from raychain.searching.trials import Trial
+from raychain.searching.tune.searchers import make_searcher
 
 TOP1, LOSS = Definition("set/top1", "top-1", "%", "high"), Definition("set/loss", "loss", "nats", "low")
 MICRO: dict[str, Any] = {
@@ -60,6 +74,9 @@ class Stage:
 class Chain:
     stages: tuple[Stage, ...]
 
+    def measured(self, record: StageEntry) -> bool:
+        return True
+
 
 def trial(number: int, stages: list[tuple[str, float]]) -> Trial:
     """A chain of (model, epochs) whose keys stand for all that comes before, as real ones do."""
@@ -71,51 +88,122 @@ def trial(number: int, stages: list[tuple[str, float]]) -> Trial:
 
 @dataclass
 class Simulated:
-    """Trains stages in no time of ours, on a clock of its own."""
+    """Trains stages in no time of ours, on a clock of its own, with `measures` measurements within each."""
 
     fails: frozenset[str] = frozenset()
     stops_after: int | None = None
+    measures: int = 0
+    metric: Any = lambda key, share: 1.0
     clock: float = 0.0
     busy: float = 0.0
     trained: list[str] = field(default_factory=list)
-    events: list[tuple[float, int, StageDone | JobEnded]] = field(default_factory=list)
+    events: list[tuple[float, int, Notice]] = field(default_factory=list)
     order: Any = field(default_factory=itertools.count)
 
     def start(self, job: Job) -> None:
-        at, costs = self.clock, {step.key: step.share * step.stage.macs for step in job.trial.path}
-        for key in job.keys:
-            at += costs[key]
+        at = self.clock
+        for step in job.trial.path:
+            key, cost = step.key, step.share * step.stage.macs
+            if key not in job.keys:
+                continue
+            for n in range(1, self.measures + 1):
+                share = n / (self.measures + 1)
+                found = Measure(int(share * step.stage.steps), {"set/top1": self.metric(key, share)})
+                self.push(at + share * cost, Measured(job, step.place, found))
+            at += cost
             if key in self.fails:
-                self._push(at, JobEnded(job, f"{key} is not finite"))
+                self.push(at, JobEnded(job, f"{key} is not finite"))
                 return
             if self.stops_after is not None and len(self.trained) >= self.stops_after:
-                self._push(at, JobEnded(job, stopped=True))
+                self.push(at, JobEnded(job, stopped=True))
                 return
             self.trained.append(key)
-            self.busy += costs[key]
-            self._push(at, StageDone(job, key, StageEntry(key=key, status="trained", metrics={"top1": 1.0})))
-        self._push(at, JobEnded(job))
+            self.busy += cost
+            metrics = {"set/top1": self.metric(key, 1.0)}
+            self.push(at, StageDone(job, key, StageEntry(key=key, status="trained", metrics=metrics)))
+        self.push(at, JobEnded(job))
 
-    def wait(self) -> StageDone | JobEnded:
+    def wait(self) -> Notice:
         self.clock, _, notice = heapq.heappop(self.events)
         return notice
 
+    def put(self, notice: Notice) -> None:
+        self.push(self.clock, notice)
+
     def cut(self, job: Job) -> None:
         """What it would have trained from now on it has not."""
-        left = [found for found in self.events if found[2].job is job]
-        self.events = [found for found in self.events if found[2].job is not job]
+        left = [found for found in self.events if getattr(found[2], "job", None) is job]
+        self.events = [found for found in self.events if getattr(found[2], "job", None) is not job]
         heapq.heapify(self.events)
         for _, _, notice in left:
             if isinstance(notice, StageDone):
                 self.trained.remove(notice.key)
-        self._push(self.clock, JobEnded(job, stopped=True))
+                self.busy -= next(s.share * s.stage.macs for s in job.trial.path if s.key == notice.key)
+        self.push(self.clock, JobEnded(job, stopped=True))
 
-    def _push(self, at: float, notice: StageDone | JobEnded) -> None:
+    def push(self, at: float, notice: Notice) -> None:
         heapq.heappush(self.events, (at, next(self.order), notice))
 
 
-def campaign(runner: Simulated, slots: int, known: dict[str, StageEntry] | None = None) -> Campaign:
-    return Campaign(runner, slots, known=lambda step: (known or {}).get(step.key))
+@dataclass
+class Tune:
+    """What Tune does with a campaign: begins trials when it is hungry, hears of reports a little later, ends trials."""
+
+    runner: Simulated
+    source: Any
+    """The trials that are begun one after the other; those in `at_once` are wanted from the beginning."""
+    at_once: list[Trial] = field(default_factory=list)
+    stops: Any = lambda trial, report: False
+    delay: float = 0.0
+    campaign: Any = None
+    reports: dict[int, list[Any]] = field(default_factory=dict)
+    open: set[int] = field(default_factory=set)
+    sent: int = 0
+    idle: float = 0.0
+
+    def run(self, slots: int, known: dict[str, StageEntry] | None = None, begun: Any = None) -> Campaign:
+        self.campaign = Campaign(self.runner, slots, known=lambda step: (known or {}).get(step.key),
+                                 reporter=Reporter(TOP1, 100.0), audience=self, begun=begun)  # fmt: skip
+        if self.at_once:
+            self.want(self.at_once)
+        self.campaign.run()
+        return self.campaign
+
+    def want(self, trials: list[Trial]) -> None:
+        self.open |= {trial.number for trial in trials}
+        self.sent += 1
+        self.runner.put(Wanted(trials))
+
+    def tell(self, trial: Trial, first: int, reports: Any, end: str | None) -> None:
+        known = self.reports.setdefault(trial.number, [])
+        assert first == len(known), "in order, none twice"
+        known += reports
+        macs = [report["macs"] for report in known]
+        assert macs == sorted(macs)
+        if trial.number not in self.open:
+            return
+        if end:
+            trial.status = "succeeded" if end == DONE else "failed"
+            trial.reason = None if end == DONE else end
+        elif any(self.stops(trial, report) for report in reports):
+            trial.status = "stopped"
+        if trial.status != "running":
+            self.open.remove(trial.number)
+            self.runner.push(self.runner.clock + self.delay, Unwanted(trial))
+
+    def hungry(self, yes: bool, heard: int) -> None:
+        if heard != self.sent or self.campaign.stopping:
+            return
+        if yes and (fresh := next(self.source, None)) is not None:
+            self.want([fresh])
+        elif not self.open and not self.campaign.running:
+            self.runner.put(Stop())
+
+
+def search(runner: Simulated, trials: list[Trial], slots: int, known: Any = None, *, at_once: bool = True) -> Campaign:
+    """A campaign of all trials until they are over."""
+    tune = Tune(runner, iter([] if at_once else trials), trials if at_once else [])
+    return tune.run(slots, known)
 
 
 def with_trunk(number: int, stages: list[tuple[str, float]]) -> Trial:
@@ -127,17 +215,19 @@ def with_trunk(number: int, stages: list[tuple[str, float]]) -> Trial:
     return made
 
 
-def stopped(runner: Simulated, trials: list[Trial], slots: int) -> Campaign:
-    """A campaign of all trials that was stopped after `runner.stops_after` stages, if it has more."""
-    work = campaign(runner, slots)
-    for one in trials:
-        work.add(one)
-    assert runner.stops_after is not None
-    work.stopping = len({step.key for one in trials for step in one.path}) > runner.stops_after
-    while work.running or not work.stopping:
-        if work.run(lambda: None) or work.stopping:
-            break
-    return work
+def interrupted(runner: Simulated, trials: list[Trial], slots: int) -> Campaign:
+    """A campaign of all trials that a signal ends when `runner.stops_after` stages are trained, if it has more."""
+    tune = Tune(runner, iter(()), trials)
+    end = tune.hungry
+
+    def hungry(yes: bool, heard: int) -> None:
+        if len(runner.trained) >= (runner.stops_after or 0) and not tune.campaign.stopping:
+            runner.put(Stop())
+        else:
+            end(yes, heard)
+
+    tune.hungry = hungry  # type: ignore[method-assign]
+    return tune.run(slots)
 
 
 CHAINS = st.lists(
@@ -151,16 +241,12 @@ CHAINS = st.lists(
 @given(CHAINS, st.integers(1, 5), st.booleans())
 def test_every_trial_ends_and_no_stage_is_trained_twice(chains: Any, slots: int, at_once: bool) -> None:
     runner = Simulated()
-    work = campaign(runner, slots)
     trials = [trial(number, chain) for number, chain in enumerate(chains)]
-    if at_once:
-        for one in trials:
-            work.add(one)
-    source = iter([] if at_once else trials)
-    assert work.run(lambda: next(source, None))
+    work = search(runner, trials, slots, at_once=at_once)
     assert {one.status for one in trials} == {"succeeded"}
     needed = {key for one in trials for key in one.keys}
     assert sorted(runner.trained) == sorted(needed)
+    assert work.trained == needed
     requested, trained = ratio(trials, set(runner.trained))
     assert trained <= requested
 
@@ -169,16 +255,24 @@ def test_every_trial_ends_and_no_stage_is_trained_twice(chains: Any, slots: int,
 @given(CHAINS, st.integers(1, 4), st.integers(0, 10))
 def test_a_search_that_was_stopped_goes_on_and_trains_the_rest(chains: Any, slots: int, after: int) -> None:
     runner = Simulated(stops_after=after)
-    trials = [trial(number, chain) for number, chain in enumerate(chains)]
-    first = stopped(runner, trials, slots)
-    again = Simulated()
-    second = campaign(again, slots, {key: StageEntry(key=key, status="trained") for key in runner.trained})
-    cut = {job.trial.number for job in first.cut}
-    for one in [trial(number, chain) for number, chain in enumerate(chains)]:
-        second.resume(one) if one.number in cut else second.add(one)
-    assert second.run(lambda: None)
+    first = interrupted(runner, [trial(number, chain) for number, chain in enumerate(chains)], slots)
+    again, trials = Simulated(), [trial(number, chain) for number, chain in enumerate(chains)]
+    known = {key: StageEntry(key=key, status="trained", metrics={"set/top1": 1.0}) for key in runner.trained}
+    begun = {job.trial.number: job.keys for job in first.cut}
+    second = Tune(again, iter(()), trials).run(slots, known, begun)
     assert not set(again.trained) & set(runner.trained)
-    assert {one.status for one in second.trials.values()} == {"succeeded"}
+    assert {one.status for one in trials} == {"succeeded"}
+    cut = {key for keys in begun.values() for key in keys}
+    assert second.trained == set(again.trained) | (cut & set(runner.trained))
+
+
+def test_what_was_under_way_is_trained_first_by_one_worker_group_as_it_was() -> None:
+    runner, started = Simulated(), []
+    start = runner.start
+    runner.start = lambda job: (started.append((job.trial.number, job.keys)), start(job))  # type: ignore[assignment]
+    trials = [trial(0, [("a", 1), ("b", 9)]), trial(1, [("a", 1), ("c", 1)])]
+    Tune(runner, iter(()), trials).run(1, {}, {1: ["a1/", "a1/c1/"]})
+    assert started == [(1, ["a1/", "a1/c1/"]), (0, ["a1/b9/"])]
 
 
 @settings(max_examples=100, deadline=None)
@@ -187,92 +281,84 @@ def test_stages_that_differ_in_length_share_their_trunk(chains: Any, slots: int,
     runner = Simulated(stops_after=after)
     trials = [with_trunk(number, chain) for number, chain in enumerate(chains)]
     nodes = {step.key: step.share * step.stage.epochs for one in trials for step in one.path}
-    stopped(runner, trials, slots)
-    again = Simulated()
-    second = campaign(again, slots, {key: StageEntry(key=key, status="trained") for key in runner.trained})
-    for one in [with_trunk(number, chain) for number, chain in enumerate(chains)]:
-        second.add(one)
-    assert second.run(lambda: None)
-    assert {one.status for one in second.trials.values()} == {"succeeded"}
+    interrupted(runner, trials, slots)
+    again, trials = Simulated(), [with_trunk(number, chain) for number, chain in enumerate(chains)]
+    known = {key: StageEntry(key=key, status="trained", metrics={"set/top1": 1.0}) for key in runner.trained}
+    search(again, trials, slots, known)
+    assert {one.status for one in trials} == {"succeeded"}
     assert sorted(again.trained + runner.trained) == sorted(nodes), "every part once, an interruption or not"
     requested, trained = ratio(trials, set(nodes))
     assert trained == pytest.approx(sum(nodes.values()))
     assert requested == pytest.approx(sum(epochs for chain in chains for _, epochs in chain))
 
 
-def test_at_a_rung_the_best_of_those_that_passed_it_go_on() -> None:
-    halving = Halving(grace=10, factor=2)
-    assert halving.judge(["a"], Point(10, 30.0)) is None, "the first has no rivals"
-    assert halving.judge(["b"], Point(10, 40.0)) is None
-    assert halving.judge(["c"], Point(10, 35.0)) is None
-    verdict = halving.judge(["d"], Point(10, 20.0))
-    assert verdict == Verdict(10, 20.0, 32.5, 4)
-    assert halving.ended(["d", "e"]) == verdict
-    assert halving.ended(["a", "e"]) is None
-
-
-def test_chains_are_compared_at_the_same_macs_whenever_they_are_measured() -> None:
-    halving = Halving(grace=10, factor=2)
-    halving.judge(["a"], Point(8, 16.0))
-    halving.judge(["a", "b"], Point(24, 48.0))
-    assert halving.passed == {0: {"b": 20.0}, 1: {"b": 40.0}}
-    halving.judge(["c"], Point(40, 40.0))
-    assert halving.passed == {0: {"b": 20.0, "c": 10.0}, 1: {"b": 40.0}}, "it ends at the first rung where it is behind"
-    again = Halving(grace=10, factor=2)
-    again.restore(HalvingRecord.of(json.loads(halving.state().document())))
-    assert (again.passed, again.behind) == (halving.passed, halving.behind)
-    assert again.judge(["a", "b"], Point(24, 48.0)) is None, "judged once"
-
-
-@settings(max_examples=150, deadline=None)
-@given(CHAINS, st.integers(1, 4), st.integers(0, 1000))
-def test_stopped_trials_free_their_worker_groups_and_leave_the_others_their_stages(
-    chains: Any, slots: int, seed: int
+@settings(max_examples=200, deadline=None)
+@given(CHAINS, st.integers(1, 8), st.integers(0, 1000), st.sampled_from([0.0, 0.5, 20.0]), st.booleans(), st.booleans())
+def test_with_failures_stops_and_slow_stages_every_trial_ends_and_no_slot_idles(
+    chains: Any, slots: int, seed: int, delay: float, at_once: bool, trunks: bool
 ) -> None:
-    runner, chance = Simulated(), random.Random(seed)
-    trials = [trial(number, chain) for number, chain in enumerate(chains)]
+    """A stage that is slow costs up to 16 times as much. Tune hears late; it stops trials after any report."""
+    chance = random.Random(seed)
+    trials = [(with_trunk if trunks else trial)(number, chain) for number, chain in enumerate(chains)]
+    cost = {step.stage.key: chance.choice([1, 1, 4, 16]) for one in trials for step in one.path}
+    for one in trials:
+        for stage in one.task.stages:
+            stage.macs *= cost[stage.key]
+    keys = sorted({step.key for one in trials for step in one.path})
+    runner = Simulated(fails=frozenset(key for key in keys if chance.random() < 0.1), measures=chance.choice([0, 2]))
+    tune = Tune(runner, iter([] if at_once else trials), trials if at_once else [], delay=delay,
+                stops=lambda trial, report: chance.random() < 0.15)  # fmt: skip
+    inner = tune.hungry
 
-    def finished(key: str, *_: Any) -> None:
-        if chance.random() < 0.4:
-            running = [t for t in work.trials.values() if t.status == "running" and key in t.keys[:-1]]
-            work.drop([t for t in running if chance.random() < 0.7], "behind")
+    def hungry(yes: bool, heard: int) -> None:
+        work = tune.campaign
+        ready = [node for node in work.tree.nodes.values() if node.ready]
+        assert work.stopping or not ready or len(work.running) == slots, "a slot idles"
+        inner(yes, heard)
 
-    work = Campaign(runner, slots, known=lambda _: None, finished=finished)
-    source = iter(trials)
-    assert work.run(lambda: next(source, None))
-    assert {one.status for one in trials} <= {"succeeded", "stopped"}
+    tune.hungry = hungry  # type: ignore[method-assign]
+    work = tune.run(slots)
+    assert {one.status for one in trials} <= {"succeeded", "stopped", "failed"}
     assert not work.running
-    assert not work.cut, "nothing of them is left to be continued"
-    needed = {key for one in trials if one.status == "succeeded" for key in one.keys}
-    assert len(runner.trained) == len(set(runner.trained))
-    assert needed <= set(runner.trained)
-    reached = {step.key for one in trials for step in one.path[: one.reached]}
-    assert set(runner.trained) == reached, "and nothing that nobody needed"
-    requested, trained = ratio(trials, set(runner.trained))
-    assert trained <= requested
+    assert len(runner.trained) == len(set(runner.trained)), "none twice"
+    for one in trials:
+        path = [step.key for step in one.path]
+        if one.status == "succeeded":
+            assert set(path) <= set(runner.trained)
+            assert tune.reports[one.number][-1]["complete"]
+        elif one.status == "failed":
+            assert set(path) & runner.fails
+            assert one.reason in {f"{key} is not finite" for key in path}
+    needed = {key for one in trials for key in [step.key for step in one.path][: one.reached]}
+    assert delay or set(runner.trained) == needed, "and nothing that nobody needed"
 
 
 def test_a_stage_that_is_there_needs_nothing_of_its_trunk() -> None:
     runner = Simulated()
     one = with_trunk(0, [("a", 2.0), ("b", 1.0)])
-    work = campaign(runner, 1, {one.keys[0]: StageEntry(key=one.keys[0], status="trained")})
-    work.add(one)
-    assert work.run(lambda: None)
+    search(runner, [one], 1, {one.keys[0]: StageEntry(key=one.keys[0], status="trained", metrics={"set/top1": 1.0})})
     assert runner.trained == ["a2/b@80", "a2/b1/"]
 
 
 def test_a_failed_stage_fails_the_trials_that_need_it_and_no_others() -> None:
     runner = Simulated(fails=frozenset({"a1/b2/"}))
-    work = campaign(runner, 2)
     chains = [[("a", 1), ("b", 2), ("c", 1)], [("a", 1), ("b", 2)], [("a", 1), ("b", 1)], [("a", 1)]]
-    for number, chain in enumerate(chains):
-        work.add(trial(number, chain))
-    assert work.run(lambda: None)
-    assert [work.trials[n].status for n in range(4)] == ["failed", "failed", "succeeded", "succeeded"]
-    assert work.trials[1].reason == "a1/b2/ is not finite"
     late = trial(4, [("a", 1), ("b", 2), ("c", 3)])
-    work.add(late)
-    assert late.status == "failed"
+    trials = [trial(number, chain) for number, chain in enumerate(chains)]
+    Tune(runner, iter([late]), trials).run(2)
+    assert [one.status for one in trials] == ["failed", "failed", "succeeded", "succeeded"]
+    assert (trials[1].reason, late.status) == ("a1/b2/ is not finite", "failed")
+
+
+def test_a_trial_reports_its_chain_in_order_whoever_trains_it() -> None:
+    runner = Simulated(measures=1, metric=lambda key, share: len(key) + share)
+    first, second = trial(0, [("a", 1), ("b", 1)]), trial(1, [("a", 1), ("b", 2)])
+    tune = Tune(runner, iter([second]), [first])
+    tune.run(1)
+    told = [(r["set/top1"], r["macs"], r["stage"], r["step"], r["reused"], r["whole"], r["complete"])
+            for r in tune.reports[1]]  # fmt: skip
+    assert told == [(3.5, 0.5, 0, 50, 1.0, False, False), (4.0, 1.0, 0, 100, 1.0, True, False),
+                    (6.5, 4.0, 1, 50, 0.5, False, False), (7.0, 7.0, 1, 100, 0.5, True, True)]  # fmt: skip
 
 
 def test_the_longest_remaining_way_is_trained_first() -> None:
@@ -294,22 +380,20 @@ def test_a_thousand_chains_on_256_gpus_keep_them_busy_at_little_cost() -> None:
         models = sorted(draw.sample("abcdef", draw.randint(2, 4)))
         chains.append([(model, draw.choice([2.0, 4.0, 8.0, 12.0])) for model in models])
     runner = Simulated()
-    work = campaign(runner, 256)
+    trials = [trial(number, chain) for number, chain in enumerate(chains)]
     tracemalloc.start()
     began = time.perf_counter()
-    for number, chain in enumerate(chains):
-        work.add(trial(number, chain))
     before = tracemalloc.get_traced_memory()[0]
-    assert work.run(lambda: None)
+    work = search(runner, trials, 256)
     spent, after = time.perf_counter() - began, tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
     stages = len(work.tree.nodes)
-    critical = max(node.longest for node in work.tree.nodes.values() if node.parent is None)
+    critical = max(one.macs for one in trials)
     bound = max(runner.busy / 256, critical)
     assert sorted(runner.trained) == sorted(work.tree.nodes)
     assert bound / runner.clock >= 0.9
     assert spent / stages < 0.2
-    assert after - before < 2000 * stages
+    assert after - before < 5000 * stages, "with what this test keeps of reports"
 
 
 def experiment(**search: Any) -> Any:
@@ -399,34 +483,74 @@ def test_what_the_planner_proposes_is_tried_as_near_as_the_space_has_it() -> Non
     assert next(make_space(experiment()).planned())["first"] == "8 epochs"
 
 
+AIMS = {"metric": "top1", "mode": "max"}
+
+
 @pytest.mark.parametrize("kind", ["tpe", "random", "grid"])
 @pytest.mark.parametrize("pareto_too", [False, True])
-def test_samplers_choose_within_the_space_and_take_fixed_choices(kind: str, pareto_too: bool) -> None:
+def test_searchers_choose_within_the_space_and_take_points_first(kind: str, pareto_too: bool) -> None:
     space = make_space(experiment(space=SPACE | {"alpha": {"low": 0, "high": 2, "step": 0.5}}))
-    sampler = make_sampler(space, kind, 0, pareto=pareto_too)
-    points = list(space.points())
-    fixed = points[7]
-    assert sampler.ask(fixed) == fixed
-    sampler.tell(fixed, (30.0, 1e9))
-    for _ in range(15):
-        params = sampler.ask()
+    choices, points = Choices.of_space(space), list(space.points())
+    assert list(choices.points()) == points
+    aims = {"metric": ["top1", "macs"], "mode": ["max", "min"]} if pareto_too else AIMS
+    searcher = make_searcher(kind, choices, aims, seed=0, points=points[7:9])[0]
+    found = []
+    for number in range(15):
+        params = choices.decode(searcher.suggest(f"{number}"))
         assert params in points
         assert params is not None
-        sampler.tell(params, (10.0 * len(params["chain"]), float(space.macs(params))))
+        found.append(params)
+        result = {"top1": 10.0 * len(params["chain"]), "macs": float(space.macs(params)), "training_iteration": 1}
+        searcher.on_trial_complete(f"{number}", result)
+    assert found[:2] == points[7:9]
+    assert kind != "grid" or found[2:] == points[:13]
 
 
-def test_tpe_finds_what_pays() -> None:
-    space = make_space(experiment())
+@pytest.mark.parametrize("kind", ["tpe", "random", "grid"])
+def test_a_searcher_that_is_restored_goes_on_where_it_was(kind: str, tmp_path: Path) -> None:
+    choices = Choices.of_space(make_space(experiment()))
+
+    def suggested(searcher: Any, numbers: Any) -> list[Any]:
+        found = []
+        for number in numbers:
+            found.append(searcher.suggest(f"{number}"))
+            searcher.on_trial_complete(f"{number}", {"top1": float(number), "training_iteration": 1})
+        return found
+
+    whole, first, again = (make_searcher(kind, choices, AIMS, seed=0, points=[])[0] for _ in range(3))
+    wanted = suggested(whole, range(14))
+    begun = suggested(first, range(9))
+    first.save(str(tmp_path / "state"))
+    again.restore(str(tmp_path / "state"))
+    assert begun + suggested(again, range(9, 14)) == wanted
+
+
+def test_suggestions_that_are_none_of_the_space_are_none() -> None:
+    choices = Choices.of_space(make_space(experiment()))
+    point = next(choices.points())
+    assert choices.decode(choices.encode(point)) == point
+    assert choices.decode(choices.encode(point, whole=True)) == point
+    assert set(choices.encode(point, whole=True)) == {"chain", "first", "grown.CoM-micro-M", "grown.CoM-micro-L"}
+    for odd in ({}, {"chain": "x"}, choices.encode(point) | {"first": 9}, choices.encode(point) | {"first": "x"}):
+        assert choices.decode(odd) is None
+
+
+@pytest.mark.parametrize("best", ["high", "low"])
+def test_tpe_finds_what_pays(best: str) -> None:
+    choices = Choices.of_space(make_space(experiment()))
+    sign = 1 if best == "high" else -1
 
     def worth(params: Any) -> float:
         return 10.0 * (params["first"] == "8 epochs") + 5.0 * (params.get("grown.CoM-micro-L") == "3 epochs")
 
-    sampler = make_sampler(space, "tpe", 0, pareto=False)
+    searcher = make_searcher("tpe", choices, {"metric": "x", "mode": "max" if sign > 0 else "min"}, seed=0, points=[])[
+        0
+    ]
     found = []
-    for _ in range(40):
-        params = sampler.ask()
+    for number in range(40):
+        params = choices.decode(searcher.suggest(f"{number}"))
         found.append(worth(params))
-        sampler.tell(params or {}, (found[-1], 1.0))
+        searcher.on_trial_complete(f"{number}", {"x": sign * found[-1], "training_iteration": 1})
     assert sum(found[20:]) > sum(found[:20])
 
 
@@ -474,31 +598,28 @@ def test_where_lower_is_better_the_lowest_is_best_and_on_the_front() -> None:
     assert against["b"]["at_most"]["chain_is_ahead_by"] == -0.1
 
 
-def test_halving_of_a_loss_ends_chains_with_higher_ones_and_supposes_nothing_before_the_first_measurement() -> None:
-    halving = Halving(grace=10, factor=2, best="low")
-    assert halving.judge(["early"], Point(24, 1.0)) is None
-    assert halving.passed == {}, "nothing is known of a loss at 10 or 20 MACs"
-    for key, loss in (("a", 3.0), ("b", 4.0), ("c", 3.5)):
-        verdict = halving.judge([key], Point(10, loss))
-        assert (verdict is not None) == (key == "b"), key
-    assert halving.judge(["d"], Point(10, 2.9)) is None
-    assert halving.judge(["a", "a2"], Point(30, 1.0)) is None
-    assert halving.passed[1] == {"a2": 2.0}, "linear between 3.0 at 10 and 1.0 at 30"
+def test_chains_are_compared_at_the_same_macs_whenever_they_are_measured() -> None:
+    rungs = Rungs(grace=10, factor=2, baseline=1e12)
+    assert list(rungs.between(None, Point(8, 16.0))) == []
+    assert list(rungs.between(Point(8, 16.0), Point(24, 48.0))) == [Passed(0, 10, 20.0), Passed(1, 20, 40.0)]
+    assert list(rungs.between(None, Point(40, 40.0))) == [(0, 10, 10.0), (1, 20, 20.0), (2, 40, 40.0)]
+    for key, value in (("a", 20.0), ("b", 30.0)):
+        rungs.note(key, Passed(0, 10, value), stopped=False)
+    rungs.note("c", Passed(0, 10, 5.0), stopped=True)
+    assert rungs.behind == {"c": Verdict(1e11, 5.0, 25.0, 3)}
+    assert rungs.ended(["x", "c", "y"]) == rungs.behind["c"]
+    assert rungs.ended(["x", "y"]) is None
+    again = Rungs(grace=10, factor=2, baseline=1e12)
+    again.restore(HalvingRecord.of(json.loads(rungs.state().document())))
+    assert (again.passed, again.behind) == (rungs.passed, rungs.behind)
 
 
-def test_tpe_looks_for_the_lowest_where_lower_is_better() -> None:
-    space = make_space(experiment())
-
-    def loss(params: Any) -> float:
-        return 30.0 - 10.0 * (params["first"] == "8 epochs") - 5.0 * (params.get("grown.CoM-micro-L") == "3 epochs")
-
-    sampler = make_sampler(space, "tpe", 0, pareto=False, best="low")
-    found = []
-    for _ in range(40):
-        params = sampler.ask()
-        found.append(loss(params))
-        sampler.tell(params, (found[-1], 1.0))
-    assert sum(found[20:]) < sum(found[:20])
+def test_of_a_loss_nothing_is_supposed_before_the_first_measurement() -> None:
+    rungs = Rungs(grace=10, factor=2, baseline=1e12, best="low")
+    assert list(rungs.between(None, Point(24, 1.0))) == []
+    assert list(rungs.between(None, Point(10, 3.0))) == [(0, 10, 3.0)]
+    assert list(rungs.between(Point(10, 3.0), Point(30, 1.0))) == [(1, 20, 2.0)], "linear between 3.0 at 10 and 1.0"
+    assert rungs.needed([3.0, 4.0, 5.0]) == 4.0
 
 
 def test_rank_correlation_is_spearmans() -> None:

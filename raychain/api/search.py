@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from raychain.config import Experiment, opened
-from raychain.core.json import Json
+
+if TYPE_CHECKING:
+    from raychain.searching.driver import Searched
 
 
 def search(
@@ -15,8 +19,9 @@ def search(
     address: str | None = None,
     verbose: bool = False,
     models: str | None = None,
-) -> Json:
-    """Tries chains as the experiment's `search` says and returns the content of search.json.
+) -> Searched:
+    """Tries chains as the experiment's `search` says and returns what it found: `.record` is search.json,
+    `.best` and `.front` are trials of it, `.results` is Ray Tune's ResultGrid.
 
     `trials` replaces `search.trials`, `models` the experiment's folder of model configs. The same call again continues,
     with more trials too. The folder `out`, by default STORAGE/NAME-search, gets search.json and best.yaml, the best
@@ -43,4 +48,4 @@ def search(
     plan = plan_search(
         config, writable(folder).address, writable(config.storage, "storage").address if shared else folder
     )
-    return run_search(plan, address=address, verbose=verbose).content()
+    return run_search(plan, address=address, verbose=verbose)

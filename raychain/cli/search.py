@@ -26,7 +26,7 @@ def search_command(
     """Find a better chain by measurement; the same command again continues."""
     options: dict[str, Any] = {"out": out, "address": address, "verbose": verbose, "models": models}
     with redirect_stdout(sys.stderr):  # as `raychain run` does
-        result = search(experiment, trials=trials, overrides=tuple(overrides or ()), **options)
+        result = search(experiment, trials=trials, overrides=tuple(overrides or ()), **options).record
     if as_json:
         say(json.dumps(result, indent=2), sys.stdout)
     else:

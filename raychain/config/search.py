@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, NonNegativeFloat, PositiveInt, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeFloat, PositiveInt, model_validator
 
+from raychain.core.json import Json
 from raychain.schema.allocation import Budget, EpochRule, MacsBudget, RatioBounds
 from raychain.schema.component import Component, OneOrMore, Seed
 from raychain.schema.durations import Epochs, Warmup
@@ -130,14 +131,42 @@ class Controls(Component):
     """At the end each model alone at the best chain's MACs."""
 
 
+class Named(BaseModel):
+    """A part by its name, with its options beside: `{name: hyperopt, n_initial_points: 5}`."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+    name: str
+
+    @property
+    def options(self) -> Json:
+        """What stands beside the name."""
+        return dict(self.model_extra or {})
+
+    @property
+    def written(self) -> str:
+        """As a user would write it."""
+        return f"{{{', '.join(f'{key}: {value}' for key, value in self.model_dump().items())}}}"
+
+
+Part = str | Named
+Parts = Annotated[tuple[Part, ...], BeforeValidator(lambda v: (v,) if isinstance(v, str | dict) else v)]
+
+
+def named(part: Part) -> Named:
+    """The part with its options, of which a name alone has none."""
+    return Named(name=part) if isinstance(part, str) else part
+
+
 class Search(Component):
     """How `raychain search` looks for a chain that is better than the planner's."""
 
     space: Space = Space()
-    sampler: Literal["tpe", "random", "grid"] = "tpe"
-    """Optuna's tree-structured Parzen estimator, random choices, or every combination in turn."""
+    sampler: Part = "tpe"
+    """`tpe` (Optuna's tree-structured Parzen estimator), `random`, `grid` (every combination in turn), another sampler
+    of Optuna's such as `GPSampler`, a searcher of Ray Tune's (`hyperopt`, `ax`, `bohb`, …), or a Searcher of one's own
+    as `module.Class`; with options `{name: …, option: …}`."""
     aim: Literal["metric", "pareto"] = "metric"
-    """What TPE looks for: the highest metric, or the front of metric and MACs."""
+    """What TPE, or another sampler of Optuna's, looks for: the highest metric, or the front of metric and MACs."""
     metric: str | None = None
     """What chains are compared by: a metric of the last stage, such as `imagenet/top1`. Absent: `evaluate.score`."""
     trials: int = 24
@@ -152,10 +181,34 @@ class Search(Component):
     """null: none."""
     proxy: Proxy | None = None
     asha: Asha | None = None
-    """null: every chain is trained to its end."""
+    """null: every chain is trained to its end, unless `scheduler` stops it."""
+    scheduler: Part | None = None
+    """Instead of `asha`: a scheduler of Ray Tune's (`median`, `hyperband`, `bohb`) or one's own as `module.Class`. Its
+    time is `percent`: training MACs from the chain's first step on, in percent of the baseline's."""
+    stop: Parts = ()
+    """Stoppers of Ray Tune's: `{name: timeout, timeout: 3600}` (seconds, of a call), `trial_plateau`,
+    `experiment_plateau`, `maximum_iterations`, or one's own as `module.Class`. Controls are not stopped by what
+    stops single trials."""
+    callbacks: Parts = ()
+    """Callbacks of Ray Tune's: `wandb`, `mlflow`, `comet`, `aim`, or one's own as `module.Class`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _asha_by_name(cls, given: Any) -> Any:
+        """`scheduler: asha`, with options or without, is what `asha` is."""
+        scheduler = given.get("scheduler") if isinstance(given, dict) else None
+        name = scheduler.get("name") if isinstance(scheduler, dict) else scheduler
+        if name != "asha":
+            return given
+        if given.get("asha"):
+            raise ValueError("allowed is either `asha` or `scheduler: asha`")
+        options = {k: v for k, v in scheduler.items() if k != "name"} if isinstance(scheduler, dict) else {}
+        return {k: v for k, v in given.items() if k != "scheduler"} | {"asha": options}
 
     @model_validator(mode="after")
     def _halved_by_metric(self) -> Search:
-        if self.asha and self.aim == "pareto":
+        if (self.asha or self.scheduler) and self.aim == "pareto":
             raise ValueError("allowed is `asha` with `aim: metric`: a chain on the front may be behind at equal MACs")
+        if self.asha and self.scheduler:
+            raise ValueError("allowed is either `asha` or `scheduler`")
         return self

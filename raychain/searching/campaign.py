@@ -1,82 +1,15 @@
-"""The loop of a search: gives worker groups stages to train while there are trials, and ends trials. Knows no Ray."""
+"""The loop of a search: gives worker groups the stages that trials want, each once. Knows neither Ray nor Tune."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
-from raychain.core.json import Json
-from raychain.records import ChainedRecord, Metrics, StageEntry
+from raychain.records import StageEntry
+from raychain.searching.reports import Measure, Report, Reporter
 from raychain.searching.tree import StageTree
-from raychain.training.task import ChainTask, StageTask
-
-Kind = Literal["planned", "sampled", "control", "equal-macs", "full"]
-
-
-class Step(NamedTuple):
-    """A node of the tree of stages."""
-
-    key: str
-    place: int
-    """Index of the stage within its chain."""
-    share: float
-    """Share of the stage's steps that end here."""
-    stage: StageTask
-
-    @property
-    def whole(self) -> bool:
-        """It ends the stage."""
-        return self.key == self.stage.key
-
-
-def trunk_key(trunk: str, rung: int) -> str:
-    """The key of a trunk's first `rung` steps."""
-    return f"{trunk}@{rung}"
-
-
-@dataclass
-class Trial:
-    """One chain that is tried."""
-
-    number: int
-    kind: Kind
-    params: Json
-    """The sampler's choices; for other kinds, what tells it from the others."""
-    task: ChainTask
-    status: Literal["running", "succeeded", "failed", "stopped"] = "running"
-    reason: str | None = None
-    """Why it failed or was stopped before its end."""
-    metrics: Metrics = field(default_factory=dict)
-    reached: int | None = None
-    """How many nodes of its path were there when it was stopped."""
-
-    @property
-    def keys(self) -> list[str]:
-        """Its stages."""
-        return [stage.key for stage in self.task.stages]
-
-    @property
-    def path(self) -> list[Step]:
-        """Its nodes in the tree of stages: the stages, each after the parts of its trunk."""
-        found = []
-        for place, stage in enumerate(self.task.stages):
-            before = 0
-            for rung in stage.rungs:
-                found.append(Step(trunk_key(stage.trunk, rung), place, (rung - before) / stage.steps, stage))
-                before = rung
-            found.append(Step(stage.key, place, 1 - before / stage.steps, stage))
-        return found
-
-    @property
-    def macs(self) -> int:
-        """Training MACs of the whole chain, whoever trains its stages."""
-        return sum(stage.macs for stage in self.task.stages)
-
-    @property
-    def chain(self) -> list[ChainedRecord]:
-        """Models and epochs."""
-        return [ChainedRecord(model=stage.model, epochs=stage.epochs) for stage in self.task.stages]
+from raychain.searching.trials import Step, Trial
 
 
 @dataclass(eq=False)
@@ -92,6 +25,22 @@ class Job:
         return len(set(self.keys) & set(self.trial.keys))
 
 
+class Wanted(NamedTuple):
+    """Trials whose stages are to be trained, as far as they are not there."""
+
+    trials: Sequence[Trial]
+
+
+class Unwanted(NamedTuple):
+    """A trial is over, or waits for others; stages that nobody else needs are not trained any further."""
+
+    trial: Trial
+
+
+class Stop(NamedTuple):
+    """Every worker group is to save and end."""
+
+
 class StageDone(NamedTuple):
     """A job finished a stage or a part of a trunk, and others can use it."""
 
@@ -105,8 +54,7 @@ class Measured(NamedTuple):
 
     job: Job
     place: int
-    step: int
-    metrics: Metrics
+    measure: Measure
 
 
 class JobEnded(NamedTuple):
@@ -117,7 +65,7 @@ class JobEnded(NamedTuple):
     stopped: bool = False
 
 
-Notice = StageDone | Measured | JobEnded
+Notice = Wanted | Unwanted | Stop | StageDone | Measured | JobEnded
 
 
 class Runner(Protocol):
@@ -127,19 +75,30 @@ class Runner(Protocol):
         """Begins; returns at once."""
 
     def wait(self) -> Notice:
-        """The next thing that happened."""
+        """The next thing that happened, or that somebody has `put`."""
+
+    def put(self, notice: Notice) -> None:
+        """Has `wait` return this; from any thread."""
 
     def cut(self, job: Job) -> None:
         """Has the job save and end, stopped; returns at once."""
 
 
-class Campaign:
-    """Keeps `slots` worker groups busy.
+class Audience(Protocol):
+    """Who wants trials, and hears how far they are. Called from the campaign's thread."""
 
-    `source` gives the next trial, or None while it has none; it is asked only when a worker group is free and no stage
-    ready, so that the sampler knows as many results as possible. `finished` hears of every stage that is there,
-    `measured` of every measurement, `ended` of every trial; `idle` is called before every wait. The first two may
-    `drop` trials.
+    def tell(self, trial: Trial, first: int, reports: Sequence[Report], end: str | None) -> None:
+        """What a trial reports, from which number on; `end` where nothing follows: how the trial ended."""
+
+    def hungry(self, yes: bool, heard: int) -> None:
+        """Whether a worker group is free and no stage ready, once so many `Wanted` have been heard."""
+
+
+class Campaign:
+    """Keeps `slots` worker groups busy with what trials want.
+
+    `known` gives the record of a stage, or of a part of a trunk, that the storage has. `begun` are the chains of an
+    earlier call's jobs by their trial's number: what is left of them is trained first, by one worker group, as it was.
     """
 
     def __init__(
@@ -148,125 +107,142 @@ class Campaign:
         slots: int,
         *,
         known: Callable[[Step], StageEntry | None],
-        begun: Callable[[Job], None] = lambda _: None,
-        finished: Callable[[str, StageEntry, Job | None], None] = lambda *_: None,
-        measured: Callable[[Measured], None] = lambda _: None,
-        ended: Callable[[Trial], None] = lambda _: None,
-        idle: Callable[[], None] = lambda: None,
+        reporter: Reporter,
+        audience: Audience,
+        begun: Mapping[int, Sequence[str]] | None = None,
+        trained: Sequence[str] = (),
     ) -> None:
-        self.runner, self.slots = runner, slots
-        self.known, self.begun, self.idle = known, begun, idle
-        self.finished, self.measured, self.ended = finished, measured, ended
+        self.runner, self.slots, self.known = runner, slots, known
+        self.reporter, self.audience = reporter, audience
         self.tree = StageTree()
         self.trials: dict[int, Trial] = {}
+        """Those that are wanted."""
         self.records: dict[str, StageEntry] = {}
+        self.curves: dict[str, list[Measure]] = {}
+        self.errors: dict[str, str] = {}
         self.running: list[Job] = []
         self.cut: list[Job] = []
-        """Jobs that were stopped."""
+        """Jobs that were stopped while their trial was wanted."""
+        self.trained = set(trained)
+        """Stages, and parts of trunks, that this search has trained, now or in an earlier call."""
         self.stopping = False
+        self._begun = dict(begun or {})
+        self._before = {key for keys in self._begun.values() for key in keys}
         self._prepared: list[Job] = []
+        self._heard = 0
 
-    def add(self, trial: Trial) -> None:
-        """A trial whose stages are to be trained, as far as they are not known."""
-        self.trials[trial.number] = trial
-        path = trial.path
-        fresh = {step.key for step in path if step.key not in self.tree.nodes}
-        state = self.tree.add(trial.number, [(step.key, step.share * step.stage.macs) for step in path])
-        if state != "waiting":
-            self._end(trial.number, state == "done", "a stage that it shares failed")
-            return
-        for place in range(len(trial.task.stages)):
-            *parts, whole = (step for step in path if step.place == place)
-            if whole.key in fresh and (record := self.known(whole)) is not None:
-                self._done(whole.key, record, None)
-            for part in parts:
-                if self.tree.nodes[part.key].state == "waiting" and (record := self.known(part)) is not None:
-                    self._done(part.key, record, None)
-            if self.tree.nodes[whole.key].state != "done" or trial.status != "running":
-                break
-
-    def resume(self, trial: Trial) -> None:
-        """Adds a trial, as `add` does; what is left of it is trained first, by one worker group, as it was before an
-        interruption.
-        """
-        self.add(trial)
-        if trial.status == "running" and (keys := self.tree.take_trial([step.key for step in trial.path])):
-            self._prepared.append(Job(trial, keys))
-
-    def run(self, source: Callable[[], Trial | None]) -> bool:
-        """Until `source` has no more trials and all are over (True), or `stopping` (False)."""
-        while True:
-            while not self.stopping and len(self.running) < self.slots and (job := self._next(source)):
+    def run(self) -> None:
+        """Until a `Stop`, and all jobs are over."""
+        while self.running or not self.stopping:
+            while not self.stopping and len(self.running) < self.slots and (job := self._next()):
                 self.running.append(job)
-                self.begun(job)
                 self.runner.start(job)
-            if not self.running:
-                return not self.stopping
-            self.idle()
+            self.audience.hungry(not self.stopping and len(self.running) < self.slots, self._heard)
             self._handle(self.runner.wait())
 
-    def drop(self, trials: Sequence[Trial], reason: str) -> None:
-        """Stops these trials before their end; work that nobody else needs is cut."""
+    def _next(self) -> Job | None:
+        while self._prepared:
+            job = self._prepared.pop(0)
+            if any(map(self.tree.wanted, job.keys)):
+                return job
+            self.tree.release(job.keys)
+        keys = self.tree.take()
+        return Job(self.trials[self.tree.nodes[keys[-1]].ends[0]], keys) if keys else None
+
+    def _handle(self, notice: Notice) -> None:
+        match notice:
+            case Wanted(trials):
+                self._heard += 1
+                self._want(trials)
+            case Unwanted(trial):
+                self._unwant(trial)
+            case Stop():
+                self.stopping = True
+                for job in self.running:
+                    self.runner.cut(job)
+            case StageDone(job, key, record):
+                if record.status == "trained":
+                    self.trained.add(key)
+                    job.trial.own.add(key)
+                self._done(key, record)
+                self._cut_if_idle(job)
+            case Measured(job, place, measure):
+                key = job.trial.task.stages[place].key
+                curve = self.curves.setdefault(key, [])
+                if key not in self.records and (not curve or curve[-1].step < measure.step):
+                    curve.append(measure)
+                    self._post(key)
+            case JobEnded(job, error, stopped):
+                self._ended(job, error, stopped=stopped)
+
+    def _want(self, trials: Sequence[Trial]) -> None:
         for trial in trials:
-            self.tree.drop(trial.number)
-            trial.status, trial.reason = "stopped", reason
-            trial.reached = sum(self.tree.nodes[step.key].state == "done" for step in trial.path)
-            self.ended(trial)
+            self.trials[trial.number] = trial
+            trial.told = 0
+            self._add(trial)
+        for trial in trials:
+            if trial.number in self._begun:
+                del self._begun[trial.number]
+                if keys := self.tree.take_trial([step.key for step in trial.path]):
+                    self._prepared.append(Job(trial, keys))
+        for trial in trials:
+            self._tell(trial)
+
+    def _add(self, trial: Trial) -> None:
+        path = trial.path
+        fresh = {step.key for step in path if step.key not in self.tree.nodes}
+        self.tree.add(trial.number, [(step.key, step.share * step.stage.macs) for step in path])
+        for place in range(len(trial.task.stages)):
+            *parts, whole = (step for step in path if step.place == place)
+            for step in (whole, *parts):
+                waits = step.key in fresh and self.tree.nodes[step.key].state == "waiting"
+                if waits and (record := self.known(step)) is not None:
+                    if step.key in self._before:
+                        self.trained.add(step.key)
+                    self._done(step.key, record)
+            if self.tree.nodes[whole.key].state != "done":
+                break
+
+    def _unwant(self, trial: Trial) -> None:
+        if self.trials.pop(trial.number, None) is None:
+            return
+        trial.reached = sum(self.tree.nodes[step.key].state == "done" for step in trial.path)
+        self.tree.drop(trial.number)
         for job in self.running:
             self._cut_if_idle(job)
-
-    def waiting(self) -> int:
-        """Trials that are not over."""
-        return sum(trial.status == "running" for trial in self.trials.values())
-
-    def _next(self, source: Callable[[], Trial | None]) -> Job | None:
-        if self._prepared:
-            return self._prepared.pop(0)
-        while not (keys := self.tree.take()):
-            trial = source()
-            if trial is None:
-                return None
-            self.add(trial)
-        return Job(self.trials[self.tree.nodes[keys[-1]].ends[0]], keys)
 
     def _cut_if_idle(self, job: Job) -> None:
         left = [key for key in job.keys if self.tree.nodes[key].state == "taken"]
         if left and not any(map(self.tree.wanted, left)):
             self.runner.cut(job)
 
-    def _handle(self, notice: Notice) -> None:
-        job = notice.job
-        if isinstance(notice, StageDone):
-            self._done(notice.key, notice.record, job)
-            self._cut_if_idle(job)
-            return
-        if isinstance(notice, Measured):
-            self.measured(notice)
-            return
-        self.running.remove(job)
-        left = [key for key in job.keys if self.tree.nodes[key].state == "taken"]
-        if notice.stopped or not left:
-            self.tree.release(left)
-            self.cut += [job] if notice.stopped and job.trial.status == "running" else []
-            return
-        for number in self.tree.failed(left[0]):
-            self._end(number, False, notice.error or "its worker group ended without a result")
-
-    def _done(self, key: str, record: StageEntry, job: Job | None) -> None:
-        ended = self.tree.done(key)
+    def _done(self, key: str, record: StageEntry) -> None:
+        self.tree.done(key)
         if key not in self.records:
             self.records[key] = record
-            self.finished(key, record, job)
-        for number in ended:
-            self._end(number, True)
+            self._post(key)
 
-    def _end(self, number: int, succeeded: bool, reason: str | None = None) -> None:
-        trial = self.trials[number]
-        trial.status = "succeeded" if succeeded else "failed"
-        trial.reason = None if succeeded else reason
-        if succeeded:
-            trial.metrics = dict(self.records[trial.keys[-1]].metrics or {})
-        self.ended(trial)
+    def _ended(self, job: Job, error: str | None, *, stopped: bool) -> None:
+        self.running.remove(job)
+        left = [key for key in job.keys if self.tree.nodes[key].state == "taken"]
+        if stopped or not left:
+            self.tree.release(left)
+            self.cut += [job] if stopped and job.trial.number in self.trials else []
+            return
+        self.errors[left[0]] = error or "its worker group ended without a result"
+        self.tree.failed(left[0])
+        self._post(left[0])
+
+    def _post(self, key: str) -> None:
+        for trial in list(self.trials.values()):
+            if key in trial.keys or key in self.errors:
+                self._tell(trial)
+
+    def _tell(self, trial: Trial) -> None:
+        found, end = self.reporter.of(trial, self.records, self.curves, self.errors)
+        first, trial.told = trial.told, len(found)
+        if found[first:] or end:
+            self.audience.tell(trial, first, found[first:], end)
 
 
 def ratio(trials: Sequence[Trial], trained: set[str]) -> tuple[float, float]:
@@ -274,7 +250,7 @@ def ratio(trials: Sequence[Trial], trained: set[str]) -> tuple[float, float]:
 
     Of trials that were stopped only what they reached counts.
     """
-    steps = [step for trial in trials for step in trial.path[: trial.reached]]
+    steps = [step for trial in trials for step in trial.path[: trial.reached if trial.status == "stopped" else None]]
     distinct = {step.key: step.share * step.stage.epochs for step in steps}
     return (
         round(sum(step.share * step.stage.epochs for step in steps), 4),

@@ -21,6 +21,8 @@ from raychain.training.task import ChainTask
 RESULT = "search.json"
 USUAL_METRIC = "zero_shot_top1"
 """What searches were about before a metric was named, and so no part of their identity."""
+FREE = {"trials", "concurrent", "metric", "stop", "callbacks"}
+"""Settings that may be others when a search goes on."""
 Tasks = Callable[[Any, Any], ChainTask | None]
 
 
@@ -45,7 +47,7 @@ def identity(plan: Plan) -> str:
         "operators": space.operators,
         "baseline": [space.baseline.model, str(space.baseline.epochs)],
         "planner": experiment.allocation and experiment.allocation.model_dump(mode="json", exclude_defaults=True),
-        "search": plan.search.model_dump(mode="json", exclude={"trials", "concurrent", "metric"}, exclude_defaults=True)
+        "search": plan.search.model_dump(mode="json", exclude=FREE, exclude_defaults=True)
         | ({"metric": plan.metric.recorded} if plan.metric.recorded != USUAL_METRIC else {}),
     }
     # What a name means: raychain's, open_clip's and timm's mean the same always.

@@ -1,18 +1,18 @@
-"""Trials that no sampler chooses, and when chains are stopped early."""
+"""Trials that no sampler chooses, and what chains are measured by."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 
 from raychain.core.wording import macs
 from raychain.errors import InputError
-from raychain.records import SearchRecord
-from raychain.searching.campaign import Trial
-from raychain.searching.halving import Halving
+from raychain.searching.judging import Rungs
 from raychain.searching.outcome import best_chain, scored
 from raychain.searching.request import Plan
 from raychain.searching.space import CHAIN, Params
 from raychain.searching.tasks import Tasks
+from raychain.searching.trials import Trial
 
 PROBE = "1000000000 steps"
 """Long enough for any warm-up, to see what a step costs."""
@@ -27,7 +27,7 @@ def controls(plan: Plan) -> Iterator[Params]:
     for size in plan.space.sizes:
         for length in lengths:
             yield {CHAIN: size.name, "length": length}
-    yield {CHAIN: plan.space.baseline.model, "length": str(plan.space.baseline.epochs)}
+    yield baseline_choices(plan)
 
 
 def equal_macs(plan: Plan, tasks: Tasks, trials: Sequence[Trial]) -> Iterator[Params]:
@@ -47,7 +47,7 @@ def equal_macs(plan: Plan, tasks: Tasks, trials: Sequence[Trial]) -> Iterator[Pa
 def checks(plan: Plan, _: Tasks, trials: Sequence[Trial]) -> Iterator[Params]:
     """The proxy's best, its worst, and some in between, to be trained in full."""
     proxy = plan.search.proxy
-    ranked = scored((t for t in trials if t.kind in ("planned", "sampled")), plan.metric)
+    ranked = scored((t for t in trials if t.chosen), plan.metric)
     if proxy is None or plan.full is None or not ranked:
         return
     count = min(proxy.check, len(ranked))
@@ -56,19 +56,37 @@ def checks(plan: Plan, _: Tasks, trials: Sequence[Trial]) -> Iterator[Params]:
         yield ranked[place].params
 
 
-def make_halving(plan: Plan, tasks: Tasks, before: SearchRecord | None) -> Halving | None:
-    """With `asha`: the rungs, as an earlier call left them. Raises InputError for a grace that judges nobody."""
+def proposed(plan: Plan, tasks: Tasks) -> list[Params]:
+    """The planner's proposals that are tried first."""
+    found: dict[str, Params] = {}
+    with contextlib.suppress(InputError):  # the planner may have nothing for such a family
+        for params in plan.space.planned():
+            if len(found) == plan.search.seeds:
+                break
+            task = tasks.task("planned", params) if plan.space.affordable(params) else None
+            if task is not None:
+                found.setdefault(task.stages[-1].key, params)
+    return list(found.values())
+
+
+def baseline_choices(plan: Plan) -> Params:
+    """The choices of the control that is the baseline."""
+    return {CHAIN: plan.space.baseline.model, "length": str(plan.space.baseline.epochs)}
+
+
+def baseline_macs(plan: Plan, tasks: Tasks) -> float:
+    """The MACs of the baseline, as trials are trained."""
+    task = tasks.task("control", baseline_choices(plan))
+    return sum(stage.macs for stage in task.stages) if task else plan.space.baseline_macs
+
+
+def make_rungs(plan: Plan, baseline: float) -> Rungs | None:
+    """With `asha`: its rungs. Raises InputError for a grace that judges nobody."""
     asha = plan.search.asha
     if asha is None:
         return None
-    baseline = plan.space.baseline
-    alone = tasks.task("control", {CHAIN: baseline.model, "length": str(baseline.epochs)})
-    whole = sum(stage.macs for stage in alone.stages) if alone else plan.space.baseline_macs
-    grace = asha.grace.macs(whole)
-    if grace >= whole:
-        raise InputError("search.asha.grace", str(asha.grace), f"fewer than the baseline's {macs(whole)} MACs",
+    grace = asha.grace.macs(baseline)  # type: ignore[arg-type]
+    if grace >= baseline:
+        raise InputError("search.asha.grace", str(asha.grace), f"fewer than the baseline's {macs(baseline)} MACs",
                          'or no chain is ever judged: "10 %" is the default')  # fmt: skip
-    halving = Halving(grace, asha.reduction_factor, plan.metric.best)
-    if before and before.asha:
-        halving.restore(before.asha)
-    return halving
+    return Rungs(100 * grace / baseline, asha.reduction_factor, baseline, plan.metric.best)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from raychain.evaluators.metrics import Definition
 from raychain.records import ComparedRecord, ComparisonRecord
-from raychain.searching.campaign import Trial
+from raychain.searching.trials import Trial
 
 
 def score(trial: Trial, metric: Definition) -> float | None:
@@ -30,7 +30,7 @@ def pareto(trials: Iterable[Trial], metric: Definition) -> list[Trial]:
 
 def best_chain(trials: Iterable[Trial], metric: Definition) -> Trial | None:
     """The chain with the best metric among those that were chosen or planned; controls do not count."""
-    return next(iter(scored((t for t in trials if t.kind in ("planned", "sampled")), metric)), None)
+    return next(iter(scored((t for t in trials if t.chosen), metric)), None)
 
 
 def comparisons(trials: Sequence[Trial], best: Trial, metric: Definition) -> list[ComparisonRecord]:

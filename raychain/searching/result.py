@@ -10,8 +10,8 @@ from raychain.core.storage import Folder
 from raychain.errors import without_secrets
 from raychain.evaluators.metrics import Definition
 from raychain.records import CheckRecord, ProxyRecord, TrialRecord
-from raychain.searching.campaign import Trial
 from raychain.searching.outcome import rank_correlation, score
+from raychain.searching.trials import Trial
 
 BEST = "best.yaml"
 
@@ -45,7 +45,7 @@ def proxy_record(proxy: Proxy | None, trials: list[Trial], metric: Definition) -
         return None
     pairs = []
     for full in (trial for trial in trials if trial.kind == "full"):
-        cheap = next(t for t in trials if t.kind in ("planned", "sampled") and t.params == full.params)
+        cheap = next(t for t in trials if t.chosen and t.params == full.params)
         small, large = score(cheap, metric), score(full, metric)
         if small is not None and large is not None:
             pairs.append(CheckRecord(trial=cheap.number, full_trial=full.number, proxy=small, full=large))

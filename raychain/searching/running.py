@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable
-from contextlib import suppress
 
 from raychain.backend_ray import cluster
 from raychain.errors import InputError, Interrupted, RunFailed
 from raychain.events import Evaluated, Listener, Listeners, Shared, TrunkShared
 from raychain.records import StageEntry
+from raychain.reporting.search_progress import SearchProgress
 from raychain.runs.driver import Watch, run_chain
-from raychain.searching.campaign import Job, JobEnded, Measured, Notice, StageDone, trunk_key
+from raychain.searching.campaign import Job, JobEnded, Measured, Notice, StageDone
+from raychain.searching.reports import Measure
 from raychain.searching.request import Plan
+from raychain.searching.trials import trunk_key
 from raychain.training.task import worker_cpus
 
 
 class _Notices(Listener):
     """Turns what happens in a job into notices for who judges the trials."""
 
-    def __init__(self, job: Job, notices: queue.Queue[Notice]) -> None:
+    def __init__(self, job: Job, notices: queue.SimpleQueue[Notice]) -> None:
         self._job, self._notices = job, notices
 
     def shared(self, event: Shared) -> None:
@@ -33,20 +34,22 @@ class _Notices(Listener):
         self._notices.put(StageDone(self._job, key, StageEntry(key=key, status="trained")))
 
     def evaluated(self, event: Evaluated) -> None:
-        self._notices.put(Measured(self._job, event.stage, event.step, dict(event.metrics)))
+        self._notices.put(Measured(self._job, event.stage, Measure(event.step, dict(event.metrics))))
 
 
 class RayRunner:
-    """Runs jobs on the Ray cluster this process is connected to. `show` gives what shows a job's events."""
+    """Runs jobs on the Ray cluster this process is connected to."""
 
-    def __init__(self, show: Callable[[Job], Listener], *, verbose: bool = False) -> None:
-        self._show, self._verbose = show, verbose
-        self._notices: queue.Queue[Notice] = queue.Queue()
+    def __init__(self, plan: Plan, progress: SearchProgress, *, verbose: bool = False) -> None:
+        self._plan, self._progress, self._verbose = plan, progress, verbose
+        self._notices: queue.SimpleQueue[Notice] = queue.SimpleQueue()
         self._stops: dict[Job, threading.Event] = {}
         self._stopping = False
 
     def start(self, job: Job) -> None:
         """Begins; returns at once."""
+        _take_over(self._plan, job)
+        self._progress.begin(job)
         self._stops[job] = threading.Event()
         if self._stopping:  # by a signal meanwhile
             self._stops[job].set()
@@ -54,9 +57,11 @@ class RayRunner:
 
     def wait(self) -> Notice:
         """The next thing that happened."""
-        while True:
-            with suppress(queue.Empty):  # with a timeout, so that signals are handled meanwhile
-                return self._notices.get(timeout=1.0)
+        return self._notices.get()
+
+    def put(self, notice: Notice) -> None:
+        """Has `wait` return this; also in handlers of signals."""
+        self._notices.put(notice)
 
     def cut(self, job: Job) -> None:
         """Has the job's workers save and return."""
@@ -70,7 +75,7 @@ class RayRunner:
             stop.set()
 
     def _work(self, job: Job) -> None:
-        watch = Watch(Listeners([_Notices(job, self._notices), self._show(job)]), self._stops[job])
+        watch = Watch(Listeners([_Notices(job, self._notices), self._progress.of(job)]), self._stops[job])
         ended = JobEnded(job)
         try:
             run = run_chain(job.trial.task, verbose=self._verbose, watch=watch)
@@ -84,6 +89,14 @@ class RayRunner:
             ended = JobEnded(job, f"{type(error).__name__}: {error}")
         del self._stops[job]
         self._notices.put(ended)
+
+
+def _take_over(plan: Plan, job: Job) -> None:
+    """The chain's folder of an earlier version, which has what is left of its stages."""
+    last = job.trial.task.stages[-1]
+    folder, former = f"chains/{last.key[:12]}", f"chains/{last.former.key[:12]}"
+    if not plan.out.exists(folder) and plan.out.exists(former):
+        plan.out.move(former, folder)
 
 
 def slots(plan: Plan) -> int:

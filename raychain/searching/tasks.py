@@ -7,10 +7,10 @@ from raychain.core.storage import below
 from raychain.errors import InputError
 from raychain.runs.resolve import replan
 from raychain.schema.durations import Duration
-from raychain.searching.campaign import Kind
 from raychain.searching.experiments import proxied, with_stages
 from raychain.searching.request import Plan
 from raychain.searching.space import CHAIN, Params
+from raychain.searching.trials import Kind
 from raychain.training.task import ChainTask
 
 UNKNOWN = (KeyError, TypeError, ValueError, IndexError, AttributeError)

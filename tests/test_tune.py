@@ -1,0 +1,169 @@
+"""Ray Tune's own parts in a search, named in an experiment: searchers, schedulers, stoppers, callbacks, results."""
+
+# ruff: noqa: F811 - fixtures of another module
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_search import Instant, halved, instant, searched, small  # noqa: F401 - fixtures
+
+import raychain
+from raychain.config.loading import validate
+from raychain.errors import InputError
+
+PACKAGE = Path(__file__).parent / "packages" / "tuning"
+METRIC = "zero_shot_top1"
+
+
+@pytest.fixture
+def six(halved: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Six chains that begin with 4, 8 or 12 steps, none stopped; better the longer their first stage is."""
+    monkeypatch.syspath_prepend(str(PACKAGE))
+    halved["search"] |= {"asha": None, "trials": 4}
+    return halved
+
+
+def with_parts(tree: dict[str, Any], **parts: Any) -> Any:
+    return validate(tree | {"search": tree["search"] | parts})
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        {"name": "hyperopt", "n_initial_points": 2},
+        "QMCSampler",
+        {"name": "tpe", "n_startup_trials": 2},
+        {"name": "raychain_tuning.Climb", "start": 1},
+    ],
+    ids=lambda sampler: str(sampler),
+)
+def test_any_searcher_gives_chains_that_are_new(
+    six: dict[str, Any],
+    instant: type[Instant],
+    sampler: Any,
+) -> None:
+    found = raychain.search(with_parts(six, sampler=sampler))
+    trials = found.record["trials"]
+    assert [trial["status"] for trial in trials] == ["succeeded"] * 4
+    assert len({trial["keys"][-1] for trial in trials}) == 4
+    assert len(found.results) == 4
+    assert found.results.get_best_result(METRIC, "max").config["number"] == found.best["number"]
+    assert found.front == found.record["pareto"]
+    again = raychain.search(with_parts(six, sampler=sampler, trials=6))
+    assert again.record["trials"][:4] == trials, "more trials than before"
+    assert len(again.record["trials"]) == 6
+
+
+@pytest.mark.parametrize("scheduler", [
+    {"name": "median", "grace_period": 0.1, "min_samples_required": 1},
+    {"name": "raychain_tuning.Floor", "metric": METRIC, "least": 2.5},
+], ids=["median", "own"])  # fmt: skip
+def test_any_scheduler_stops_chains(
+    six: dict[str, Any],
+    instant: type[Instant],
+    scheduler: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A grid: the chains of 4 steps come first, and have 2 after their first stage."""
+    from raychain.searching.tune.scheduler import ChainScheduler
+
+    hears, judged = ChainScheduler.on_trial_result, Instant.judged
+
+    def hear(self: ChainScheduler, controller: Any, trial: Any, result: Any) -> str:
+        decision = hears(self, controller, trial, result)
+        assert judged is not None
+        judged.add(result["key"])
+        return decision
+
+    monkeypatch.setattr(ChainScheduler, "on_trial_result", hear)
+    result = searched(with_parts(six, scheduler=scheduler))
+    ends = [(trial["params"]["first"], trial["status"]) for trial in result["trials"]]
+    if "least" in scheduler:
+        assert ends == [
+            ("4 steps", "stopped"),
+            ("4 steps", "stopped"),
+            ("8 steps", "succeeded"),
+            ("8 steps", "succeeded"),
+        ]
+        assert result["trials"][0]["reason"] == "stopped by Floor"
+    else:
+        assert {status for _, status in ends} <= {"succeeded", "stopped"}
+        assert result["best"]["status"] == "succeeded"
+
+
+def test_stoppers_end_a_search_and_callbacks_hear_of_it(
+    six: dict[str, Any],
+    instant: type[Instant],
+    tmp_path: Path,
+) -> None:
+    diary = {"name": "raychain_tuning.Diary", "file": str(tmp_path / "diary")}
+    stop = [{"name": "raychain_tuning.Enough", "metric": METRIC, "most": 3.5}, {"name": "timeout", "timeout": 600}]
+    result = searched(with_parts(six, stop=stop, callbacks=diary, controls={"equal_macs": True}))
+    chosen = [trial for trial in result["trials"] if trial["kind"] == "sampled"]
+    assert 1 <= len(chosen) < 4
+    assert result["best"]["metrics"][METRIC] >= 3.5
+    heard = [line.split() for line in (tmp_path / "diary").read_text().splitlines()]
+    assert {int(number) for number, *_ in heard} >= {trial["number"] for trial in result["trials"][:2]}
+    more = searched(with_parts(six, stop=[], callbacks=[], controls={"equal_macs": True}))
+    assert len([trial for trial in more["trials"] if trial["kind"] == "sampled"]) == 4, "what stopped it is gone"
+
+
+def test_tunes_own_tools_read_the_folder(six: dict[str, Any], instant: type[Instant], tmp_path: Path) -> None:
+    from ray import tune
+
+    result = searched(with_parts(six, controls={"equal_macs": False}))
+    folder = tmp_path / "runs/tiny-search/tune"
+    analysis = tune.ExperimentAnalysis(str(folder), default_metric=METRIC, default_mode="max")
+    assert len(analysis.trials) == len(result["trials"])
+    assert {"macs", "percent", "reused", "config/kind"} <= set(analysis.dataframe().columns)
+
+    def chain(config: dict[str, Any]) -> None: ...
+
+    grid = tune.Tuner.restore(str(folder), chain).get_results()
+    best = grid.get_best_result(METRIC, "max")
+    key = result["trials"][best.config["number"]]["keys"][-1]
+    with best.checkpoint.as_directory() as checkpoint:
+        assert json.loads((Path(checkpoint) / "stage.json").read_text())["key"] == key
+    assert len(list(folder.glob("*/events.out.tfevents.*"))) == len(result["trials"])
+
+
+@pytest.mark.parametrize(
+    ("parts", "where", "says"),
+    [
+        ({"sampler": "hyperopd"}, "search.sampler", "did you mean hyperopt"),
+        ({"sampler": {"name": "grid", "x": 1}}, "search.sampler", "no options"),
+        ({"sampler": "raychain_tuning.Floor"}, "search.sampler", "a class of"),
+        ({"sampler": "raychain_tuning.Nothing"}, "search.sampler", "correct the name"),
+        ({"sampler": {"name": "hyperopt", "n": 1}}, "search.sampler", "unexpected keyword"),
+        ({"sampler": "GPSampleR"}, "search.sampler", "GPSampler"),
+        ({"sampler": "hyperopt", "aim": "pareto"}, "search.sampler", "aim: pareto"),
+        ({"scheduler": "pbt"}, "search.scheduler", "copies weights"),
+        ({"scheduler": "ray.tune.schedulers.PopulationBasedTraining"}, "search.scheduler", "copies weights"),
+        ({"scheduler": "medians"}, "search.scheduler", "did you mean median"),
+        ({"stop": "timeout"}, "search.stop", "missing"),
+        ({"callbacks": "raychain_tuning.Floor"}, "search.callbacks", "a class of"),
+    ],
+)
+def test_parts_that_cannot_be_are_one_message(
+    six: dict[str, Any],
+    instant: type[Instant],
+    parts: dict[str, Any],
+    where: str,
+    says: str,
+) -> None:
+    with pytest.raises(InputError) as error:
+        searched(with_parts(six, **parts))
+    assert where in str(error.value)
+    assert says in str(error.value)
+
+
+def test_asha_by_its_name_is_asha(six: dict[str, Any]) -> None:
+    named = with_parts(six, scheduler={"name": "asha", "reduction_factor": 4})
+    assert named.search.asha.reduction_factor == 4
+    assert named.search.scheduler is None
+    assert with_parts(six, scheduler="asha").search.asha == with_parts(six, asha={}).search.asha
+    with pytest.raises(InputError, match="either"):
+        with_parts(six, scheduler="median", asha={})
