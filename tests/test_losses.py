@@ -9,14 +9,18 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from growing import config, embeddings, perturb, tiny
 from hypothesis import given
 from hypothesis import strategies as st
 from open_clip.loss import ClipLoss
 
 from raychain.core import dist as core_dist
 from raychain.core.dist import gather, mean_over_ranks, world_size
+from raychain.growth import grow
+from raychain.paradigms import projects
 from raychain.paradigms.clip.loss import contrastive_loss
 from raychain.paradigms.objective import Projector
+from raychain.paradigms.task import Task
 from raychain.training.distillation import CAP, capped_alpha, feature_distance
 
 BATCH, CAPTIONS, INPUT, DIM = 12, 3, 7, 5
@@ -173,6 +177,17 @@ def test_different_embedding_sizes_are_projected_by_a_trained_map_a_tower(studen
     feature_distance((image, text), (torch.ones_like(image), torch.ones_like(text))).backward()
     assert len(list(projector.parameters())) == 2
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in projector.parameters())
+
+
+def test_a_grown_model_has_its_teachers_features_at_its_first_step() -> None:
+    """The projector starts as [I ‖ 0], and growth keeps a wider embedding's first numbers."""
+    teacher, student = perturb(tiny(0)), tiny(1, embed_dim=24, vision_width=24, text_width=24, text_heads=3)
+    grow(teacher, student, width="centred", depth="identity")
+    with torch.no_grad():
+        wanted, own = ([F.normalize(x, dim=-1) for x in embeddings(model)] for model in (teacher, student))
+        projected = Projector(dict.fromkeys(("image", "text"), (24, 16)))(own)
+    assert feature_distance(projected, wanted) < 1e-5
+    assert [projects(Task(), config(embed_dim=size), config(), 16) for size in (16, 24, 8)] == [False, True, True]
 
 
 positive = st.floats(2**-20, 1024, width=32)

@@ -1,10 +1,12 @@
 """Two checkouts of raychain against each other on the quick demo, taking turns: speed of each stage, gaps, memory.
 
-python experiments/benchmarks/pairs.py BEFORE AFTER [--pairs 5] [--experiment demo-quick] [--out FILE]
+python experiments/benchmarks/pairs.py BEFORE AFTER [--pairs 5] [--experiment demo-quick] [--set evaluate=null]
+    [--out FILE]
 
 BEFORE and AFTER are checkouts; both run in this interpreter's environment, in run folders and caches of their own that
-are removed. Runs that FILE has are not repeated. Memory is the largest sum of the private and shared bytes (PSS) of a
-run's processes, looked at twice a second.
+are removed. Runs that FILE has are not repeated. "With what stood before it" is the time from the end of the stage
+before to the end of the stage, whatever is done in it. Memory is the largest sum of the private and shared bytes (PSS)
+of a run's processes, looked at every two seconds.
 """
 
 from __future__ import annotations
@@ -26,22 +28,25 @@ from typing import Any
 import psutil
 
 
-def measure(checkout: Path, experiment: str) -> dict[str, Any]:
+def measure(checkout: Path, experiment: str, changes: list[str]) -> dict[str, Any]:
     """One run: seconds, samples a second and gap of each stage, peak memory in bytes."""
     with tempfile.TemporaryDirectory(prefix="pairs-") as scratch:
         command = [sys.executable, "-m", "raychain.run", experiment, "--json", "--out", f"{scratch}/run"]
         command += ["--set", f"preload.cache={scratch}/cache"]
+        command += [part for change in changes for part in ("--set", change)]
         environment = os.environ | {"PYTHONPATH": str(checkout)}
         began, peak = time.monotonic(), 0
         with (Path(scratch) / "out").open("w+") as out, (Path(scratch) / "err").open("w+") as err:
             process = subprocess.Popen(command, env=environment, stdout=out, stderr=err, cwd=scratch)  # noqa: S603
             while process.poll() is None:
                 peak = max(peak, memory(process.pid))
-                time.sleep(0.5)
+                time.sleep(2)
             out.seek(0), err.seek(0)
             if process.returncode:
                 raise SystemExit(f"{' '.join(command)} in {checkout}: {err.read()[-2000:]}")
             run = json.load(out)
+        trace = json.loads(Path(scratch, "run", "trace.json").read_text())["traceEvents"]
+        ends = [event["ts"] + event["dur"] for event in trace if event.get("cat") == "stage"]
         stages = [
             {
                 "model": stage["model"],
@@ -51,7 +56,8 @@ def measure(checkout: Path, experiment: str) -> dict[str, Any]:
                 "first_step_s": stage.get("first_step_s"),
                 "data_wait_s": stage["data_wait_s"],
             }
-            for stage in run["stages"]
+            | ({"whole_s": (end - before) / 1e6} if before else {})
+            for stage, before, end in zip(run["stages"], [None, *ends], ends, strict=False)
         ]
         return {"seconds": round(time.monotonic() - began, 2), "peak_bytes": peak, "stages": stages}
 
@@ -82,6 +88,8 @@ def table(found: dict[str, list[dict[str, Any]]]) -> str:
         rates = [tuple(run["stages"][place]["samples_per_s"] for run in pair) for pair in pairs]
         add(f"{stage['model']}, samples/s", rates, 4)  # type: ignore[arg-type]
         if place:
+            wholes = [tuple(run["stages"][place]["whole_s"] for run in pair) for pair in pairs]
+            add(f"{stage['model']} with what stood before it, s", wholes)  # type: ignore[arg-type]
             add(
                 f"gap before {stage['model']} with its first step, s",
                 [tuple(r["stages"][place]["gap_s"] for r in p) for p in pairs],
@@ -98,6 +106,7 @@ def main() -> None:
     parser.add_argument("after", type=Path)
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--experiment", default="demo-quick")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as of raychain run")
     parser.add_argument("--out", type=Path, default=Path("pairs.json"))
     given = parser.parse_args()
     checkouts = {"before": given.before.resolve(), "after": given.after.resolve()}
@@ -107,11 +116,12 @@ def main() -> None:
         for name, path in checkouts.items()
     }
     found = {"before": [], "after": [], **found} | {"experiment": given.experiment, "commits": commits}
+    found["set"] = given.set
     found["machine"] = f"{os.cpu_count()} × {platform.processor() or platform.machine()}"
     for pair in range(given.pairs):
         for name in ("before", "after") if pair % 2 == 0 else ("after", "before"):
             if len(found[name]) == pair:
-                found[name].append(measure(checkouts[name], given.experiment))
+                found[name].append(measure(checkouts[name], given.experiment, given.set))
                 found["date"] = datetime.now().astimezone().isoformat(timespec="seconds")
                 given.out.write_text(json.dumps(found, indent=1) + "\n")
     print(table(found))

@@ -1,10 +1,11 @@
 """Trains the rows of a study for every seed and tabulates them: `python experiments/evidence/study.py STUDY.yaml WORK`.
 
-A study is a YAML file with `experiment` (without a chain), `demo` (what pictures to make), `seeds`, `baseline` (the row
-that costs are compared with), and `rows`: each a `name`, a `chain`, and whatever else of the experiment it changes.
-Every row is a `raychain.run` of one worker with one thread, and as many are at work as there are cores; those that
-begin with the same model follow one another, so that stages and trunks are shared through the storage in WORK. The same
-command continues. STUDY.json beside the study gets everything measured, on validation and test.
+A study is a YAML file with `experiment` (without a chain), `demo` (what pictures to make), `models` (a folder of models
+of its own, if any), `seeds`, `baseline` (the row that costs are compared with), and `rows`: each a `name`, a `chain`,
+and whatever else of the experiment it changes. Every row is a `raychain.run` of one worker with one thread, and as many
+are at work as there are cores; those that begin with the same model follow one another, so that stages and trunks are
+shared through the storage in WORK. The same command continues. STUDY.json beside the study gets everything measured, on
+validation and test.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def train(study: dict[str, Any], row: dict[str, Any], seed: int, work: Path) -> 
         "preload": {"cache": str(work / "cache")},
         "train": {"seed": seed},
         "storage": str(work / "runs"),
-    }
+    } | ({"models": str(Path(study["models"]).absolute())} if "models" in study else {})
     changes = {key: value for key, value in row.items() if key != "name"}
     file, content = done.with_suffix(".yaml"), yaml.safe_dump(merged(merged(study["experiment"], fixed), changes))
     if done.exists() and file.read_text() == content:

@@ -12,7 +12,7 @@ from raychain.errors import InputError, nearest
 from raychain.paradigms.task import Task
 
 if TYPE_CHECKING:
-    from raychain.paradigms.base import Paradigm
+    from raychain.paradigms.base import Config, Paradigm
     from raychain.planning.macs import ModelSize
 
 PARADIGMS: Plugins[type[Paradigm]] = Plugins(
@@ -84,6 +84,19 @@ def unknown_model(model: str, error: Exception, where: str) -> InputError:
 
     fix = nearest(model[:100], model_names(), "python -c 'import raychain.models as f; print(f.model_names())'")
     return InputError(where, model if len(model) <= 100 else f"{model[:97]}...", str(error), fix)
+
+
+def projects(task: Task, config: Config, teacher: Config, size: int) -> bool:
+    """Whether a model of the configuration `config` follows one of `teacher` through a trained projector."""
+    return _projects(task, *(json.dumps(found, sort_keys=True) for found in (config, teacher)), size)
+
+
+@lru_cache(maxsize=256)
+def _projects(task: Task, config: str, teacher: str, size: int) -> bool:
+    paradigm, own = make_paradigm(task), json.loads(config)
+    model = paradigm.build(own, size=size, seed=0, device="meta")
+    projector = paradigm.objective(model, own, json.loads(teacher)).projector
+    return projector is not None and any(True for _ in projector.parameters())
 
 
 @lru_cache(maxsize=256)

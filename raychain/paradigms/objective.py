@@ -30,10 +30,15 @@ class Encoded(NamedTuple):
     """What is distilled, each [b, …, D], or [b, …, D_t] after the projector; normalised."""
 
 
+PROJECTOR = "identity"
+"""How projectors start; part of the key of a stage that has one."""
+
+
 class Projector(nn.ModuleDict):
     """Trained linear maps from a student's features to its teacher's space, one for each feature by name.
 
-    A map is the identity, without parameters, where both sizes agree.
+    A map is the identity, without parameters, where both sizes agree. Else it starts as the first D_t of the D features
+    ([I ‖ 0]), in which a model that was grown exactly has its teacher's: so its distance is zero at its first step.
     """
 
     def __init__(self, sizes: Mapping[str, tuple[int, int]]) -> None:
@@ -49,7 +54,7 @@ def _projection(size: int, teacher: int) -> nn.Module:
     if size == teacher:
         return nn.Identity()
     layer = nn.Linear(size, teacher, bias=False)
-    nn.init.orthogonal_(layer.weight)
+    nn.init.eye_(layer.weight)
     return layer
 
 

@@ -60,6 +60,8 @@ class Determinants:
     """Lanes of the data."""
     block: int = BLOCK
     """Positions of a mixture over which it keeps its shares."""
+    projector: str = ""
+    """How the projector of distillation starts; empty without one."""
     changes: tuple[tuple[int, float], ...] = ()
     """Other peak learning rates, each after the step from which it holds."""
     task: Mapping[str, Any] = field(default_factory=dict)
@@ -112,6 +114,7 @@ def _content(stage: Determinants, previous: str, schema: int) -> Json:
         "previous": previous,
     }
     content |= {"changes": stage.changes} if stage.changes else {}
+    content |= {"projector": stage.projector} if stage.projector else {}
     return content | ({"task": stage.task} if stage.task else {})
 
 

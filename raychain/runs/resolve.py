@@ -26,7 +26,8 @@ from raychain.demo import DemoError, is_current, make_demo
 from raychain.errors import InputError
 from raychain.evaluators.evaluator import Setting
 from raychain.evaluators.suite import resolve_suite
-from raychain.paradigms import make_paradigm, model_size
+from raychain.paradigms import make_paradigm, model_size, projects
+from raychain.paradigms.objective import PROJECTOR
 from raychain.paradigms.task import Task
 from raychain.planning.macs import stage_macs
 from raychain.reporting.health import DataHealth
@@ -246,6 +247,7 @@ def _stage(
     config, size = paradigm.config(stage.model), input_size(experiment, index)
     config = paradigm.inherited(config, before.config) if before else config
     reader = paradigm.reader(data, config, size, sum(reading.order.counts))
+    taught = before if grown and grown.distill else None
     betas, eps = paradigm.adam(config)
     betas, eps = recipe.betas or betas, recipe.eps or eps
     determinants = Determinants(
@@ -270,6 +272,7 @@ def _stage(
         clip_norm=recipe.clip_norm,
         precision=recipe.precision or "fp32",
         transfer=grown,
+        projector=PROJECTOR if taught and projects(experiment.task, config, taught.config, size) else "",
         seed=recipe.seed + index,
         task={} if experiment.task == Task() else experiment.task.model_dump(mode="json"),
         changes=_changes(stage.changes, lengths, steps, f"chain.{index}.changes"),
@@ -279,7 +282,7 @@ def _stage(
     folder = _folder(index, stage.model)
     record = records.read(out, f"stages/{folder}/{STAGE_RECORD}", records.StageRecord, quiet=True)
     student = model_size(experiment.task, stage.model, size)
-    teacher = model_size(experiment.task, before.model, size) if before and experiment.transfer.distill else None
+    teacher = model_size(experiment.task, taught.model, size) if taught else None
     return StageTask(
         index=index,
         model=stage.model,
