@@ -12,7 +12,7 @@ from test_search import Instant, halved, instant, searched, small  # noqa: F401 
 
 import raychain
 from raychain.config.loading import validate
-from raychain.errors import InputError
+from raychain.errors import InputError, Interrupted
 
 PACKAGE = Path(__file__).parent / "packages" / "tuning"
 METRIC = "zero_shot_top1"
@@ -167,3 +167,35 @@ def test_asha_by_its_name_is_asha(six: dict[str, Any]) -> None:
     assert with_parts(six, scheduler="asha").search.asha == with_parts(six, asha={}).search.asha
     with pytest.raises(InputError, match="either"):
         with_parts(six, scheduler="median", asha={})
+
+
+@pytest.mark.parametrize("damage", ["truncated", "emptied", "gone", "pickle", "versions"])
+def test_a_damaged_folder_is_put_aside_and_the_search_goes_on_from_its_record(
+    six: dict[str, Any], instant: type[Instant], tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = tmp_path / "runs/tiny-search"
+    instant.most = 3
+    with pytest.raises(Interrupted):
+        searched(validate(six))
+    instant.most = None
+    record = json.loads((out / "search.json").read_text())
+    (state,) = (out / "tune").glob("experiment_state-*.json")
+    match damage:
+        case "truncated":
+            state.write_bytes(state.read_bytes()[:-200])
+        case "emptied":
+            state.write_bytes(b"")
+        case "gone":
+            state.unlink()
+        case "pickle":
+            (out / "tune/tuner.pkl").write_bytes(b"no pickle")
+        case "versions":
+            (out / "search.json").write_text(json.dumps(record | {"tune": {"ray": "1.0"}}))
+    found = raychain.search(validate(six))
+    trials = found.record["trials"]
+    assert [trial["status"] for trial in trials] == ["succeeded"] * 4
+    before = [(t["number"], t["params"]) for t in record["trials"]]
+    assert [(t["number"], t["params"]) for t in trials][: len(before)] == before
+    assert (out / "tune.before-1").is_dir()
+    assert len(found.results) == 4
+    assert damage == "versions" or "search.json is taken instead" in caplog.text
