@@ -86,8 +86,8 @@ def worlds(site: Site) -> list[int]:
 
 
 def deviation(found: dict[tuple[int, int], float], expected: dict[tuple[int, int], float]) -> float:
-    """The largest, relative; of the same steps."""
-    assert found.keys() == expected.keys()
+    """The largest, relative, of steps that the other one has too."""
+    assert found.keys() <= expected.keys()
     return max(abs(loss / expected[place] - 1) for place, loss in found.items())
 
 
@@ -109,27 +109,40 @@ def test_each_of_n_nodes_decodes_its_nth_and_losses_are_the_same(shards: Path, t
     for nodes, site in sites.items():
         decoded = [site.decoded(index) for index in range(nodes)]
         worst = deviation(losses(site), losses(sites[1]))
+        assert len(losses(site)) == sum(STEPS)
         print(f"{nodes} nodes: decoded {decoded} of {SHARDS} for the two stages, losses within {worst:.1e}")
         assert worst < 1e-4
         for found in decoded:
             assert len(found) == 2
             assert all(count <= 1.05 * SHARDS / nodes + 2 for count in found), "and those at which lanes are cut"
-        assert all(sum(found[0] for found in decoded) >= SHARDS for _ in decoded)
+        assert sum(found[0] for found in decoded) >= SHARDS
+
+
+def stop(site: Apart) -> None:
+    """Has the driver save and end, as it does on SIGTERM."""
+    assert site.driver
+    site.driver.terminate()
+    site.driver.wait(120)
 
 
 def test_losses_stay_the_same_while_nodes_come_go_and_are_lost(shards: Path, tmp_path: Path) -> None:
-    """2 → 1 (lost) → 3 → 2 (drained) in the middle of a stage."""
-    steps = (6000,)
-    (tmp_path / "elastic").mkdir()
-    with Apart(experiment(shards, tmp_path / "elastic/runs", [1, 3], steps), tmp_path / "elastic") as site:
+    """2 → 1 (lost) → 3 → 2 (drained) in the middle of a stage; then the same steps on one node."""
+    folders = [tmp_path / name for name in ("elastic", "alone")]
+    for folder in folders:
+        folder.mkdir()
+    trees = [
+        experiment(shards, folder / "runs", workers, (100_000,))
+        for folder, workers in zip(folders, ([1, 3], 1), strict=True)
+    ]
+    with Apart(trees[0], folders[0]) as site:
 
         def goes_on(workers: int) -> None:
             site.wait(lambda: worlds(site)[-1:] == [workers], 240)
             reached = site.place()
-            site.wait(lambda: site.place() >= (0, reached[1] + 40), 60)
+            site.wait(lambda: site.place() >= (0, reached[1] + 40), 120)
 
         site.start()
-        site.wait(lambda: site.place() > (0, 40), 120)
+        site.wait(lambda: site.place() > (0, 40), 240)
         site.cluster.remove_node(site.nodes.pop(0), allow_graceful=False)
         goes_on(1)
         site.add_node()
@@ -140,13 +153,15 @@ def test_losses_stay_the_same_while_nodes_come_go_and_are_lost(shards: Path, tmp
         time.sleep(8)
         site.cluster.remove_node(leaving, allow_graceful=False)
         goes_on(2)
-        site.wait(lambda: False, 400)
-        assert site.driver
-        assert site.driver.returncode == 0, site.log.read_text()
-        found = worlds(site)
-        print(f"workers {found}, decoded {[site.decoded(i) for i in range(site.homes)]} of {SHARDS}")
-        assert [count for count in found if count] == [2, 1, 3, 2]
-    alone = trained(shards, tmp_path / "alone", 1, steps)
-    worst = deviation(losses(site), losses(alone))
-    print(f"losses within {worst:.1e}")
+        stop(site)
+        assert worlds(site) == [2, 1, 3, 2], site.log.read_text()
+        print(f"decoded {[site.decoded(index) for index in range(site.homes)]} of {SHARDS}")
+        found = losses(site)
+    with Apart(trees[1], folders[1], 1) as site:
+        site.start()
+        site.wait(lambda: site.place() >= max(found), 400)
+        stop(site)
+        worst = deviation(found, losses(site))
+    print(f"{len(found)} steps, losses within {worst:.1e}")
+    assert len(found) == max(step for _, step in found)
     assert worst < 1e-4
