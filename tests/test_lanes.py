@@ -128,6 +128,14 @@ def test_batches_do_not_depend_on_the_ranks_however_lanes_and_batch_divide(
         assert found[1][3]["t"][:, 0, 0].tolist() == wanted_numbers.tolist()
 
 
+def test_a_loader_of_one_lane_decodes_several_shards_ahead(shards: list[Shard], tmp_path: Path) -> None:
+    """Ranks of one lane would else wait for the same shard, one after the other."""
+    node, own = Node(tmp_path), lanes_shards(Source(feed(shards), BATCH), Ranks((0,), LANES))
+    with Loader(feed(shards), node.cache, global_batch=BATCH, start=0, stop=99, rank=0, world=LANES) as loader:
+        next(iter(loader))
+        assert until(lambda: node.decoded() == len(own))
+
+
 def test_two_stages_of_different_lanes_share_one_cache(shards: list[Shard], tmp_path: Path) -> None:
     node = Node(tmp_path)
     for lanes in (1, 4, 16):

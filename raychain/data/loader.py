@@ -24,6 +24,9 @@ from raychain.data.shards import Shard
 
 AHEAD = 4
 """Batches kept ready."""
+SHARDS_AHEAD = 8
+"""Shards that a loader of several lanes decodes ahead: a lane's windows may be of one, and ranks that read the same
+lane begin at different ones."""
 POLL_S = 0.2
 """How often waiting threads look whether the loader was closed."""
 IDLE_S = 1.0
@@ -59,13 +62,13 @@ class Feed:
 class Ahead:
     """The windows of a lane from a place on, which only moves forward."""
 
-    def __init__(self, lane: Lane, place: int) -> None:
-        self._sources, self._coming = lane.sources, lane.coming(place)
+    def __init__(self, lane: Lane, place: int, shards: int = 0) -> None:
+        self._sources, self._coming, self._shards = lane.sources, lane.coming(place), shards
         self._windows: list[Window] = []
 
     def at(self, place: int) -> tuple[list[Window], list[Window]]:
-        """The windows that `place` lies in, and those that follow."""
-        extend(self._windows, self._coming, place + 1, self._sources)
+        """The windows that `place` lies in, and those that follow, which have so many `shards` at the least."""
+        extend(self._windows, self._coming, place + 1, self._sources, shards=self._shards)
         self._windows = [window for window in self._windows if window.stop > place]
         current = [window for window in self._windows if window.start <= place]
         return current, self._windows[len(current) :]
@@ -114,7 +117,8 @@ class Loader:
         self.slice = rank_slice(global_batch, rank, world)
         self.pin, self.wait_s = pin, 0.0
         lanes, places = lanes_of(feed.order, global_batch, (rank,), world), self._places(start)
-        self._ahead = {lane: Ahead(feed.order.lane(lane), places[lane]) for lane in lanes}
+        share = -(-SHARDS_AHEAD // max(1, len(lanes))) if feed.order.lanes > 1 else 0
+        self._ahead = {lane: Ahead(feed.order.lane(lane), places[lane], share) for lane in lanes}
         self._node = lanes_of(feed.order, global_batch, node or (rank,), world)
         self._turn = self.slice.start * feed.order.lanes / global_batch - min(lanes, default=0)
         """Where this rank's part begins in its lanes, in lanes."""
@@ -125,6 +129,8 @@ class Loader:
         self._closed = threading.Event()
         self._threads = max(1, threads)
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="decode")
+        # ranks of one lane look far ahead: what is needed now does not stand in line behind what follows
+        self._takers = ThreadPoolExecutor(self._threads, "take") if feed.order.lanes > 1 else self._pool
         self._readers = ThreadPoolExecutor(self._threads, thread_name_prefix="read")
         self._thread = threading.Thread(target=self._work, name="loader", daemon=True)
         self._thread.start()
@@ -138,7 +144,8 @@ class Loader:
     def close(self) -> None:
         """Stops the threads and drops what was prepared. A shard that is being decoded goes on into the cache."""
         self._closed.set()
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._pool, self._takers):
+            pool.shutdown(wait=False, cancel_futures=True)
         self._thread.join()
         self._readers.shutdown()
         self._tables.clear()
@@ -206,7 +213,7 @@ class Loader:
                 with self.cache.turn(self._closed):
                     self._take(together, [shard for shard in shards if shard not in self._tables], self.cache.table)
             for shard in self._in_turn(soon):  # files used from now on do not make room for these
-                self._submit(self.cache.ensure, shard, spare=time.time())
+                self._submit(self._pool, self.cache.ensure, shard, spare=time.time())
         self._ends = ends
         return ends
 
@@ -220,7 +227,7 @@ class Loader:
     def _take(self, together: list[int], shards: list[int], get: Callable[..., Table | None]) -> bool:
         """Whether all of the tables could be got, which are part of those needed `together`."""
         self._check_fits(together)
-        futures = [self._submit(get, shard) for shard in shards]
+        futures = [self._submit(self._takers, get, shard) for shard in shards]
         while wait(futures, timeout=POLL_S).not_done:
             if self._closed.is_set():
                 raise CancelledError
@@ -246,10 +253,10 @@ class Loader:
         turn = int(self._turn * len(shards) / max(1, len(self._ahead)))
         return [*shards[turn:], *shards[:turn]]
 
-    def _submit(self, work: Callable[..., T], shard: int, **options: Any) -> Future[T]:
+    def _submit(self, pool: ThreadPoolExecutor, work: Callable[..., T], shard: int, **options: Any) -> Future[T]:
         if self._closed.is_set():
             raise CancelledError
-        return self._pool.submit(work, self.feed.shards[shard], self.feed.reader, **options)
+        return pool.submit(work, self.feed.shards[shard], self.feed.reader, **options)
 
     def _put(self, item: Batch | BaseException | None) -> bool:
         started = time.monotonic()

@@ -51,14 +51,17 @@ class Window(NamedTuple):
     shards: tuple[int, ...]
 
 
-def extend(ahead: list[Window], coming: Iterator[Window], stop: int, sources: int) -> list[Window]:
+def extend(ahead: list[Window], coming: Iterator[Window], stop: int, sources: int, *, shards: int = 0) -> list[Window]:
     """`ahead` with what comes: every window that begins before `stop`, and of each source one more (on average).
 
-    That is what a loader holds to read up to `stop`. Returns the windows added.
+    That is what a loader holds to read up to `stop`. The windows that follow it have so many `shards` at the least.
+    Returns the windows added.
     """
-    known = len(ahead)
-    while sum(window.start >= stop for window in ahead) < sources:
+    known, following = len(ahead), [window for window in ahead if window.start >= stop]
+    while len(following) < sources or sum(len(window.shards) for window in following) < shards:
         ahead.append(next(coming))
+        if ahead[-1].start >= stop:
+            following.append(ahead[-1])
     return ahead[known:]
 
 
