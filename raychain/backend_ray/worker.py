@@ -20,8 +20,6 @@ from raychain.errors import Diverged, InputError
 from raychain.events import Event, Failed, OutOfMemory, Warned, WorkerStarted
 
 if TYPE_CHECKING:
-    import torch
-
     from raychain.training.task import ChainTask
 
 PUSH_S = 0.2
@@ -126,6 +124,7 @@ def train_chain(config: Settings) -> bool:
 
     from raychain.backend_ray.measuring import OnRay
     from raychain.backend_ray.preloading import preloading
+    from raychain.core.attention import unfused_on_cpus
     from raychain.core.dist import rank
     from raychain.data.content import ChangedError
     from raychain.training.measuring import Beside, InThread
@@ -152,7 +151,7 @@ def train_chain(config: Settings) -> bool:
         node=ray.get_runtime_context().get_node_id(),
     )
     try:
-        with _attention(device), preloading(task, worker, link.emit):
+        with unfused_on_cpus(device), preloading(task, worker, link.emit):  # what is measured in a thread too
             if worker.rank == 0 and task.suite.evaluations:
                 thread = InThread(worker.paradigm, worker.cache, device, worker.settled.is_set)
                 worker.beside = Beside(OnRay(task, thread), worker.measured_beside)
@@ -167,13 +166,3 @@ def train_chain(config: Settings) -> bool:
     finally:
         logging.getLogger("raychain").removeHandler(handler)
         link.close()
-
-
-def _attention(device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """On CPUs attention without fused kernels, for the whole process: training, and what is measured in a thread.
-
-    The fused bf16 attention is slow there: a CoM-micro-L step took 0.85 s with it, 0.57 s without (one thread).
-    """
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext()

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import nn
 
+from raychain.core.attention import unfused_on_cpus
 from raychain.models.building import preprocessing_of
 from raychain.paradigms.clip.loss import contrastive_loss
 from raychain.paradigms.objective import Columns, Encoded, Objective, Projector
@@ -32,9 +33,10 @@ class ImageTextObjective(Objective):
 
     def encode(self, part: Columns) -> Encoded:
         images, tokens = part["images"], part["tokens"]
-        pixels = (images.permute(0, 3, 1, 2).float() - self.mean) / self.std
-        image = self.model.encode_image(pixels, normalize=True).float()
-        text = self.model.encode_text(tokens.flatten(0, 1), normalize=True).float()
+        with unfused_on_cpus(images.device):
+            pixels = (images.permute(0, 3, 1, 2).float() - self.mean) / self.std
+            image = self.model.encode_image(pixels, normalize=True).float()
+            text = self.model.encode_text(tokens.flatten(0, 1), normalize=True).float()
         towers = image, text.unflatten(0, tokens.shape[:2])
         return Encoded(towers, towers)
 
