@@ -346,6 +346,7 @@ def test_a_search_tries_them_and_its_best_chain_is_an_experiment_that_knows_them
     assert {size.name for size in beside.sizes} == {*names, "CoM-micro-M"}
 
 
+@pytest.mark.long
 def test_a_search_trains_a_chain_with_a_generated_model_and_its_best_chain_runs_alone(
     ray_session: None, tree: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -64,7 +64,7 @@ def measurements(run: dict[str, Any]) -> dict[tuple[int, int], dict[str, float]]
     "worker",
     [
         by_the_group,
-        apart,
+        pytest.param(apart, marks=pytest.mark.long),
         pytest.param(apart_and_lost, marks=pytest.mark.long),
     ],
 )

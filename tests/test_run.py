@@ -176,7 +176,7 @@ def test_a_stage_of_its_own_source_and_resolution_is_preloaded_while_the_one_bef
     ray_session, tree, demo, tmp_path
 ):
     tree["chain"] = [
-        {"model": "CoM-micro-S", "epochs": "500 steps"},
+        {"model": "CoM-micro-S", "epochs": "1200 steps"},  # time enough for a preloader that gets few cycles
         {
             "model": "CoM-micro-M",
             "epochs": "12 steps",

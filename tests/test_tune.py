@@ -34,8 +34,8 @@ def with_parts(tree: dict[str, Any], **parts: Any) -> Any:
     "sampler",
     [
         {"name": "hyperopt", "n_initial_points": 2},
-        "QMCSampler",
-        {"name": "tpe", "n_startup_trials": 2},
+        pytest.param("QMCSampler", marks=pytest.mark.long),
+        pytest.param({"name": "tpe", "n_startup_trials": 2}, marks=pytest.mark.long),
         {"name": "raychain_tuning.Climb", "start": 1},
     ],
     ids=lambda sampler: str(sampler),
@@ -58,7 +58,7 @@ def test_any_searcher_gives_chains_that_are_new(
 
 
 @pytest.mark.parametrize("scheduler", [
-    {"name": "median", "grace_period": 0.1, "min_samples_required": 1},
+    pytest.param({"name": "median", "grace_period": 0.1, "min_samples_required": 1}, marks=pytest.mark.long),
     {"name": "raychain_tuning.Floor", "metric": METRIC, "least": 2.5},
 ], ids=["median", "own"])  # fmt: skip
 def test_any_scheduler_stops_chains(
@@ -169,7 +169,10 @@ def test_asha_by_its_name_is_asha(six: dict[str, Any]) -> None:
         with_parts(six, scheduler="median", asha={})
 
 
-@pytest.mark.parametrize("damage", ["truncated", "emptied", "gone", "pickle", "versions"])
+@pytest.mark.parametrize(
+    "damage",
+    ["truncated", *(pytest.param(d, marks=pytest.mark.long) for d in ("emptied", "gone", "pickle", "versions"))],
+)
 def test_a_damaged_folder_is_put_aside_and_the_search_goes_on_from_its_record(
     six: dict[str, Any], instant: type[Instant], tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
