@@ -22,6 +22,7 @@ METRIC = "zero_shot_top1"
 def six(halved: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Six chains that begin with 4, 8 or 12 steps, none stopped; better the longer their first stage is."""
     monkeypatch.syspath_prepend(str(PACKAGE))
+    monkeypatch.setattr(Instant, "judged", None)  # nobody judges, so no stage waits for it
     halved["search"] |= {"asha": None, "trials": 4}
     return halved
 
@@ -50,7 +51,7 @@ def test_any_searcher_gives_chains_that_are_new(
     assert [trial["status"] for trial in trials] == ["succeeded"] * 4
     assert len({trial["keys"][-1] for trial in trials}) == 4
     assert len(found.results) == 4
-    assert found.results.get_best_result(METRIC, "max").config["number"] == found.best["number"]
+    assert found.results.get_best_result(METRIC, "max").metrics[METRIC] == found.best["metrics"][METRIC]
     assert found.front == found.record["pareto"]
     again = raychain.search(with_parts(six, sampler=sampler, trials=6))
     assert again.record["trials"][:4] == trials, "more trials than before"
@@ -70,15 +71,15 @@ def test_any_scheduler_stops_chains(
     """A grid: the chains of 4 steps come first, and have 2 after their first stage."""
     from raychain.searching.tune.scheduler import ChainScheduler
 
-    hears, judged = ChainScheduler.on_trial_result, Instant.judged
+    hears, judged = ChainScheduler.on_trial_result, set[str]()
 
     def hear(self: ChainScheduler, controller: Any, trial: Any, result: Any) -> str:
         decision = hears(self, controller, trial, result)
-        assert judged is not None
         judged.add(result["key"])
         return decision
 
     monkeypatch.setattr(ChainScheduler, "on_trial_result", hear)
+    monkeypatch.setattr(Instant, "judged", judged)
     result = searched(with_parts(six, scheduler=scheduler))
     ends = [(trial["params"]["first"], trial["status"]) for trial in result["trials"]]
     if "least" in scheduler:

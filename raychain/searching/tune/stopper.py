@@ -18,10 +18,10 @@ class ChainStopper(Live, Stopper):
         self._stoppers = list(stoppers)
 
     def __call__(self, trial_id: str, result: Json) -> bool:
-        if result["config"]["kind"] not in CHOSEN or result["complete"]:
+        if result["config"]["kind"] not in CHOSEN:
             return False
         told = [stopper(trial_id, result) for stopper in self._stoppers]  # each is to hear of every result
-        return any(told)
+        return any(told) and not result["complete"]  # which ends by itself, and was not stopped
 
     def stop_all(self) -> bool:
         """Whether everything is over."""
