@@ -201,7 +201,7 @@ def test_on_object_storage_the_etag_stands_in_and_nothing_is_read_twice(
             stream.write(path.read_bytes())
 
     upload()
-    content._say_tags_stand_in.cache_clear()
+    content.say_tags_stand_in.cache_clear()
     with caplog.at_level(logging.INFO):
         shard = one(address, cache)
         assert sum("ETags" in record.getMessage() for record in caplog.records) == 1

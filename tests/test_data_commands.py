@@ -234,6 +234,10 @@ def test_built_shards_are_what_a_run_reads(data, tmp_path):
     wanted = Wanted(("txt", "json.captions"))
     found = survey(expand([str(tmp_path / "out")], "x"), wanted, tmp_path / "cache", "x")
     assert [(shard.samples, bool(shard.bad)) for shard in found] == [(3, False), (2, False)]
+    assert json.loads((tmp_path / "out" / "sizes.json").read_text()) == {"00000.tar": 3, "00001.tar": 2}
+    indexed = survey(expand([str(tmp_path / "out")], "x"), Wanted(("txt",)), tmp_path / "new", "x")
+    assert [(shard.samples, shard.source) for shard in indexed] == [(3, "from the index"), (2, "from the index")]
+    assert [shard.identity for shard in indexed] == [shard.identity for shard in found]
     samples = [sample for shard in found for sample in read(shard, wanted)]
     assert [captions(sample, wanted.captions) for sample in samples] == [[f"a {n}", f"b {n}"] for n in range(5)]
     assert data("check", tmp_path / "out", "--workers", 1)[0] == 0

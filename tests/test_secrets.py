@@ -103,6 +103,8 @@ def test_messages_records_logs_and_reports_hold_none(
 COMMANDS = [
     ["data", "check", ADDRESS],
     ["data", "build", ADDRESS, "--out", "x"],
+    ["data", "index", ADDRESS],
+    ["data", "index", "x", "--out", ADDRESS],
     ["data", "build", "table.csv", "--out", ADDRESS],
     ["grow", ADDRESS, "--to", "CoM-micro-M", "--out", "x"],
     ["evaluate", ADDRESS.replace("bucket", "bucket:1"), "--data", "x"],

@@ -1,4 +1,4 @@
-"""`raychain data`: makes demo shards, checks shards, packs tables of pictures and captions into shards."""
+"""`raychain data`: makes demo shards, checks and indexes shards, packs tables of pictures and captions into shards."""
 
 from __future__ import annotations
 
@@ -59,16 +59,9 @@ def check_command(
     from raychain.data.shards import expand
     from raychain.dataprep.check import check_shards, default_workers, summary
     from raychain.reporting.checked import check_table
-    from raychain.schema.captions import caption_key
     from raychain.terminal.counting import CountingLine
 
-    keys = tuple(captions or ("txt",))
-    for key in keys:
-        try:
-            caption_key(key)
-        except ValueError as error:
-            raise InputError("--captions", key, str(error), "correct the key") from None
-    wanted = Wanted(keys, key_split=key_split)
+    wanted = Wanted(_caption_keys(captions), key_split=key_split)
     addresses, found = expand(shards, "SHARDS"), []
     try:
         with CountingLine("shards checked") as line:
@@ -88,6 +81,62 @@ def check_command(
     delivered()
     if result["bad_fraction"] > max_bad_fraction:
         raise typer.Exit(1)
+
+
+@data.command("index")
+def index_command(
+    shards: Annotated[list[str], typer.Argument(help="Shard addresses: paths, s3://, globs, braces, folders.")],
+    captions: Annotated[
+        list[str] | None, typer.Option("--captions", help="As data.captions.keys; may be repeated. Default txt.")
+    ] = None,
+    labels: Annotated[
+        bool, typer.Option("--labels", help="Count pictures with a class (cls), which zero-shot sets have.")
+    ] = False,
+    key_split: Annotated[
+        Literal["first", "last"], typer.Option(help="As data.key_split: at which dot extensions begin.")
+    ] = "first",
+    out: Annotated[
+        str | None, typer.Option("--out", help="Folder of the index, such as `storage`; default: beside the shards.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Read SHARDS once and write down what runs would have to read them for, and open_clip's sizes.json."""
+    from raychain.data.health import kinds
+    from raychain.data.index import INDEX, SIZES
+    from raychain.data.members import Wanted
+    from raychain.data.shards import expand
+    from raychain.dataprep.index import index_shards
+
+    if labels and captions:
+        raise InputError("--labels", f"also --captions {captions[0]}", "one of them a call", "call it once for each")
+    wanted = Wanted(label=True, key_split=key_split) if labels else Wanted(_caption_keys(captions), key_split=key_split)
+    try:
+        result = index_shards(expand(shards, "SHARDS"), wanted, out)
+    except KeyboardInterrupt:
+        raise Interrupted from None
+    except OSError as error:
+        raise RunFailed(f"the index cannot be written: {error}") from None
+    if as_json:
+        say(json.dumps(result, indent=2), sys.stdout)
+        return
+    bad = f", without {kinds(result['bad'])}" if result["bad"] else ""
+    pictures = f"{result['samples']:,} samples with {wanted}{bad}"
+    read = f"{result['read']:,} of them read" if result["read"] else "none of them read, as the index had them all"
+    say(f"{result['shards']:,} shards ({result['bytes'] / 2**20:,.1f} MiB), {read}: {pictures}", sys.stdout)
+    for folder in result["folders"]:
+        say(f"{INDEX} and {SIZES} are in {folder}", sys.stdout)
+
+
+def _caption_keys(given: list[str] | None) -> tuple[str, ...]:
+    """The keys of `--captions`. Raises InputError."""
+    from raychain.schema.captions import caption_key
+
+    for key in given or ():
+        try:
+            caption_key(key)
+        except ValueError as error:
+            raise InputError("--captions", key, str(error), "correct the key") from None
+    return tuple(given or ("txt",))
 
 
 @data.command("build")

@@ -47,6 +47,7 @@ def _dry_run(
 ) -> None:
     from raychain.core.storage import below
     from raychain.core.wording import uncounted
+    from raychain.data.index import described
     from raychain.runs.checks import check_experiment, writable
     from raychain.runs.resolve import dry_plan
 
@@ -63,4 +64,6 @@ def _dry_run(
         say(f"{name:20} {stage['params'] / 1e6:9.2f} M parameters  {stage['macs']:.3g} MACs  {state}", sys.stdout)
     for line in [] if as_json else uncounted(plan["stages"]):
         say(one_line(line), sys.stdout)
+    if plan["counts"] and not as_json:
+        say(f"counts: {described(plan['counts'])}", sys.stdout)
     delivered()

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import logging
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from functools import cache
 from typing import Any, BinaryIO, NamedTuple, Protocol
@@ -42,7 +43,8 @@ class Content(NamedTuple):
     """32 hexadecimal digits."""
     size: int
     version: str
-    """Changes whenever a local file is touched; empty where that cannot be relied on."""
+    """Changes whenever a local file is touched; empty where that cannot be relied on. On object storage what stands for
+    the content there, where `identity` is a hash that was not taken now; else empty."""
     changed: float
     """When it was last touched, seconds since 1970; infinite where nothing tells."""
 
@@ -71,12 +73,13 @@ class ChangedError(OSError):
     """A file is no longer the one that was identified: trying again does not mend it."""
 
 
-def identify(address: str, notes: Folder | None = None) -> Content:
+def identify(address: str, notes: Folder | None = None, known: Callable[[Content], str] = lambda _: "") -> Content:
     """The identity of a file as it is now. Hashes of local files are kept in `notes`, and taken from there.
 
-    Raises OSError for a file that cannot be read or is being written.
+    `known` gives the hash of a file that is not read, as it looks without reading it; empty where nothing tells. On
+    object storage the ETag is `version` then. Raises OSError for a file that cannot be read or is being written.
     """
-    return _local(resolve(address)[1], notes) if is_local(address) else _remote(address)
+    return _local(resolve(address)[1], notes, known) if is_local(address) else _remote(address, known)
 
 
 @contextlib.contextmanager
@@ -85,12 +88,13 @@ def unchanged(file: Identified) -> Iterator[None]:
 
     A local file whose time stamps are others (a copy on another node, a file touched) is hashed once more.
     """
-    before = _touched(file.address)
-    if before.size != file.size or (before.identity and before.identity != file.identity):
+    before = look(file.address)
+    expected = file.identity if is_local(file.address) else file.version or file.identity
+    if before.size != file.size or (before.identity and before.identity != expected):
         raise _changed(file)
     yield
-    after = _touched(file.address)
-    if before.version != after.version or (after.identity and after.identity != file.identity):
+    after = look(file.address)
+    if before.version != after.version or (after.identity and after.identity != expected):
         raise _changed(file)
     trusted = after.identity or (after.version and after.version == file.version)
     if not trusted and identify(file.address).identity != file.identity:
@@ -113,11 +117,13 @@ def _changed(file: Identified) -> ChangedError:
     )
 
 
-def _local(path: str, notes: Folder | None) -> Content:
+def _local(path: str, notes: Folder | None, known: Callable[[Content], str]) -> Content:
     stat = os.stat(path)  # noqa: PTH116 - a plain string of the filesystem
     noted = notes.read_json(_note(path, stat)) if notes else None
     if isinstance(noted, dict) and isinstance(noted.get("identity"), str):
         return _content(noted["identity"], stat, _stamp(stat))
+    if identity := known(_content("", stat, _stamp(stat))):
+        return _content(identity, stat, _stamp(stat))
     for _ in range(TRIES):
         began = time.time_ns()
         with open(path, "rb", buffering=0) as file:  # noqa: PTH123
@@ -147,7 +153,7 @@ def _fresh(stat: os.stat_result, now: int) -> bool:
 
 def _note(path: str, stat: os.stat_result) -> str:
     """Name under which the hash of a file is kept until the file is touched."""
-    return f"{_hex(f'{path}|{stat.st_dev}|{_stamp(stat)}')}.hash.json"
+    return f"{short_hash(f'{path}|{stat.st_dev}|{_stamp(stat)}')}.hash.json"
 
 
 def _stamp(stat: os.stat_result) -> str:
@@ -162,33 +168,82 @@ def _hash(file: Any) -> str:
     return digest.hexdigest()
 
 
-def _hex(text: str) -> str:
+class Hashed(io.RawIOBase):
+    """A file that is hashed on the way, each byte when it is first passed, in the order that it has there."""
+
+    def __init__(self, file: BinaryIO, size: int) -> None:
+        self._file, self._size = file, size
+        self._digest, self._seen, self._place = xxhash.xxh3_128(), 0, 0
+
+    def readinto(self, target: Any) -> int:
+        self._pass(self._place)
+        self._file.seek(self._place)
+        content = self._file.read(len(target))
+        target[: len(content)] = content
+        new = self._place + len(content) - self._seen
+        if new > 0:
+            self._digest.update(content[len(content) - new :])
+            self._seen += new
+        self._place += len(content)
+        return len(content)
+
+    def _pass(self, place: int) -> None:
+        """Hashes what lies before a place."""
+        self._file.seek(self._seen)
+        while self._seen < place and (content := self._file.read(min(CHUNK, place - self._seen))):
+            self._digest.update(content)
+            self._seen += len(content)
+
+    def hexdigest(self) -> str:
+        """The hash of the whole file, of which what was not passed yet is read now."""
+        self._pass(self._size)
+        return self._digest.hexdigest()
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._place = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._size}[whence]
+        return self._place
+
+    def tell(self) -> int:
+        return self._place
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+
+def short_hash(text: str) -> str:
+    """32 hexadecimal digits of a text."""
     return xxhash.xxh3_128_hexdigest(text.encode("utf-8", "surrogateescape"))
 
 
-def _touched(address: str) -> Content:
+def look(address: str) -> Content:
     """What tells that a file was touched, without reading it; the identity only where that does not need reading."""
     if is_local(address):
         stat = os.stat(resolve(address)[1])  # noqa: PTH116
         return _content("", stat, _stamp(stat))
     size, told, changed = patiently(address, lambda: _told(address))
-    return Content(_hex(f"{told}|{size}") if told else "", size, "", changed)
+    return Content(short_hash(f"{told}|{size}") if told else "", size, "", changed)
 
 
-def _remote(address: str) -> Content:
+def _remote(address: str, known: Callable[[Content], str]) -> Content:
     size, told, changed = patiently(address, lambda: _told(address))
     if told:
-        _say_tags_stand_in()
-        return Content(_hex(f"{told}|{size}"), size, "", changed)
+        tag = short_hash(f"{told}|{size}")
+        if identity := known(Content(tag, size, "", changed)):
+            return Content(identity, size, tag, changed)
+        return Content(tag, size, "", changed)
     with open_input(address, CHUNK) as file:
         return Content(_hash(file), size, "", changed)
 
 
 @cache
-def _say_tags_stand_in() -> None:
+def say_tags_stand_in() -> None:
+    """Says so, once a process."""
     log.warning(
         "shards on object storage are told apart by their ETags and sizes, not by a hash of their content, so a copy "
-        "may count as another shard"
+        "may count as another shard: raychain data index takes the hashes"
     )
 
 

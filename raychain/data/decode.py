@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -19,6 +20,8 @@ from raychain.data.health import DEEP, Bad, Unusable, picture, tally
 from raychain.data.pixels import LARGE, Frame, check_range, framed, in_turn, is_deep, opened, rgb
 from raychain.data.shards import Shard
 from raychain.data.spec import QUALITY, STORED_BEYOND_CROP, Resizing, Spec, Tokenize
+
+log = logging.getLogger("raychain.data")
 
 BATCH_BYTES = 2**23
 """Bytes of pictures in a record batch; that many are in memory at once, or one picture if it has more."""
@@ -49,7 +52,8 @@ def decode(shard: Shard, spec: Spec, tokenize: Tokenize, bad: list[Bad]) -> Iter
     rows: list[Row] = []
     texts: list[list[str]] = []
     found = lost = end = 0
-    for sample in shards.read(shard, spec.wanted):
+    # where nobody has counted, what counting finds is found here
+    for sample in shards.read(shard, spec.wanted, *((bad.append,) if shard.declared else ())):
         try:
             told = members.annotation(sample, spec.wanted)
             image = (
@@ -76,11 +80,23 @@ def decode(shard: Shard, spec: Spec, tokenize: Tokenize, bad: list[Bad]) -> Iter
         rows.append(Row(sample["key"], end, height, width, told.label, told.classes))
         texts.append(told.captions)
         found += 1
-    if found + lost != shard.samples:
+    if found + lost != shard.samples and shard.declared:
+        _say_miscounted(shard, found + lost)
+    elif found + lost != shard.samples:
         raise OSError(f"{shard.address} has changed: {shard.samples} samples were counted, {found + lost} read")
     if not found:
         raise OSError(f"{shard.address}: none of its {shard.samples} samples can be used: {tally(bad)}")
     yield _record_batch(rows, pictures, texts, tokenize)
+
+
+def _say_miscounted(shard: Shard, there: int) -> None:
+    """Says what a wrong count does: the order of samples is made of counts."""
+    less = there < shard.samples
+    log.warning(
+        "%s: %s samples are there and %s were expected (%s), so %s. raychain data index counts them",
+        shard.address, f"{there:,}", f"{shard.samples:,}", shard.source,
+        "some are used more often than others" if less else f"{there - shard.samples:,} are never used",
+    )  # fmt: skip
 
 
 def _record_batch(rows: list[Row], pictures: np.ndarray, texts: list[list[str]], tokenize: Tokenize) -> pa.RecordBatch:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import fnmatch
 import glob
+import io
+import logging
 import math
 import os
 import re
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -22,13 +25,33 @@ from raychain import records
 from raychain.core.braces import count_alternatives
 from raychain.core.storage import TRANSFER_S, Folder, is_local, resolve, split_options
 from raychain.data import health
-from raychain.data.content import ChangedError, former_identity, identify, unchanged
+from raychain.data.content import (
+    ChangedError,
+    Content,
+    Hashed,
+    former_identity,
+    identify,
+    say_tags_stand_in,
+    unchanged,
+)
 from raychain.data.fetch import open_input, patiently
 from raychain.data.health import Bad, Tally
+from raychain.data.index import (
+    BEFORE,
+    DECLARED,
+    READ,
+    CountedRecord,
+    IndexedRecord,
+    Known,
+    described,
+    matches,
+    whole_name,
+)
 from raychain.data.members import Format, Report, Sample
 from raychain.errors import InputError
 from raychain.terminal.counting import CountingLine
 
+log = logging.getLogger("raychain.data")
 WHOLE_AHEAD = 2**23
 """Bytes asked of object storage at once where the whole shard is read."""
 SILENT_S = 3.0
@@ -59,7 +82,14 @@ class Shard:
     changed: float = field(default=math.inf, compare=False)
     """When the file was last touched, seconds since 1970."""
     former: str = field(default="", compare=False)
-    """The identity that schema 2 gave it."""
+    """The identity that schema 2 gave it; empty where it was not read."""
+    source: str = field(default=READ, compare=False)
+    """Where the count comes from, one of `index.SOURCES`."""
+
+    @property
+    def declared(self) -> bool:
+        """Whether nobody has counted: the count is what a file beside the shard says, and may be wrong."""
+        return self.source in DECLARED
 
 
 def expand(patterns: Sequence[str], where: str) -> list[str]:
@@ -186,18 +216,18 @@ def _fits(parts: list[str], wanted: list[str], first: int) -> bool:
     )
 
 
-def survey(addresses: Sequence[str], wanted: Format, cache: Path, where: str) -> list[Shard]:
-    """Size, identity and count of usable samples of each shard, read in parallel; both are kept in `cache`.
+def survey(
+    addresses: Sequence[str], wanted: Format, cache: Path, where: str, *, exact: bool = False, hashed: bool = False
+) -> list[Shard]:
+    """Size, identity and count of usable samples of each shard; what an index or the like does not tell is read, in
+    parallel, and kept in `cache`, and where `index.shared` says so.
 
-    What a shard cannot give (samples without a picture or caption, damage) is counted in `Shard.bad` and named in the
-    log. Raises InputError for files that cannot be read or are being written, and if no shard has a usable sample.
+    With `exact` no count is taken from others than raychain; with `hashed` the identities are hashes of the content on
+    object storage too. What a shard cannot give (samples without a picture or caption, damage) is counted in
+    `Shard.bad` and named in the log. Raises InputError for files that cannot be read or are being written, and if no
+    shard has a usable sample.
     """
-    began, shards = time.monotonic(), []
-    with ThreadPoolExecutor(16) as pool, CountingLine("shards identified and counted") as line:
-        for shard in pool.map(lambda address: _survey(address, wanted, cache, where), addresses):
-            shards.append(shard)
-            if time.monotonic() - began > SILENT_S:
-                line.show(len(shards), len(addresses))
+    shards = list(each_surveyed(addresses, wanted, cache, where, exact=exact, hashed=hashed))
     for shard in shards:
         health.name(shard.address, shard.bad)
     if not any(shard.samples for shard in shards):
@@ -206,36 +236,129 @@ def survey(addresses: Sequence[str], wanted: Format, cache: Path, where: str) ->
             where, f"{len(shards)} shards without a usable sample ({found})",
             f"complete tar files of samples with {wanted}", wanted.remedy,
         )  # fmt: skip
+    if declared := Counter(shard.source for shard in shards if shard.declared):
+        log.warning(
+            "samples of %s: %s, and not by reading them; raychain data index does that once", where, described(declared)
+        )
     return shards
 
 
-def _survey(address: str, wanted: Format, cache: Path, where: str) -> Shard:
+def each_surveyed(
+    addresses: Sequence[str], wanted: Format, cache: Path, where: str, *, exact: bool = False, hashed: bool = False
+) -> Iterator[Shard]:
+    """The shards of `survey` in their order, as they are known. Raises InputError."""
+    began, known = time.monotonic(), Known(addresses, exact=exact)
+    read: dict[str, IndexedRecord] = {}
+
+    def one(address: str) -> Shard:
+        return _survey(address, wanted, cache, where, known, hashed)
+
+    try:
+        with ThreadPoolExecutor(16) as pool, CountingLine("shards identified and counted") as line:
+            for done, shard in enumerate(pool.map(one, addresses), 1):
+                if shard.source == READ:
+                    read |= {shard.address: entry} if (entry := indexed(shard, wanted)) else {}
+                if time.monotonic() - began > SILENT_S:
+                    line.show(done, len(addresses))
+                yield shard
+    finally:
+        if not hashed:  # else who asks writes the index anew
+            known.say_stale(where)
+        known.keep(read)
+
+
+def indexed(shard: Shard, wanted: Format) -> IndexedRecord | None:
+    """What an index says of a shard that was counted; None where nothing tells when it is touched."""
+    if not (shard.version or not is_local(shard.address)):
+        return None
+    return IndexedRecord(
+        address=whole_name(shard.address),
+        size=shard.size,
+        version=shard.version or shard.identity,
+        identity=shard.identity if shard.version else "",
+        former=shard.former,
+        samples={wanted.digest: CountedRecord(samples=shard.samples, bad=shard.bad.record())},
+    )
+
+
+def _survey(address: str, wanted: Format, cache: Path, where: str, known: Known, hashed: bool) -> Shard:
     counts = Folder(str(cache / "counts"))
     try:
-        content = identify(address, counts)
-        shard = Shard(address, content.size, content.identity, 0, version=content.version, changed=content.changed)
-        name = f"{shard.identity}-{wanted.digest}.json"
-        noted = records.take(counts, name, records.CountRecord)
-        if noted is not None:
-            return replace(shard, samples=noted.samples, bad=Tally.of(noted.bad), former=noted.former)
-        found: list[Bad] = []
-        with unchanged(shard), open_input(address) as file:
-            former = former_identity(file, shard.size)
-            file.seek(0)
-            samples = sum(1 for _ in wanted.samples(file, found.append, names_only=True))
+        return _identified(address, wanted, counts, known, hashed)
     except ChangedError as error:
         raise InputError(
             where, address, "a file that nothing writes to", f"start again when it is whole ({error})"
         ) from None
     except OSError as error:
         raise InputError(where, address, "a file that can be read", f"replace or remove the shard ({error})") from None
+
+
+def _identified(address: str, wanted: Format, counts: Folder, known: Known, hashed: bool) -> Shard:
+    """The shard as indexes, notes and other files tell of it, else as it is read. Raises OSError."""
+    entries = known.entries(address)
+    content = identify(address, counts, lambda seen: _known_hash(address, seen, counts, known, hashed))
+    shard = Shard(address, content.size, content.identity, 0, version=content.version, changed=content.changed)
+    tagged = not is_local(address) and not content.version
+    if tagged and (hashed or any(entry.identity for entry, _ in entries)):
+        return _read(shard, wanted, counts, hashed=True)
+    for entry, source in entries:
+        if matches(entry, content) or (entry.identity and entry.identity == shard.identity):
+            shard = replace(shard, former=entry.former)
+            if noted := entry.samples.get(wanted.digest):
+                return replace(shard, samples=noted.samples, bad=Tally.of(noted.bad), source=source)
+    if tagged:
+        say_tags_stand_in()
+    count = records.take(counts, f"{shard.identity}-{wanted.digest}.json", records.CountRecord)
+    if count is not None:
+        return replace(shard, samples=count.samples, bad=Tally.of(count.bad), former=count.former, source=BEFORE)
+    if not hashed and (told := known.declared(address, shard.size)):
+        return replace(shard, samples=told[0], source=told[1])
+    return _read(shard, wanted, counts, hashed=False)
+
+
+def _known_hash(address: str, seen: Content, counts: Folder, known: Known, hashed: bool) -> str:
+    """The hash of a file that is not to be read for it, if an index has it; on object storage also a note of it."""
+    entries = [entry for entry, _ in known.entries(address)]
+    if found := next((entry.identity for entry in entries if entry.identity and matches(entry, seen)), ""):
+        return found
+    if entries and not any(matches(entry, seen) for entry in entries):
+        known.stale.append(address)
+    if not is_local(address) and (hashed or any(entry.identity for entry in entries)):
+        noted = counts.read_json(_hash_note(seen.identity))
+        if isinstance(noted, dict) and isinstance(noted.get("identity"), str):
+            return noted["identity"]
+    return ""
+
+
+def _hash_note(tag: str) -> str:
+    """Name under which the hash of a file on object storage is kept."""
+    return f"{tag}.hash.json"
+
+
+def _read(shard: Shard, wanted: Format, counts: Folder, *, hashed: bool) -> Shard:
+    """The shard counted, and with `hashed` identified by a hash of the content that is read. Raises OSError."""
+    found: list[Bad] = []
+    with unchanged(shard), open_input(shard.address, *((WHOLE_AHEAD,) if hashed else ())) as file:
+        if hashed:
+            passed = Hashed(file, shard.size)
+            samples = sum(1 for _ in wanted.samples(io.BufferedReader(passed), found.append, names_only=True))
+            tag, identity = shard.identity, passed.hexdigest()
+            former = former_identity(file, shard.size)
+        else:
+            former = former_identity(file, shard.size)
+            file.seek(0)
+            samples = sum(1 for _ in wanted.samples(file, found.append, names_only=True))
     bad = health.tally(found)
     try:
+        if hashed:
+            shard = replace(shard, identity=identity, version=tag)
+            counts.write_json(_hash_note(tag), {"identity": identity})
+        name = f"{shard.identity}-{wanted.digest}.json"
         records.write(counts, name, records.CountRecord(samples=samples, bad=bad.record(), former=former))
     except OSError as error:
         raise InputError("preload.cache", counts.address, f"a folder that can be written ({error})",
                          "give another folder") from None  # fmt: skip
-    return replace(shard, samples=samples, bad=bad, former=former)
+    return replace(shard, samples=samples, bad=bad, former=former, source=READ)
 
 
 def read(shard: Shard, wanted: Format, report: Report = lambda _: None) -> Iterator[Sample]:

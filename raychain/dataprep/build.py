@@ -28,8 +28,10 @@ from raychain.core.json import Json
 from raychain.core.storage import Folder, is_local
 from raychain.data import pixels
 from raychain.data.health import Unusable, picture
+from raychain.data.members import Wanted
 from raychain.data.pixels import Frame, check_range, framed, opened, rgb
 from raychain.dataprep.fetch import FetchError, fetch
+from raychain.dataprep.index import index_shards
 from raychain.dataprep.table import Entry, PictureTable
 from raychain.errors import InputError, without_secrets
 from raychain.records import FailureRecord, PackedRecord
@@ -106,6 +108,8 @@ def build(
                 done += len(part)
                 failures += len(kept.failed)
             stats.append(kept)
+    if stats:
+        index_shards([folder.join(f"{shard:05d}.tar") for shard in range(len(stats))], Wanted(("txt",)))
     failed = [row for shard in stats for row in shard.failed]
     folder.write(FAILED, "".join(json.dumps(row.content()) + "\n" for row in failed).encode())
     return {

@@ -296,7 +296,7 @@ def _check_labels(
 
 def _survey(patterns: Sequence[str], wanted: Wanted, cache_dir: str | Path, where: str) -> tuple[Shard, ...]:
     addresses = shards.expand(patterns, where)
-    found = shards.survey(addresses, wanted, Path(cache_dir).expanduser(), where)
+    found = shards.survey(addresses, wanted, Path(cache_dir).expanduser(), where, exact=True)
     for shard in found:  # training can do without a few samples; what is measured must not depend on the copy at hand
         if damage := [bad for bad in shard.bad.examples if bad.kind in STRUCTURAL]:
             fix = f"replace or remove the shard ({damage[0]})"

@@ -62,6 +62,8 @@ class Determinants:
     """Positions of a mixture over which it keeps its shares."""
     projector: str = ""
     """How the projector of distillation starts; empty without one."""
+    counts: tuple[int, ...] = ()
+    """Samples of the shards, where files beside them say so and nobody has counted; else they follow from `shards`."""
     changes: tuple[tuple[int, float], ...] = ()
     """Other peak learning rates, each after the step from which it holds."""
     task: Mapping[str, Any] = field(default_factory=dict)
@@ -97,6 +99,7 @@ def _content(stage: Determinants, previous: str, schema: int) -> Json:
             "window": stage.window,
             **({"lanes": stage.lanes} if stage.lanes > 1 else {}),
             **({"block": stage.block} if stage.block != BLOCK else {}),
+            **({"counts": stage.counts} if stage.counts else {}),
             **stage.reading,
         },
         "warmup": stage.warmup,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from raychain import records
 from raychain.config.experiment import Change, Data, Experiment, Train
 from raychain.core.json import Json
 from raychain.core.storage import Folder, below, is_local, local_path
+from raychain.data.index import shared
 from raychain.data.lanes import usual_lanes
 from raychain.data.loader import Feed
 from raychain.data.mixture import BLOCK, Mixture
@@ -72,12 +74,14 @@ def make_task(
             raise InputError("data.demo", demo.out, "a folder for demo shards", str(error)) from None
     cache = _cache_folder(experiment)
     setting = Setting(cache, experiment.data.captions.keys, experiment.data.key_split)
-    suite = resolve_suite(experiment.evaluate, setting)
+    with shared(store or experiment.storage, keep=store is not None):
+        suite = resolve_suite(experiment.evaluate, setting)
+        readings = _readings(experiment, cache)
     task = ChainTask(
         experiment=experiment,
         out=Folder(out).path if is_local(out) else out,
         store=store,
-        stages=resolve_stages(experiment, _readings(experiment, cache), Folder(out)),
+        stages=resolve_stages(experiment, readings, Folder(out)),
         suite=suite,
         threads=max(1, int(worker_cpus(experiment))),
     )
@@ -97,7 +101,7 @@ def replan(task: ChainTask, experiment: Experiment, out: str, others: Others = A
 
 
 def dry_plan(experiment: Experiment) -> Json:
-    """What `--dry-run` shows: every stage's steps, MACs and key.
+    """What `--dry-run` shows: every stage's steps, MACs and key, and how many shards were counted in which way.
 
     Demo shards that are not there yet are not rendered, and keys are None then.
     """
@@ -107,13 +111,16 @@ def dry_plan(experiment: Experiment) -> Json:
         stages = resolve_stages(experiment, [reading] * len(experiment.chain), Folder(out))
         keys: list[str | None] = [None] * len(stages)
         published = [False] * len(stages)
+        sources: list[str] = []
     else:
         task = make_task(experiment, out)
         stages, published = task.stages, finished(task, Folder(out))
         keys = [stage.key for stage in stages]
+        sources = [shard.source for shard in task.shards]
     shown = ("model", "params", "epoch_samples", "epochs", "steps", "warmup", "lr", "macs", "origin")
     plan = [{name: getattr(stage, name) for name in shown} for stage in stages]
-    return {"stages": [entry | {"published": p, "key": k} for entry, p, k in zip(plan, published, keys, strict=True)]}
+    entries = [entry | {"published": p, "key": k} for entry, p, k in zip(plan, published, keys, strict=True)]
+    return {"stages": entries, "counts": dict(Counter(sources))}
 
 
 def epoch_samples(experiment: Experiment, data: Data, where: str = "data.train") -> int:
@@ -123,7 +130,8 @@ def epoch_samples(experiment: Experiment, data: Data, where: str = "data.train")
         return data.samples
     if demo and not is_current(Path(demo.out), names=demo.names, pictures=demo.pictures, seed=demo.seed):
         return demo.pictures
-    return _reading(experiment, data, _cache_folder(experiment), where).order.samples
+    with shared(experiment.storage, keep=False):
+        return _reading(experiment, data, _cache_folder(experiment), where).order.samples
 
 
 def _cache_folder(experiment: Experiment) -> Path:
@@ -257,6 +265,7 @@ def _stage(
         weights=tuple(source.weight for source in data.train),
         window=data.shuffle_window,
         lanes=reading.order.lanes,
+        counts=tuple(s.samples for s in reading.shards) if any(s.declared for s in reading.shards) else (),
         block=reading.order.block if isinstance(reading.order, Mixture) else BLOCK,
         reading=reader.identity,
         global_batch=recipe.global_batch,
