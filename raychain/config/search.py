@@ -144,7 +144,7 @@ class Named(BaseModel):
 
     @property
     def written(self) -> str:
-        """As a user would write it."""
+        """The search as a user would write it."""
         return f"{{{', '.join(f'{key}: {value}' for key, value in self.model_dump().items())}}}"
 
 

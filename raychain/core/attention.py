@@ -1,4 +1,4 @@
-"""Which attention kernel torch takes."""
+"""The attention kernel that torch takes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which chains of models a search may try."""
+"""The chains of models that a search may try."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which chains are stopped early: any scheduler of Tune's, with what shared stages change.
+"""The chains that are stopped early: any scheduler of Tune's, with what shared stages change.
 
 Trials that are no chosen chains are never stopped. A measurement of a stage that trials share has one verdict, for all
 of them. Tune does not save schedulers (ray#30838); what this one was told is saved with the callback, and told again.
@@ -197,7 +197,7 @@ class HalvingScheduler(ChainScheduler):
 
 
 class _Past:
-    """As much of a trial as ASHA looks at."""
+    """The part of a trial that ASHA looks at."""
 
     def __init__(self, trial_id: str) -> None:
         self.trial_id = trial_id

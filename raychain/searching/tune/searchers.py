@@ -29,7 +29,7 @@ STARTUP = 8
 
 
 class Suggesting(Protocol):
-    """As much of an Optuna trial as the space needs."""
+    """The part of an Optuna trial that the space needs."""
 
     def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
         """One of these."""

@@ -158,5 +158,5 @@ def _filesystem(out: Folder) -> fs.FileSystem | None:
 
 
 def folder_name(trial: TuneTrial) -> str:
-    """Of a trial, in the experiment's."""
+    """The name of a trial's folder within the experiment's."""
     return f"{trial.config['number']:04d}-{trial.trial_id}"
