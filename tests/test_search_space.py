@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_searching import MICRO
 
 from raychain.config.loading import validate
 from raychain.config.search import Proxy
@@ -18,13 +19,6 @@ from raychain.searching.experiments import proxied
 from raychain.searching.space import make_space
 from raychain.searching.split import nearest_weights, possible_shares, shares
 
-MICRO: dict[str, Any] = {
-    "name": "micro",
-    "data": {"train": "nowhere/{0..3}.tar", "samples": 16_000},
-    "chain": [{"model": "CoM-micro-S", "epochs": 8}, {"model": "CoM-micro-M", "epochs": 3}],
-    "train": {"global_batch": 128, "warmup": "10 %"},
-    "evaluate": {"zero_shot": "nowhere"},
-}
 SPLIT = {"total": "30 %", "shares": [1, 2, 3]}
 
 

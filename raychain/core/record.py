@@ -100,7 +100,7 @@ def take(folder: Folder, name: str, kind: type[Kind]) -> Kind | None:
 
 
 def show(folder: Folder, name: str, kind: type[Kind]) -> Kind | None:
-    """As much of the record in a file as can be shown to people, for who never writes it again; None where there is
+    """The part of the record in a file that can be shown to people, for who never writes it again; None where there is
     none, or not even what every such record has.
 
     What is of another kind than it should be is left out alone, however deep it stands, and a warning names it. Raises

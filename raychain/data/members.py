@@ -41,7 +41,7 @@ Report = Callable[[Bad], None]
 
 
 class Format(Protocol):
-    """Which members of a tar file make a sample. Its `str` says it in words."""
+    """The members of a tar file that make a sample. Its `str` says it in words."""
 
     @property
     def digest(self) -> str:

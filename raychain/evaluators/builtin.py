@@ -36,8 +36,8 @@ class ZeroShotMultilabel(Evaluator):
     needs: ClassVar[frozenset[str]] = frozenset({"pictures", "texts"})
     type: Literal["zero_shot_multilabel"]
     data: str = Field(min_length=1)
-    """As for `zero_shot`, but with an `.npy` member for each picture instead of `.cls`: zeros, and a one for each class
-    that it shows, in the order of `classnames.txt`."""
+    """The data of `zero_shot`, but with an `.npy` member for each picture instead of `.cls`: zeros, and a one for each
+    class that it shows, in the order of `classnames.txt`."""
 
     def resolve(self, where: str, setting: Setting) -> HeldOut:
         from raychain.evaluators.data import resolve_multilabel

@@ -46,7 +46,7 @@ class Definition:
     kind: str = ""
     """The evaluator's type."""
     mean: str = ""
-    """As in `Metric`."""
+    """The same field of `Metric`."""
 
     def value(self, metrics: Mapping[str, Any]) -> float | None:
         """The metric among a record's metrics, under either name; None where it is missing or not finite."""
