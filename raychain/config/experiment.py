@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import (
     AfterValidator,
-    BeforeValidator,
     Field,
     PositiveInt,
     ValidationInfo,
@@ -14,28 +13,19 @@ from pydantic import (
     model_validator,
 )
 
+from raychain.config.data import Data, StageData
 from raychain.config.origin import AnyStart, given_alone, misplaced, trained_whole
 from raychain.config.search import Search
 from raychain.config.track import Track
 from raychain.evaluators.config import Evaluate
 from raychain.paradigms.task import AnyTask, Task
 from raychain.schema.allocation import Allocation
-from raychain.schema.captions import KeySplit, caption_key
 from raychain.schema.component import Component, OneOrMore, Seed
 from raychain.schema.durations import Bytes, Duration, Epochs, Every, Horizon, Interval, Warmup
 from raychain.schema.generate import Generates
 from raychain.schema.problems import ProblemsError
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
-
-
-def _area_range(crop: tuple[float, float]) -> tuple[float, float]:
-    if not 0 < crop[0] <= crop[1] <= 1:
-        raise ValueError("allowed is [low, high] with 0 < low <= high <= 1")
-    return crop
-
-
-AreaRange = Annotated[tuple[float, float], AfterValidator(_area_range)]
 
 
 def _range(workers: int | tuple[int, int]) -> int | tuple[int, int]:
@@ -45,96 +35,6 @@ def _range(workers: int | tuple[int, int]) -> int | tuple[int, int]:
 
 
 Workers = Annotated[PositiveInt | tuple[PositiveInt, PositiveInt], AfterValidator(_range)]
-
-
-class Demo(Component):
-    """Render OpenMoji shards into a folder when they are not there yet (`raychain data demo`)."""
-
-    out: str
-    """Folder of the shards."""
-    names: int = Field(240, ge=2)
-    """Emoji names, which are the classes of the zero-shot task."""
-    pictures: int = Field(16_000, ge=1)
-    """Training pictures."""
-    seed: Seed = 0
-
-
-class Captions(Component):
-    """Where a picture's captions stand and how many are used a step (LaCLIP)."""
-
-    keys: OneOrMore = ("txt",)
-    """Members that hold captions: `txt` (one caption), `json.KEY` (a string or a list of strings). With `|sentences`,
-    as in `json.description|sentences`, every sentence of a text is a caption of its own."""
-    per_image: int = Field(1, ge=1, le=1000)
-    """Captions of an image in the loss. Above 1 the first key's caption is always one of them, the rest are drawn anew
-    every epoch."""
-
-    @field_validator("keys")
-    @classmethod
-    def _known_forms(cls, keys: tuple[str, ...]) -> tuple[str, ...]:
-        for key in keys:
-            caption_key(key)
-        return keys
-
-
-class Source(Component):
-    """Shards that are drawn from at a rate of their own."""
-
-    shards: OneOrMore
-    weight: float = Field(1.0, gt=0)
-    """How often each of its samples comes in an epoch: 2 is twice, 0.5 every other epoch."""
-
-
-def _sources(value: Any) -> Any:
-    values = value if isinstance(value, list | tuple) else [value]
-    return tuple({"shards": (entry,)} if isinstance(entry, str) else entry for entry in values)
-
-
-Sources = Annotated[tuple[Source, ...], BeforeValidator(_sources), Field(min_length=1)]
-
-
-class Data(Component):
-    """Training pictures: webdataset tar shards in img2dataset's layout."""
-
-    train: Sources
-    """Shard addresses: paths, s3:// or gs://, with braces and globs; one, a list, or a list of sources
-    `{shards: …, weight: 2}`."""
-    demo: Demo | None = None
-    """Render demo shards first."""
-    samples: int | None = Field(None, ge=1)
-    """Samples an epoch; counted from the shards when absent."""
-    captions: Captions = Captions()
-    image_size: int | None = Field(None, ge=8, le=8192)
-    """Pixels a side; the model's own when absent."""
-    crop: AreaRange | None = None
-    """Area range of a random resized crop a step, such as [0.9, 1.0]; centre crop when absent."""
-    shuffle_window: int = Field(8, ge=1)
-    """Shards whose samples are shuffled together (the shards' order is shuffled too); with more lanes than that, one of
-    each lane."""
-    lanes: int | None = Field(None, ge=1, le=4096)
-    """Parts into which the samples are cut once; a batch takes as many of each, and a node reads those of its own
-    workers alone. Absent: the largest power of two up to 64 that leaves a lane 16 shards, 1 below 32 shards."""
-    store: Literal["raw", "jpeg"] | None = None
-    """What the cache keeps of a picture: its pixels (raw), or JPEG of quality 95 in a seventh of the bytes, off by a
-    level or two. Absent: raw where the pixels of all samples together are 64 GiB at most, else jpeg."""
-    key_split: KeySplit = "first"
-    """The dot of a member's file name at which its extension begins; what stands before names the sample. first is
-    webdataset's rule: `photo.v1.jpg` is the `v1.jpg` of the sample `photo`, and no picture. last makes it the picture
-    of `photo.v1`. Shards of `evaluate` are read in the same way."""
-    max_bad_fraction: float = Field(0.01, ge=0, le=1)
-    """Share of samples that may be unusable (`raychain data check` counts them); above it the run stops."""
-
-
-class StageData(Component):
-    """The keys of `data` in which a stage differs from the rest of the chain."""
-
-    train: Sources | None = None
-    samples: int | None = Field(None, ge=1)
-    captions: Captions | None = None
-    image_size: int | None = Field(None, ge=8, le=8192)
-    crop: AreaRange | None = None
-    lanes: int | None = Field(None, ge=1, le=4096)
-    key_split: KeySplit | None = None
 
 
 class Change(Component):
@@ -192,6 +92,7 @@ class Distill(Component):
     """Inverse feature distillation: alpha times the squared distance of normalised features, towers averaged."""
 
     alpha: float = Field(2.0, ge=0)
+    """Weight of the distillation loss beside the task's."""
     cap: bool = True
     """Scale the distillation loss down wherever it would exceed the task loss."""
 
@@ -257,6 +158,7 @@ class Train(Component):
     """Autocast of the forward pass; weights and optimiser are fp32. Absent: fp32, on CPUs alone, many of which have no
     bf16 arithmetic and emulate it ten times slower. With GPUs it has to be named, so that they do not decide it."""
     seed: Seed = 0
+    """Seed of initial weights, the order of samples, captions, crops and dropout."""
     log_every: int = Field(20, ge=1)
     """Steps between lines of metrics.jsonl."""
 
@@ -305,15 +207,18 @@ class Checkpoint(Component):
     """Saved states of an unfinished stage."""
 
     every: Interval = Duration(300, "s")
-    """ "5 minutes", "30 seconds" or "500 steps"."""
+    """How often a state is saved: "5 minutes", "30 seconds" or "500 steps"."""
     keep: int = Field(2, ge=1)
+    """States of a stage that are kept; older ones are deleted."""
 
 
 class Baseline(Component):
     """The training that the chain is compared with."""
 
     model: str
+    """The model that would be trained alone."""
     epochs: Epochs
+    """For how long."""
 
 
 class Experiment(Component):

@@ -22,7 +22,7 @@ from raychain.paradigms.objective import Columns, Objective
 from raychain.paradigms.task import Task
 
 if TYPE_CHECKING:
-    from raychain.config.experiment import Data
+    from raychain.config.data import Data
     from raychain.data.reader import Reader
     from raychain.data.shards import Shard
     from raychain.data.spec import Tokenizer

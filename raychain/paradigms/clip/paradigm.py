@@ -30,7 +30,7 @@ from raychain.paradigms.objective import Objective, Projector
 from raychain.planning.macs import ModelSize, tower_sizes
 
 if TYPE_CHECKING:
-    from raychain.config.experiment import Data
+    from raychain.config.data import Data
 
 _TIMM_VITS = ("vit_", "deit", "eva", "beit")
 CONFIG, WEIGHTS, PREPROCESSING = "open_clip_config.json", "open_clip_model.safetensors", "preprocess_cfg"

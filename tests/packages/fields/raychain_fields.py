@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from raychain.config.experiment import Data
+from raychain.config.data import Data
 from raychain.data.health import Bad
 from raychain.data.members import Report, Sample
 from raychain.data.order import Rows, mix

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from raychain.config.experiment import Data
+from raychain.config.data import Data
 from raychain.data.members import Wanted
 from raychain.data.pictures import PictureReader
 from raychain.data.shards import Shard, survey
