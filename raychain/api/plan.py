@@ -56,11 +56,13 @@ def plan(
 
 def _chosen(config: Experiment) -> tuple[Experiment, Json]:
     """The experiment with the best proposal's chain, and what else there was: reasons, next proposals, warnings."""
+    from raychain.paradigms import make_paradigm
     from raychain.planning.checks import warnings
     from raychain.planning.proposals import why
     from raychain.runs.costing import proposals_for, with_chain
 
     proposals, samples = proposals_for(config)
+    principled = make_paradigm(config.task).principled
     family = list({stage.size.name: stage.size for found in proposals for stage in found.cost.stages}.values())
     shown = [
         {
@@ -73,13 +75,13 @@ def _chosen(config: Experiment) -> tuple[Experiment, Json]:
             "speedup": round(found.cost.speedup, 3),
             "family_speedup": round(found.cost.family_speedup, 3),
             "breaks": list(found.broken),
-            "warnings": warnings(found.cost, samples, family),
+            "warnings": warnings(found.cost, samples, family) if principled else [],
         }
         for found in proposals[:SHOWN]
     ]
     chosen = {
         "proposed_from": len(proposals),
-        "why": why(proposals[0], samples),
+        "why": why(proposals[0], samples, principled=principled),
         "proposals": shown,
         "warnings": shown[0]["warnings"],  # these recommend models of the user's family only
     }

@@ -15,7 +15,7 @@ import contextlib
 import difflib
 import fnmatch
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from copy import deepcopy
 from functools import lru_cache
 from pathlib import Path
@@ -180,13 +180,15 @@ def model_names() -> list[str]:
     return list(dict.fromkeys([*(name for name in names if name in own), *users, *names]))
 
 
-def matching_models(patterns: Iterable[str]) -> list[str]:
+def matching_models(patterns: Iterable[str], known: Collection[str] | None = None) -> list[str]:
     """The names that patterns with braces and globs stand for (`CoM-ViT-{T,S}-16`, `CoM-ViT-*`), each once, in order.
+    Globs fit names of `known`; absent: of `model_names`.
 
     A name without `*`, `?` or `[` is taken as it is. Raises UnknownModelError for a pattern that fits no name, and
     ValueError for braces that do not close.
     """
     found: list[str] = []
+    known = model_names() if known is None else known
     for pattern in patterns:
         try:
             many = count_alternatives(pattern) > _MOST_NAMES
@@ -196,9 +198,10 @@ def matching_models(patterns: Iterable[str]) -> list[str]:
         if many:
             raise UnknownModelError(f"{pattern!r} stands for more than {_MOST_NAMES:,} names")
         for name in names:
-            hits = fnmatch.filter(model_names(), name) if any(c in name for c in "*?[") else [name]
+            hits = fnmatch.filter(known, name) if any(c in name for c in "*?[") else [name]
             if not hits:
-                raise UnknownModelError(f"{name!r} fits no model name. {_own_names(model_names())}")
+                some = ", ".join(list(known)[:5])
+                raise UnknownModelError(f"{name!r} fits no model name of {len(known):,}, such as {some}")
             found += hits
     return list(dict.fromkeys(found))
 

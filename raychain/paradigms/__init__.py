@@ -62,7 +62,7 @@ def usable_size(task: Task, model: str, size: int | None, where: str) -> ModelSi
     try:
         return model_size(task, model, size)
     except UnknownModelError as error:
-        raise unknown_model(model, error, where) from None
+        raise unknown_model(task, model, error, where) from None
     except ValueError as error:
         reason = str(error)
     paradigm = make_paradigm(task)
@@ -78,11 +78,13 @@ def usable_size(task: Task, model: str, size: int | None, where: str) -> ModelSi
     raise InputError(where, model, allowed, f"give another model: {reason}")
 
 
-def unknown_model(model: str, error: Exception, where: str) -> InputError:
+def unknown_model(task: Task, model: str, error: Exception, where: str) -> InputError:
     """What to tell a user who named, at `where`, a model that is unknown or refused, as the error says."""
-    from raychain.models import model_names
-
-    fix = nearest(model[:100], model_names(), "python -c 'import raychain.models as f; print(f.model_names())'")
+    described = json.dumps(task.model_dump(mode="json"))
+    listed = f"python -c 'import raychain.paradigms as p; print(p.make_paradigm(p.make_task({described})).known())'"
+    if task.paradigm == "clip":
+        listed = "python -c 'import raychain.models as f; print(f.model_names())'"
+    fix = nearest(model[:100], list(make_paradigm(task).known()), listed)
     return InputError(where, model if len(model) <= 100 else f"{model[:97]}...", str(error), fix)
 
 

@@ -54,6 +54,8 @@ class Paradigm(ABC):
     """What its samples are called in messages, in the plural."""
     takes: ClassVar[frozenset[str]] = frozenset({"pictures"})
     """What its models turn into features, of which evaluators may be made: `pictures`, `texts`."""
+    principled: ClassVar[bool] = False
+    """Whether the three principles of planning were shown to hold for it. Elsewhere nothing is claimed by them."""
     files: ClassVar[tuple[str, ...]] = ("config.json", "model.safetensors")
     """Files that a complete stage folder has; `save` writes them."""
 
@@ -63,6 +65,10 @@ class Paradigm(ABC):
     @abstractmethod
     def config(self, model: str) -> Config:
         """The configuration of a model by its name. Raises UnknownModelError for names that are none of its models."""
+
+    def known(self) -> Sequence[str]:
+        """Names of its models, of which messages suggest the nearest, and which `family`'s patterns may stand for."""
+        return ()
 
     @abstractmethod
     def native_size(self, config: Config) -> int:

@@ -6,6 +6,7 @@ from typing import Annotated
 
 from pydantic import BeforeValidator, SerializeAsAny
 
+from raychain.core.json import Json
 from raychain.schema.component import Component
 
 
@@ -13,6 +14,11 @@ class Task(Component):
     """The paradigm by name; a paradigm's own options stand beside it in a subclass."""
 
     paradigm: str = "clip"
+
+    @property
+    def identity(self) -> Json:
+        """What of it is part of a stage's key: all that a model's configuration and its reader do not say."""
+        return self.model_dump(mode="json")
 
 
 def _known(value: object) -> Task:

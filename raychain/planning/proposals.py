@@ -88,12 +88,15 @@ def propose(
     limits: Limits = Limits(),  # noqa: B008 - immutable
     baseline: tuple[ModelSize, float] | None = None,
     apart: Collection[tuple[str, str]] = (),
+    *,
+    principled: bool = True,
 ) -> list[Proposal]:
     """All chains within the limits: those that break no principle first, then by cost.
 
     Ratio bounds that the user gave are kept; the default ones only rank, since some families cannot keep them.
-    `apart` are pairs of models that do not grow into one another. Raises InputError with the nearest alternative where
-    no chain is left.
+    `apart` are pairs of models that do not grow into one another. Where the principles are not known to hold
+    (`principled`), chains differ in their cost alone. Raises InputError with the nearest alternative where no chain is
+    left.
     """
     _check_family(family)
     first = limits.first or alone_epochs(setting.samples)
@@ -104,7 +107,7 @@ def propose(
                          "fewer than the first model's", "lower the rule or raise allocation.first")  # fmt: skip
     smallest = family[smallest_model([size.principal_params for size in family], setting.samples)]
     proposals = [
-        _judge(candidate, setting, limits, smallest, baseline)
+        _judge(candidate, setting, limits, smallest if principled else None, baseline)
         for candidate in enumerate_chains(family, first, rules, all_models=limits.all_models, apart=apart)
     ]
     if not proposals:
@@ -114,9 +117,11 @@ def propose(
     return _affordable(_within_ratios(proposals, limits), limits.budget)
 
 
-def why(proposal: Proposal, samples: int) -> list[str]:
+def why(proposal: Proposal, samples: int, *, principled: bool = True) -> list[str]:
     """The reasons for a proposal, principle by principle."""
     cost = proposal.cost
+    if not principled:
+        return ["cost: the lowest of the chains within the limits; nothing else is known of chains of this paradigm"]
     first, grown = cost.stages[0], len(cost.stages) - 1
     given, wanted = (f"{params / 1e6:.2g} M" for params in (first.size.principal_params, smallest_size(samples)))
     ratios = ", ".join(f"{ratio:.1f}" for ratio in cost.ratios)
@@ -138,11 +143,13 @@ def _judge(
     candidate: Candidate,
     setting: Setting,
     limits: Limits,
-    smallest: ModelSize,
+    smallest: ModelSize | None,
     baseline: tuple[ModelSize, float] | None,
 ) -> Proposal:
     cost = predict(candidate.sizes, candidate.epochs, setting, baseline)
     excess = sum(ratio_excess(ratio, limits.ratios or RATIOS) for ratio in cost.ratios)
+    if smallest is None:
+        return Proposal(cost, candidate.rule, (), excess if limits.ratios else 0.0)
     # The largest model is given: where it is itself the nearest to the data's size, any start below it will do.
     largest = candidate.sizes[-1].name
     broken = {

@@ -64,7 +64,7 @@ def cost_of(experiment: Experiment) -> Costed:
     cost = ChainCost(tuple(stages), baseline, alone)
     known = _known(experiment)
     samples = settings[0].samples
-    found = warnings(cost, samples, known)
+    found = warnings(cost, samples, known) if make_paradigm(experiment.task).principled else []
     if given is None and stages[0].origin is not None:
         found.append(f"the chain begins with a checkpoint, and is compared with {last.name} alone for the epochs of "
                      f"{first.size.name}: name in `baseline` what you would train instead")  # fmt: skip
@@ -74,7 +74,7 @@ def cost_of(experiment: Experiment) -> Costed:
 def proposals_for(experiment: Experiment) -> tuple[list[Proposal], int]:
     """The planner's chains for the experiment's family, best first, and the samples of an epoch. Raises InputError."""
     try:
-        names = matching_models(experiment.family or ())
+        names = matching_models(experiment.family or (), make_paradigm(experiment.task).known())
     except UnknownModelError as error:
         raise InputError("family", ", ".join(experiment.family or ()), str(error), "correct the pattern") from None
     except ValueError as error:
@@ -90,7 +90,13 @@ def proposals_for(experiment: Experiment) -> tuple[list[Proposal], int]:
         )
     wanted = experiment.allocation or Allocation()
     limits = Limits(wanted.first, wanted.rules, wanted.ratios, wanted.budget, wanted.all_models)
-    return propose(family, setting, limits, baseline, _apart(experiment, family)), setting.samples
+    principled = make_paradigm(experiment.task).principled
+    if not principled and not (limits.first and limits.rules):
+        raise InputError("family", ", ".join(experiment.family or ()), f"with task.paradigm {experiment.task.paradigm} "
+                         "also allocation.first and allocation.rules, the epochs of the first and of grown models: how "
+                         "long chains of it should train is not known", "give them, or write a chain")  # fmt: skip
+    found = propose(family, setting, limits, baseline, _apart(experiment, family), principled=principled)
+    return found, setting.samples
 
 
 def with_chain(experiment: Experiment, proposal: Proposal | None = None) -> Experiment:

@@ -80,7 +80,7 @@ def given_stage(experiment: Experiment, origin: Origin, index: int, folder: str,
     if source.fs == out.fs and f"{source.path}/".startswith(f"{out.path}/"):  # its stages make way for this chain's
         raise InputError(origin.where, checkpoint, "a checkpoint outside of the run's own folder",
                          "give the run another `name` or --out, or copy the checkpoint")  # fmt: skip
-    options = {} if task == Task() else task.model_dump(mode="json")
+    options = {} if task == Task() else task.identity
     key = given_key(found.digest, found.config, size, options)
     record = records.read(out, f"stages/{folder}/{STAGE_RECORD}", records.StageRecord, quiet=True)
     return StageTask(

@@ -283,7 +283,7 @@ def _stage(
         transfer=grown,
         projector=PROJECTOR if taught and projects(experiment.task, config, taught.config, size) else "",
         seed=recipe.seed + index,
-        task={} if experiment.task == Task() else experiment.task.model_dump(mode="json"),
+        task={} if experiment.task == Task() else experiment.task.identity,
         changes=_changes(stage.changes, lengths, steps, f"chain.{index}.changes"),
     )
     previous = before.key if before else ""

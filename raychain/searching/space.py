@@ -234,7 +234,7 @@ class Space:
         """The experiment's own chain and the planner's proposals, best first, as near as the space has them."""
         if self.experiment.chain and (own := self.nearest([(s.model, s.length) for s in self.experiment.chain])):
             yield own
-        if not 2 <= len(self.sizes) <= 16:
+        if not 2 <= len(self.sizes) <= 16 or not make_paradigm(self.experiment.task).principled:
             return
         family = self.experiment.model_copy(
             update={"family": tuple(size.name for size in self.sizes), "chain": (), "allocation": None}
@@ -295,6 +295,9 @@ def make_space(experiment: Experiment) -> Space:
 
     own = search.space
     planned = (experiment.allocation and experiment.allocation.first) or alone_epochs(samples)
+    if not (own.first or experiment.chain or make_paradigm(experiment.task).principled):
+        raise InputError("search.space.first", "nothing", "lengths of first models: how long a model of "
+                         f"task.paradigm {experiment.task.paradigm} trains alone is unknown", "give some")  # fmt: skip
     first = own.first or ((experiment.chain[0].length,) if experiment.chain else (Duration(planned, "epochs"),))
     grown: tuple[Duration, ...] = own.grown or ()
     if not grown and not own.rules and not own.split and experiment.chain:

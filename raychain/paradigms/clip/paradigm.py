@@ -17,7 +17,7 @@ from raychain.data.members import Wanted
 from raychain.data.pictures import PictureReader
 from raychain.data.shards import Shard, survey
 from raychain.data.spec import Spec, Tokenizer, fitting
-from raychain.models import at_image_size, model_config
+from raychain.models import at_image_size, model_config, model_names
 from raychain.models.building import NORMALISATION, build_config, preprocessing_of
 from raychain.models.checkpoints import CheckpointError, config_beside, read_checkpoint
 from raychain.models.configs import ConfigError
@@ -41,8 +41,12 @@ class ImageTextParadigm(Paradigm):
 
     samples = "pairs"
     takes = frozenset({"pictures", "texts"})
+    principled = True
     files = (CONFIG, WEIGHTS)
     objective_class: ClassVar[type[ImageTextObjective]]
+
+    def known(self) -> Sequence[str]:
+        return model_names()
 
     def config(self, model: str) -> Config:
         return model_config(model)
