@@ -76,9 +76,9 @@ class Site:
         """One more node of one CPU."""
         self.nodes.append(self.cluster.add_node(num_cpus=1, object_store_memory=STORE))
 
-    def start(self, *options: str) -> None:
+    def start(self, *options: str, program: str = "raychain.run") -> None:
         """The README's command, on this cluster."""
-        command = [sys.executable, "-m", "raychain.run", str(self.file), "--address", self.cluster.address, *options]
+        command = [sys.executable, "-m", program, str(self.file), "--address", self.cluster.address, *options]
         with self.log.open("ab") as log:
             self.driver = subprocess.Popen(command, stdout=log, stderr=log)
 

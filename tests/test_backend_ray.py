@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import logging
 import os
 import signal
@@ -83,6 +84,25 @@ def test_where_ray_has_no_coordinator_the_public_function_is_asked(ray_session, 
         demand.close()
     worker = {"CPU": 1}
     assert asked == [[worker] * 3, [worker] * 3, []] * 2
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+
+
+def test_of_many_processes_alone_ray_does_not_warn(missing, capsys, caplog):
+    worker = importlib.import_module("ray._private.worker")
+
+    def told(number: int) -> None:
+        warning = f"{number} PYTHON worker processes have been started on node: x"
+        worker.print_to_stdstream({"lines": [warning], "pid": "raylet", "is_err": False}, ignore_prefix=False)
+        worker.print_to_stdstream({"lines": [f"{number} other"], "pid": "raylet", "is_err": False}, ignore_prefix=False)
+
+    with internals.many_processes():
+        told(31)
+    told(32)
+    said = capsys.readouterr().out
+    assert ("31 PYTHON" in said, "32 PYTHON" in said, "31 other" in said) == (False, True, True)
+    missing("ray._private")
+    with internals.many_processes():
+        pass
     assert [record.levelname for record in caplog.records] == ["WARNING"]
 
 

@@ -436,6 +436,26 @@ def test_a_search_says_what_the_large_model_reaches_alone_beside_the_speed_up(tm
     assert "in MACs, against the last model alone: 36.0 %" in told
 
 
+def test_a_search_shows_who_chose_and_judged_its_chains_and_where(tmp_path):
+    asha = {
+        "passed": [
+            {"rung": 0, "macs": 2e12, "values": {"a": 10.0, "b": 20.0, "c": 14.0}},
+            {"rung": 1, "macs": 6e12, "values": {"b": 30.0}},
+        ],
+        "behind": {"c": {"macs": 2e12, "value": 14.0, "needed": 16.5, "rivals": 3}},
+    }
+    stopped = trial(("S", 8), ("L", 2), number=5, macs=5e12, top=None, keys=["c", "d"]) | {"status": "stopped"}
+    config = {"search": {"sampler": {"name": "hyperopt", "gamma": 1}, "stop": ["timeout"]}}
+    whole = {**SEARCH, "trials": [*SEARCH["trials"], stopped], "asha": asha, "tune": {"ray": "2"}, "config": config}
+    root = made(write(tmp_path / "search", None, None, None, whole))
+    told = words(root)
+    assert "Chosen by: hyperopt; judged by: asha; ended by: timeout." in told
+    rows = [["".join(cell.itertext()) for cell in row.iter("td")] for row in root.iter("tr")]
+    assert ["0", "2.00 T", "10 %", "3", "20.0", "14.0", "1"] in rows
+    assert ["1", "6.00 T", "30 %", "1", "30.0", "30.0", "0"] in rows
+    assert ["S 8", "5", "2.00 T", "14.0", "16.5", "2"] in rows
+
+
 @pytest.mark.parametrize(
     "shown",
     [

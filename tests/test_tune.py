@@ -146,6 +146,9 @@ def test_tunes_own_tools_read_the_folder(six: dict[str, Any], instant: type[Inst
         ({"scheduler": "medians"}, "search.scheduler", "did you mean median"),
         ({"stop": "timeout"}, "search.stop", "missing"),
         ({"callbacks": "raychain_tuning.Floor"}, "search.callbacks", "a class of"),
+        ({"callbacks": "wandbb"}, "search.callbacks", "did you mean wandb"),
+        ({"callbacks": "aim"}, "search.callbacks", "install what it needs"),
+        ({"callbacks": {"name": "wandb", "project": "x", "api_key": "hunter2"}}, "search.callbacks.api_key", "WANDB"),
     ],
 )
 def test_parts_that_cannot_be_are_one_message(
@@ -159,6 +162,18 @@ def test_parts_that_cannot_be_are_one_message(
         searched(with_parts(six, **parts))
     assert where in str(error.value)
     assert says in str(error.value)
+    assert "hunter2" not in str(error.value)
+
+
+@pytest.mark.parametrize("address", ["s3://key:hunter2@bucket/x", "s3://bucket/x?secret_key=hunter2"])
+def test_a_folder_whose_address_holds_a_key_is_refused(six: dict[str, Any], address: str) -> None:
+    """Tune pickles how its folder is reached."""
+    for call, where in ((lambda: raychain.search(validate(six), out=address), "--out"),
+                        (lambda: raychain.search(validate(six | {"storage": address})), "storage")):  # fmt: skip
+        with pytest.raises(InputError, match="an address without keys") as error:
+            call()
+        assert str(error.value).startswith(where)
+        assert "hunter2" not in str(error.value)
 
 
 def test_asha_by_its_name_is_asha(six: dict[str, Any]) -> None:

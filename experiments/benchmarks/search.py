@@ -102,7 +102,7 @@ def main() -> None:
     options = argparse.ArgumentParser()
     options.add_argument("trials", type=int)
     options.add_argument("--sampler", default="random")
-    options.add_argument("--groups", type=int, default=1, help="worker groups at once; twice as many trials and 8 wait")
+    options.add_argument("--groups", type=int, default=1, help="worker groups at once; 22 let 24 trials wait")
     options.add_argument("--wait-s", type=float, default=0.0)
     options.add_argument("--models", default="CoM-micro-{S,M,L}")
     options.add_argument("--out", type=Path)

@@ -1,6 +1,6 @@
 """What a search of 24 chains costs and finds: `python experiments/search/micro.py WORK --out results.json`.
 
-Runs experiments/search/micro.yaml with `schedule: cosine` and with `wsd`, each killed once in the middle and started
+Runs experiments/search/micro.yaml with `schedule: cosine` and with `wsd`, each killed twice and started
 again; trains three of each search's chains alone and compares their metrics; measures what was found on the test split.
 WORK keeps everything: the same command continues.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import signal
@@ -27,41 +28,49 @@ from raychain.demo import make_demo
 
 HERE = Path(__file__).parent
 METRIC = "zero_shot_top1"
-KILL_AFTER = 8
+KILL_AFTER = (8, 16)
 """Trials that are over when the search is killed."""
 
 
-def search(work: Path, schedule: str) -> dict[str, Any]:
-    """The search's search.json; the first call is killed and the second goes on."""
-    out, killed = work / schedule / "search", work / schedule / "killed.json"
+def search(work: Path, schedule: str, at_most: float) -> dict[str, Any]:
+    """search.json of a search that is killed and started again; after `at_most` seconds a call this ends."""
+    out, file = work / schedule / "search", work / schedule / "calls.json"
     out.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "raychain.search", str(HERE / "micro.yaml"), "--out", str(out)]
     command += ["--set", f"train.schedule={schedule}", "--set", f"storage={work / schedule / 'runs'}"]
-    with (work / schedule / "log").open("a") as log:
-        began = time.time()
-        process = subprocess.Popen(command, cwd=work, stdout=log, stderr=log)
-        while process.poll() is None:
-            time.sleep(2)
-            if not killed.exists() and over(out) >= KILL_AFTER:
-                process.send_signal(signal.SIGKILL)
-                process.wait()
-                finished = {path.parent.name: path.stat().st_mtime_ns for path in stages(work / schedule)}
-                killed.write_text(json.dumps({"after_s": time.time() - began, "finished": finished}))
-                began = time.time()
-                process = subprocess.Popen(command, cwd=work, stdout=log, stderr=log)
-    if process.returncode:
-        raise SystemExit(f"the search failed: see {work / schedule / 'log'}")
-    noted = json.loads(killed.read_text())
-    noted.setdefault("then_s", time.time() - began)
-    killed.write_text(json.dumps(noted))
-    now = {path.parent.name: path.stat().st_mtime_ns for path in stages(work / schedule)}
-    again = [key for key, at in noted["finished"].items() if now.get(key) != at]
+    calls: list[dict[str, Any]] = json.loads(file.read_text()) if file.exists() else []
+    while not calls or calls[-1]["killed"]:
+        kills = [count for count in KILL_AFTER if count > over(out)]
+        began, late = time.time(), False
+        with (work / schedule / "log").open("a") as log:
+            process = subprocess.Popen(command, cwd=work, stdout=log, stderr=log)
+            while process.poll() is None:
+                time.sleep(1)
+                late = time.time() - began > at_most
+                if late or (kills and over(out) >= kills[0]):
+                    process.send_signal(signal.SIGKILL)
+                    process.wait()
+        if process.returncode not in (0, -signal.SIGKILL):
+            raise SystemExit(f"the search failed: see {work / schedule / 'log'}")
+        killed = process.returncode != 0
+        calls.append({"seconds": time.time() - began, "killed": killed, "finished": finished(work / schedule)})
+        file.write_text(json.dumps(calls))
+        if killed and late:
+            raise SystemExit(f"{schedule}: {over(out)} trials are over; the same command goes on")
+    now = calls[-1]["finished"]
     result: dict[str, Any] = json.loads((out / "search.json").read_text())
     return result | {
-        "seconds": noted["after_s"] + noted["then_s"],
-        "killed_with": len(noted["finished"]),
-        "again": again,
+        "seconds": sum(call["seconds"] for call in calls),
+        "killed_with": [len(call["finished"]) for call in calls[:-1]],
+        "again": sorted({key for call in calls for key, at in call["finished"].items() if now.get(key) != at}),
+        "gaps": gaps(out),
     }
+
+
+def gaps(out: Path) -> list[float]:
+    """Seconds from stage to stage within the paths that a worker group trained."""
+    runs = [json.loads(path.read_text()) for path in out.glob("chains/*/run.json")]
+    return sorted(stage["gap_s"] for run in runs for stage in run["stages"] if stage.get("gap_s") is not None)
 
 
 def over(out: Path) -> int:
@@ -71,8 +80,11 @@ def over(out: Path) -> int:
         return 0
 
 
-def stages(folder: Path) -> list[Path]:
-    return list((folder / "runs/store").glob("*/stage.json"))
+def finished(folder: Path) -> dict[str, int]:
+    """When each stage in the store was written; its record is written again when it is measured."""
+    found = {path.parent for path in folder.glob("runs/store/*/stage.json")}
+    parts = {stage.name: [part for part in stage.iterdir() if part.name != "stage.json"] for stage in found}
+    return {name: max(part.stat().st_mtime_ns for part in files) for name, files in parts.items()}
 
 
 def alone(work: Path, schedule: str, found: dict[str, Any]) -> list[dict[str, Any]]:
@@ -136,6 +148,7 @@ def main() -> None:
     parser.add_argument("work", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--schedules", nargs="+", default=["cosine", "wsd"])
+    parser.add_argument("--at-most", type=float, default=math.inf, help="seconds that one call of a search may take")
     options = parser.parse_args()
     work = options.work.absolute()
     work.mkdir(parents=True, exist_ok=True)
@@ -147,7 +160,7 @@ def main() -> None:
         "machine": f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}",
     }
     for schedule in options.schedules:
-        found = search(work, schedule)
+        found = search(work, schedule, options.at_most)
         trials = on_test(work, schedule, found)
         requested, trained = found["stage_epochs_requested"], found["stage_epochs_trained"]
         results[schedule] = {
@@ -157,7 +170,8 @@ def main() -> None:
             "ratio": round(trained / requested, 4),
             "stage_epochs_of_chains": found["stage_epochs_of_chains"],
             "stages_finished_when_killed": found["killed_with"],
-            "trained_again_after_the_kill": found["again"],
+            "trained_again_after_a_kill": found["again"],
+            "gaps_s": found["gaps"],
             "alone": alone(work, schedule, found),
             "verdict": verdict(trials),
             "trials": trials,

@@ -33,7 +33,7 @@ def search(
     from raychain.reporting.trackers import check_trackers
     from raychain.runs.checks import check_compute, writable
     from raychain.searching.driver import run_search
-    from raychain.searching.request import plan_search
+    from raychain.searching.request import check_folder, plan_search
 
     config = opened(experiment, overrides, models)
     settings = config.search or Search()
@@ -43,6 +43,7 @@ def search(
     check_compute(config, address)
     check_trackers(config.track)
     folder = out or below(config.storage, f"{config.name}-search")
+    check_folder(folder, "--out" if out else "storage")
     # As for a run: with a folder of its own nothing is written outside of it, unless the experiment says where.
     shared = out is None or "storage" in config.model_fields_set
     plan = plan_search(

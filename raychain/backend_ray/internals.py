@@ -13,6 +13,8 @@ from typing import Any, Protocol
 
 import ray
 
+from raychain.core.json import Json
+
 log = logging.getLogger("raychain.backend_ray")
 
 _told: set[str] = set()
@@ -130,3 +132,33 @@ def stay_on_loopback() -> None:
         raise RuntimeError(f"Ray {ray.__version__} cannot be kept to this machine's own address: {error}") from error
     ray_constants.ENABLE_RAY_CLUSTER = True
     services.resolve_ip_for_localhost = lambda host: host
+
+
+MANY_PROCESSES = "PYTHON worker processes have been started"
+
+
+@contextlib.contextmanager
+def many_processes() -> Iterator[None]:
+    """Within, Ray's warnings of many processes on a node are not printed: a search's trials are such, and hold nothing.
+
+    Ray has a setting for it that also decides how many of them start at once, and none for a cluster that runs.
+    """
+    try:
+        from ray._private import worker
+
+        before = worker.print_to_stdstream
+    except (ImportError, AttributeError) as error:
+        missing("its printing of warnings, so it warns of a search's processes", error)
+        yield
+        return
+
+    def printed(data: Json, *rest: Any, **options: Any) -> None:
+        lines = [line for line in data.get("lines", ()) if MANY_PROCESSES not in line]
+        if lines:
+            before({**data, "lines": lines}, *rest, **options)
+
+    worker.print_to_stdstream = printed
+    try:
+        yield
+    finally:
+        worker.print_to_stdstream = before

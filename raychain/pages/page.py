@@ -9,7 +9,7 @@ from importlib.resources import files
 
 from raychain.core.wording import clock, macs, percent, uncounted
 from raychain.core.wording import number as digits
-from raychain.pages import search_json, searched, tables
+from raychain.pages import rungs, search_json, searched, tables
 from raychain.pages.chain_drawing import baseline, chain, cost_bars
 from raychain.pages.curves import arrows, learning
 from raychain.pages.loading import Run, amount, mapping, number
@@ -227,6 +227,9 @@ def _time(run: Run, tale: Story | None) -> Markup | None:
     )
 
 
+RUNGS = "Chains are compared at equal training MACs; one that is not among the best of those before it is stopped."
+
+
 def _search(search: Search, heading: Markup | None) -> list[Markup | None]:
     measured = sum(search.value(trial) is not None for trial in search.trials)
     better = "" if search.metric.best == "high" else ", of which less is better"
@@ -235,7 +238,7 @@ def _search(search: Search, heading: Markup | None) -> list[Markup | None]:
         summary = (
             f"{len(search.trials)} trials, {measured} of them measured. Accuracy is {search.metric.label}{better}."
         )
-        head = tag("header", heading, tag("p", summary, class_="summary"),
+        head = tag("header", heading, tag("p", summary, class_="summary"), rungs.parts(search),
                    _figures(_search_figures(search)))  # fmt: skip
     tree_note = "Chains that begin alike share those stages. ×n: in n trials; the heavier outline leads to the best."
     return [
@@ -244,6 +247,7 @@ def _search(search: Search, heading: Markup | None) -> list[Markup | None]:
                  note="Each dot a trial; on the line, those that no cheaper trial beats."),
         _section("Against each model alone", searched.against(search)),
         _section("Shared stages", searched.tree(search), note=tree_note),
+        _section("Rungs and verdicts", rungs.rungs(search), note=RUNGS),
         _section("Trials", searched.trials(search)),
     ]  # fmt: skip
 

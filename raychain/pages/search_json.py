@@ -10,7 +10,7 @@ from typing import NamedTuple
 from raychain.core.json import Json
 from raychain.evaluators.metrics import Definition, read_back
 from raychain.pages.loading import amount, numbers
-from raychain.records import BaselineRecord, ChainedRecord, ComparisonRecord, SearchRecord, TrialRecord
+from raychain.records import BaselineRecord, ChainedRecord, ComparisonRecord, HalvingRecord, SearchRecord, TrialRecord
 
 
 class Step(NamedTuple):
@@ -50,6 +50,9 @@ class Search(NamedTuple):
     trained: float | None
     measures: list[Definition]
     """The metrics that matter most."""
+    asha: HalvingRecord | None
+    parts: list[tuple[str, str]]
+    """What of Ray Tune's chose and stopped chains: what it is, and its name."""
 
     def value(self, trial: Trial) -> float | None:
         """What the trial is judged by."""
@@ -76,8 +79,23 @@ def parse(record: SearchRecord) -> Search:
     return Search(
         trials, front or _front(measured, metric), best, metric, record.baseline or BaselineRecord(),
         record.comparisons or [], record.stage_epochs_requested, record.stage_epochs_trained,
-        [definition for definition in definitions if definition.brief],
+        [definition for definition in definitions if definition.brief], record.asha, _parts(record),
     )  # fmt: skip
+
+
+def _parts(record: SearchRecord) -> list[tuple[str, str]]:
+    settings = (record.config or {}).get("search")
+    if record.tune is None or not isinstance(settings, dict):
+        return []
+    settings = settings | {"scheduler": "asha" if record.asha else settings.get("scheduler")}
+    found = []
+    for key, what in (("sampler", "Chosen by"), ("scheduler", "judged by"), ("stop", "ended by")):
+        value = settings.get(key)
+        entries = value if isinstance(value, list) else [value]
+        names = [entry.get("name") if isinstance(entry, dict) else entry for entry in entries]
+        if told := ", ".join(name for name in names if isinstance(name, str)):
+            found.append((what, told))
+    return found
 
 
 def _judged_by(definitions: Sequence[Definition], name: str | None, trials: Sequence[Trial]) -> Definition:

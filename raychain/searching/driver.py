@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from raychain import records
 from raychain.backend_ray.connection import session
 from raychain.backend_ray.environment import environment
+from raychain.backend_ray.internals import many_processes
 from raychain.core.json import Json
 from raychain.errors import Interrupted, RunFailed
 from raychain.lease import LEASE, Lease, patience
@@ -162,11 +163,12 @@ def check(plan: Plan, rungs: Rungs | None) -> None:
 
 @contextlib.contextmanager
 def _said(verbose: bool) -> Iterator[None]:
-    """Within, Tune says nothing but to who wants to know."""
+    """Within, Tune says nothing, and Ray nothing of its processes, but to who wants to know."""
     log = logging.getLogger("ray.tune")
     before = log.level
     log.setLevel(logging.INFO if verbose else logging.CRITICAL)
     try:
-        yield
+        with contextlib.nullcontext() if verbose else many_processes():
+            yield
     finally:
         log.setLevel(before)

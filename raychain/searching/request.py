@@ -8,7 +8,7 @@ from raychain.config.experiment import Experiment
 from raychain.config.search import Search
 from raychain.core.storage import Folder
 from raychain.data.shards import expand
-from raychain.errors import InputError
+from raychain.errors import InputError, without_secrets
 from raychain.evaluators.metrics import Definition, find
 from raychain.runs.resolve import make_task
 from raychain.searching.experiments import proxied, with_stages
@@ -33,6 +33,13 @@ class Plan:
     """What the proxy reads; None: all."""
     out: Folder
     store: str
+
+
+def check_folder(address: str, where: str) -> None:
+    """Raises InputError for a search's folder whose address holds a key."""
+    if without_secrets(address) != address:  # Tune pickles how it reaches its storage, the keys in the clear
+        raise InputError(where, address, "an address without keys: Ray Tune would write them into the folder tune/",
+                         "give them in the environment, as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")  # fmt: skip
 
 
 def plan_search(experiment: Experiment, out: str, store: str) -> Plan:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,8 @@ from raychain.config.search import Named
 from raychain.core.json import Json
 from raychain.errors import InputError, nearest
 
+SECRET = re.compile(r"(?i)secret|token|passw|credential|api_?key(?!.*file)")
+"""Options whose values nobody is to read: search.json has all settings."""
 REASON = "it copies weights between trials, and those of one chain mean nothing in another"
 
 POPULATIONS = (
@@ -87,6 +90,9 @@ def make(family: Family, named: Named, others: Mapping[str, str] | None = None, 
     `others` are names that stand for more than a class. Raises InputError.
     """
     kind = _class(family, named.name, others or {})
+    if secret := next(filter(SECRET.search, named.options), None):
+        raise InputError(f"{family.where}.{secret}", "…", "options that are no secrets: search.json has every setting",
+                         "give it in the environment, as WANDB_API_KEY, or by a file, as api_key_file")  # fmt: skip
     takes = inspect.signature(kind).parameters
     everything = any(parameter.kind == parameter.VAR_KEYWORD for parameter in takes.values())
     options: Json = {name: value for name, value in usual.items() if everything or name in takes} | named.options

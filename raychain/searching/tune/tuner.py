@@ -41,7 +41,10 @@ STATE = "tuner.pkl"
 RETRIES = 2
 """How often a trial whose process was killed is begun again."""
 WAITING = 8
-"""Trials that may wait beside two for each worker group; each is a process of 0.1 GiB."""
+"""Trials that may wait beside one for each worker group, so that chains which share a running stage leave none idle."""
+LEAST_WAITING = 2
+PROCESSES = 24
+"""Beyond so many trials only LEAST_WAITING wait: each is a process of 0.12 GiB on the driver's node, 2.8 GiB in all."""
 
 
 def settings(groups: int) -> dict[str, str]:
@@ -63,7 +66,7 @@ def versions() -> dict[str, str]:
 
 def most_open(groups: int) -> int:
     """Trials that are not over at once."""
-    return 2 * groups + WAITING
+    return max(groups + LEAST_WAITING, min(groups + WAITING, PROCESSES))
 
 
 def can_restore(out: Folder, before: SearchRecord | None) -> bool:
