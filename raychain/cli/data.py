@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from raychain.core.wording import several
 from raychain.errors import InputError, Interrupted, RunFailed
 from raychain.terminal import delivered, say
 
@@ -122,7 +123,7 @@ def index_command(
     bad = f", without {kinds(result['bad'])}" if result["bad"] else ""
     pictures = f"{result['samples']:,} samples with {wanted}{bad}"
     read = f"{result['read']:,} of them read" if result["read"] else "none of them read, as the index had them all"
-    say(f"{result['shards']:,} shards ({result['bytes'] / 2**20:,.1f} MiB), {read}: {pictures}", sys.stdout)
+    say(f"{several(result['shards'], 'shard')} ({result['bytes'] / 2**20:,.1f} MiB), {read}: {pictures}", sys.stdout)
     for folder in result["folders"]:
         say(f"{INDEX} and {SIZES} are in {folder}", sys.stdout)
 
@@ -179,7 +180,7 @@ def build_command(
 def _built(result: Mapping[str, Any], listed: str) -> str:
     failed = sum(result["failed"].values())
     pictures = f"{result['samples']:,} pictures of {result['rows']:,} rows"
-    text = f"{result['folder']}: {result['shards']:,} shards, {pictures} ({result['bytes'] / 2**20:,.1f} MiB)"
+    text = f"{result['folder']}: {several(result['shards'], 'shard')}, {pictures} ({result['bytes'] / 2**20:,.1f} MiB)"
     if result["lines"] != result["rows"]:
         text += f"\nthe rows take {result['lines']:,} lines of the table: captions in quotes span several"
     if failed:

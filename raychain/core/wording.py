@@ -28,6 +28,11 @@ def uncounted(stages: Iterable[Mapping[str, Any]]) -> list[str]:
     return found
 
 
+def several(count: int, thing: str) -> str:
+    """`1 shard`, `1,200 shards`."""
+    return f"{count:,} {thing}{'' if count == 1 else 's'}"
+
+
 def number(value: Any, digits: int = 3) -> str:
     """`value` to at least `digits` significant digits: `0.31`, `86.2`, `12,345`; `–` where there is none."""
     if not isinstance(value, int | float) or not math.isfinite(value):

@@ -23,6 +23,7 @@ from pydantic import Field
 from raychain import records
 from raychain.core.record import Record, Version, Versioned
 from raychain.core.storage import Folder, is_local, resolve, split_options
+from raychain.core.wording import several
 from raychain.data.content import Content, short_hash
 from raychain.data.fetch import patiently
 from raychain.errors import InputError, without_secrets
@@ -136,7 +137,7 @@ def matches(entry: IndexedRecord, seen: Content) -> bool:
 def described(counts: Mapping[str, int]) -> str:
     """`120 shards from the index, 3 from sizes.json, 5 read`."""
     found = [(counts[source], source) for source in SOURCES if counts.get(source)]
-    return ", ".join(f"{n:,}{' shards' if i == 0 else ''} {source}" for i, (n, source) in enumerate(found))
+    return ", ".join(f"{several(n, 'shard') if i == 0 else f'{n:,}'} {source}" for i, (n, source) in enumerate(found))
 
 
 def load(folder: Folder, name: str = INDEX) -> dict[str, IndexedRecord]:
