@@ -1,4 +1,4 @@
-"""The documentation: every key has a description and an example that the schema takes, and the site builds without a warning."""
+"""The documentation: every key is described with an example that the schema takes, and the site builds."""
 
 from __future__ import annotations
 

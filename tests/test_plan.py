@@ -279,3 +279,31 @@ def test_a_table_without_colour_reads_the_same(capsys: pytest.CaptureFixture[str
 def test_an_experiment_without_a_chain_says_so() -> None:
     with pytest.raises(InputError, match="or `family:`"):
         validate({"name": "x", "data": {"train": "x"}})
+
+
+def test_a_chain_that_costs_as_much_as_its_last_model_alone_is_said() -> None:
+    dear = MICRO | {"chain": [{"model": "CoM-micro-S", "epochs": 12}, {"model": "CoM-micro-M", "epochs": 12}]}
+    cheap = MICRO | {"chain": [{"model": "CoM-micro-S", "epochs": 12}, {"model": "CoM-micro-L", "epochs": 2}]}
+    assert "no less than CoM-micro-M alone for 12 epochs" in raychain.plan(validate(dear))["notes"][0]
+    assert raychain.plan(validate(cheap))["notes"] == []
+
+
+@pytest.mark.parametrize(
+    ("epochs", "transfer", "said"),
+    [
+        (64, {}, ["weights that are not shrunk cost 2 to 7 points"]),
+        (64, {"shrink": 0.2}, []),
+        (64, {"shrink": 0.2, "distill": None}, ["without distillation"]),
+        (8, {"shrink": 0.2}, ["shrunk weights were measured from 32 epochs on alone"]),
+        (8, {}, []),
+        (64, {"width": "none"}, []),
+    ],
+)
+def test_a_plan_says_what_was_measured_in_its_case(epochs: int, transfer: Any, said: list[str]) -> None:
+    chain = [{"model": "CoM-micro-M", "epochs": epochs}, {"model": "CoM-micro-L", "epochs": 4}]
+    small = MICRO | {"chain": chain, "transfer": transfer, "data": {"train": "x.tar", "samples": 1000}}
+    notes = raychain.plan(validate(small))["notes"]
+    assert len(notes) == len(said)
+    assert all(part in note for part, note in zip(said, notes, strict=True))
+    large = small | {"data": {"train": "x.tar", "samples": 2_000_000}, "train": {"global_batch": 1024}}
+    assert raychain.plan(validate(large))["notes"] == []

@@ -116,8 +116,9 @@ def configuration_page() -> str:
 
 
 INTRODUCTION = """Every key of an experiment file. `raychain run FILE --set train.lr=5e-4` sets one from the command
-line, with dots between the keys; a place in a list is its number, from 0: `--set chain.0.epochs=4`. An unknown key is an
-error that names the nearest known one. This page is made from the schema in `raychain/config` and `raychain/schema`."""
+line, with dots between the keys; a place in a list is its number, from 0: `--set chain.0.epochs=4`. An unknown
+key is an error that names the nearest known one. This page is made from the schema in `raychain/config` and
+`raychain/schema`."""
 
 
 def shared(path: str) -> str:
@@ -175,9 +176,7 @@ def _docstring(component: type[Component]) -> str:
 
 def _kind(component: type[Component], name: str, field: FieldInfo) -> str:
     """A field's type in words."""
-    written = next(
-        str(cls.__annotations__[name]) for cls in component.__mro__ if name in cls.__dict__.get("__annotations__", {})
-    )
+    written = next(str(own[name]) for cls in component.__mro__ if name in (own := inspect.get_annotations(cls)))
     words = _words(ast.parse(written, mode="eval").body, field)
     bounds = [f"{BOUNDS[bound]} {getattr(part, bound)}" for part in field.metadata for bound in BOUNDS
               if getattr(part, bound, None) is not None and not isinstance(getattr(part, bound), str)]  # fmt: skip

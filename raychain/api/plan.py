@@ -51,7 +51,25 @@ def plan(
         **_prediction(config, costed.cost),
         "warnings": costed.warnings,
         **chosen,
+        "notes": _notes(config, costed.cost, costed.samples),
     }
+
+
+def _notes(config: Experiment, cost: ChainCost, samples: int) -> list[str]:
+    """When such a chain pays, as far as it was measured: for CLIP alone, beside what its cost says itself."""
+    from raychain.paradigms import make_paradigm
+    from raychain.planning.advice import cost_advice, transfer_advice
+
+    transfer, found = config.transfer, cost_advice(cost)
+    if make_paradigm(config.task).principled:
+        found += transfer_advice(
+            cost,
+            samples,
+            shrink=transfer.shrink,
+            distilled=transfer.distill is not None,
+            grown=transfer.width != "none",
+        )
+    return found
 
 
 def _chosen(config: Experiment) -> tuple[Experiment, Json]:

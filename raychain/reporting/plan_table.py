@@ -43,6 +43,8 @@ def plan_table(plan: Mapping[str, Any], console: Console | None = None) -> None:
     _proposals(console, plan)
     for warning in plan["warnings"]:
         _say(console, f"warning: {warning}", style="yellow")
+    for note in plan["notes"]:
+        _say(console, f"note: {note}")
 
 
 def _row(stage: Mapping[str, Any]) -> list[str]:
