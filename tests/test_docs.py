@@ -29,6 +29,10 @@ BESIDE: dict[str, dict[str, Any]] = {
 """What an example needs beside it, by the beginning of its key."""
 
 
+TASKS: dict[str, dict[str, Any]] = {"classify": {"classes": 10, "loss": "bce"}}
+"""What a paradigm's options need beside an example."""
+
+
 @pytest.fixture(scope="module")
 def configuration() -> Any:
     sys.path.insert(0, str(ROOT / "docs" / "site"))
@@ -58,7 +62,7 @@ def _with(path: str, example: Any) -> dict[str, Any]:
             tree = {key: value for key, value in (tree | beside).items() if value is not None}
     if path.startswith("task ("):
         kind, name = path.removeprefix("task (").split(").")
-        return tree | {"task": {"paradigm": kind, name: example}}
+        return tree | {"task": {"paradigm": kind, **TASKS.get(kind, {}), name: example}}
     if path.startswith("evaluate.NAME ("):
         kind, name = path.removeprefix("evaluate.NAME (").split(").")
         return tree | {"evaluate": {"mine": {"type": kind, "data": "data/names", name: example}}}

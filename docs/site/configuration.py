@@ -52,7 +52,8 @@ NAMED = {
     "Parts": "name, or a list of names and `{name: …, options}`",
     "KeySplit": "`first` or `last`",
     "TrackingUri": "address",
-    "Beta": "number",
+    "Beta": "number", "Rate": "number", "Probability": "number",
+    "RateOrRates": "number, or a mapping from models' names to numbers",
     "str": "text", "int": "whole number", "float": "number", "bool": "`true` or `false`",
     "PositiveInt": "whole number, 1 or more",
 }  # fmt: skip

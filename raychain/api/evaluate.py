@@ -76,7 +76,7 @@ def evaluate(
         raise InputError("--data", addresses[0], "--evaluators with a linear_probe, for a model that takes no texts",
                          "leave --data out")  # fmt: skip
     tasks = [(a, task) for a in addresses for task in find_tasks(a, captions, folder, "--data", key_split)]
-    suite = resolve_suite(named, Setting(folder, tuple(captions), key_split))
+    suite = resolve_suite(named, Setting(folder, tuple(captions), key_split, subject.classes))
     measurable = subject.model.to(where)
 
     def measured(held_out: HeldOut, what: str) -> dict[str, float]:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from raychain.core.wording import several
 from raychain.errors import InputError, Interrupted, RunFailed
 from raychain.terminal import delivered, say
+
+if TYPE_CHECKING:
+    from raychain.dataprep.build import Options
 
 data = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Make, check and pack data."
@@ -142,7 +145,13 @@ def _caption_keys(given: list[str] | None) -> tuple[str, ...]:
 
 @data.command("build")
 def build_command(
-    table: Annotated[str, typer.Argument(help="CSV, TSV, parquet or JSONL of picture paths or URLs and captions.")],
+    table: Annotated[
+        str,
+        typer.Argument(
+            help="CSV, TSV, parquet or JSONL of picture paths or URLs and captions; or a "
+            "folder with a folder of pictures for each class."
+        ),
+    ],
     out: Annotated[str, typer.Option("--out", help="Folder of the shards; the same command again continues.")],
     image_column: Annotated[str | None, typer.Option(help="Column of paths or URLs; default: recognised.")] = None,
     caption_column: Annotated[
@@ -156,14 +165,22 @@ def build_command(
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds to wait for an answer.")] = 10.0,
     retries: Annotated[int, typer.Option(min=0, help="Tries after a failed download that may be temporary.")] = 3,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Pack shards with failures again.")] = False,
+    test: Annotated[
+        float | None, typer.Option(min=0.001, max=0.9, help="Share of each class to hold out, of a folder of classes.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Pack a TABLE of pictures and captions into shards that `raychain run` reads."""
+    """Pack a TABLE of pictures and captions, or folders of classes, into shards that `raychain run` reads."""
     from raychain.dataprep.build import FAILED, Options, build
     from raychain.dataprep.table import open_table
     from raychain.terminal.counting import CountingLine
 
     options = Options(samples_per_shard, image_size, workers, timeout, retries, retry_failed)
+    if Path(table).expanduser().is_dir():
+        _build_classes(table, out, options, test, [image_column, *(caption_column or ())], as_json)
+        return
+    if test is not None:
+        raise InputError("--test", test, "a folder of classes as TABLE", "split the table yourself")
     opened = open_table(table, image_column, caption_column or ())
     try:
         with CountingLine("rows") as line:
@@ -175,6 +192,33 @@ def build_command(
     say(json.dumps(result, indent=2) if as_json else _built(result, FAILED), sys.stdout)
     if not result["samples"]:
         raise RunFailed(f"none of the {result['rows']:,} rows gave a picture; --retry-failed tries them again")
+
+
+def _build_classes(
+    folder: str, out: str, options: Options, test: float | None, columns: Sequence[str | None], as_json: bool
+) -> None:
+    """`raychain data build` of class folders."""
+    from raychain.dataprep.build import FAILED
+    from raychain.dataprep.folders import CLASSNAMES, build_folders, open_folders
+    from raychain.terminal.counting import CountingLine
+
+    if given := [column for column in columns if column]:
+        raise InputError("--image-column, --caption-column", given[0], "none for a folder of classes", "leave it out")
+    try:
+        found = open_folders(folder, test or 0.0)
+        with CountingLine("pictures") as line:
+            result = build_folders(
+                found, out, options, lambda n, of, bad: line.show(n, of, f"{bad:,} failed" if bad else "")
+            )
+    except KeyboardInterrupt:
+        raise Interrupted from None
+    except OSError as error:
+        raise RunFailed(f"{out} cannot be written: {error}") from None
+    said = [_built(part, FAILED).replace(" rows", " files") for part in result["parts"].values()]
+    said.append(f"{result['classes']:,} classes, named in {result['folder']}/{CLASSNAMES}: task.classes is that number")
+    say(json.dumps(result, indent=2) if as_json else "\n".join(said), sys.stdout)
+    if not all(part["samples"] for part in result["parts"].values()):
+        raise RunFailed(f"no file in {folder} gave a picture; --retry-failed tries them again")
 
 
 def _built(result: Mapping[str, Any], listed: str) -> str:

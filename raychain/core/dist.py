@@ -58,9 +58,14 @@ def sum_of_block(grad: torch.Tensor, blocks: list[slice]) -> torch.Tensor:
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # its name before 2.14
 
 
-def rank_slice(size: int, rank: int, world: int) -> slice:
-    """The contiguous block of `size` items that `rank` of `world` takes; sizes differ by at most one."""
-    return slice(rank * size // world, (rank + 1) * size // world)
+def rank_slice(size: int, rank: int, world: int, together: int = 1) -> slice:
+    """The contiguous block of `size` items that `rank` of `world` takes; sizes differ by at most one.
+
+    Of items that belong `together`, so many in a row, whole groups are taken.
+    """
+    groups = -(-size // together)
+    start, stop = (min(place * groups // world * together, size) for place in (rank, rank + 1))
+    return slice(start, stop)
 
 
 def world_size() -> int:

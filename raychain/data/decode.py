@@ -59,7 +59,7 @@ def decode(shard: Shard, spec: Spec, tokenize: Tokenize, bad: list[Bad]) -> Iter
             image = (
                 picture(resize_exactly, members.picture(sample), spec.image_size, spec.exactly)
                 if spec.exactly
-                else picture(resize, members.picture(sample), spec.image_size, spec.cropped)
+                else picture(resize, members.picture(sample), spec.image_size, spec.cropped, spec.beyond)
             )
         except Unusable as error:
             bad.append(Bad(error.kind, sample["key"], error.detail))
@@ -122,14 +122,14 @@ def _tokens(texts: list[str], tokenize: Tokenize) -> pa.Array:
     )
 
 
-def resize(encoded: bytes, size: int, whole: bool = False) -> np.ndarray:
+def resize(encoded: bytes, size: int, whole: bool = False, beyond: float = STORED_BEYOND_CROP) -> np.ndarray:
     """A picture as uint8 [H, W, 3]: shorter side resized to `size` (bicubic, as open_clip's evaluation does), centre
-    cropped to a square; with `whole` the full picture, its shorter side STORED_BEYOND_CROP × `size` at most.
+    cropped to a square; with `whole` the full picture, its shorter side `beyond` × `size` at most.
 
     Raises Unusable for a picture that takes too much memory or whose numbers have no known range, and what Pillow
     raises.
     """
-    short = round(size * STORED_BEYOND_CROP) if whole else size
+    short = round(size * beyond) if whole else size
     area = _jpeg_area(encoded)
     image = None if 0 < area <= LARGE else opened(encoded)
     with in_turn(image.width * image.height if image else area):

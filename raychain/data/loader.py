@@ -19,7 +19,7 @@ from raychain.data.cache import ShardCache
 from raychain.data.health import Tally
 from raychain.data.lanes import Part, dealt, needed, parts
 from raychain.data.order import Lane, Stream, Window, extend, joined
-from raychain.data.reader import Reader, Table
+from raychain.data.reader import Joining, Reader, Table
 from raychain.data.shards import Shard
 
 AHEAD = 4
@@ -58,6 +58,11 @@ class Feed:
     order: Stream
     reader: Reader
 
+    @property
+    def together(self) -> int:
+        """Samples of a batch that one rank reads."""
+        return self.reader.together if isinstance(self.reader, Joining) else 1
+
 
 class Ahead:
     """The windows of a lane from a place on, which only moves forward."""
@@ -74,9 +79,9 @@ class Ahead:
         return current, self._windows[len(current) :]
 
 
-def lanes_of(order: Stream, global_batch: int, ranks: Sequence[int], world: int) -> tuple[int, ...]:
-    """The lanes that these ranks read."""
-    blocks = [rank_slice(global_batch, rank, world) for rank in ranks]
+def lanes_of(order: Stream, global_batch: int, ranks: Sequence[int], world: int, together: int = 1) -> tuple[int, ...]:
+    """The lanes that these ranks read, each whole groups of samples that belong `together`."""
+    blocks = [rank_slice(global_batch, rank, world, together) for rank in ranks]
     found = {lane for block in blocks for lane in needed(order.lanes, global_batch, block.start, block.stop)}
     return tuple(sorted(found))
 
@@ -114,12 +119,13 @@ class Loader:
     ) -> None:
         self.feed, self.cache = feed, cache
         self.global_batch, self.start, self.stop, self.report = global_batch, start, stop, report
-        self.slice = rank_slice(global_batch, rank, world)
+        self.slice = rank_slice(global_batch, rank, world, feed.together)
         self.pin, self.wait_s = pin, 0.0
-        lanes, places = lanes_of(feed.order, global_batch, (rank,), world), self._places(start)
+        lanes = lanes_of(feed.order, global_batch, (rank,), world, feed.together)
+        places = self._places(start)
         share = -(-SHARDS_AHEAD // max(1, len(lanes))) if feed.order.lanes > 1 else 0
         self._ahead = {lane: Ahead(feed.order.lane(lane), places[lane], share) for lane in lanes}
-        self._node = lanes_of(feed.order, global_batch, node or (rank,), world)
+        self._node = lanes_of(feed.order, global_batch, node or (rank,), world, feed.together)
         self._turn = self.slice.start * feed.order.lanes / global_batch - min(lanes, default=0)
         """Where this rank's part begins in its lanes, in lanes."""
         self._tables: dict[int, Table] = {}
@@ -288,7 +294,10 @@ class Loader:
             where += [slots[part.lane] + np.arange(part.start, part.stop) for part in now]
             places |= {part.lane: part.stop for part in now}
             left = [part._replace(start=places[part.lane]) for part in left if part.stop > places[part.lane]]
-        columns = {name: _placed([part[name] for part in read], where) for name in read[0]}
+        arrays = {name: _placed([part[name] for part in read], where) for name in read[0]}
+        if isinstance(self.feed.reader, Joining):
+            arrays = self.feed.reader.join(arrays)
+        columns = {name: torch.from_numpy(array) for name, array in arrays.items()}
         return Batch(step, {name: c.pin_memory() for name, c in columns.items()} if self.pin else columns)
 
     def _share(self, work: Callable[[int, int], None]) -> None:
@@ -305,11 +314,9 @@ def _offsets(of: Sequence[Part]) -> list[int]:
     return [sum(sizes[:i]) - part.start for i, part in enumerate(of)]
 
 
-def _placed(columns: list[np.ndarray], where: Sequence[np.ndarray]) -> torch.Tensor:
+def _placed(columns: list[np.ndarray], where: Sequence[np.ndarray]) -> np.ndarray:
     """One column out of several, whose values belong at the places `where`."""
     if len(columns) == 1:
-        return torch.from_numpy(columns[0])
+        return columns[0]
     whole, places = np.concatenate(columns), np.concatenate(where)
-    if (np.diff(places) > 0).all():
-        return torch.from_numpy(whole)
-    return torch.from_numpy(whole[np.argsort(places)])
+    return whole if (np.diff(places) > 0).all() else whole[np.argsort(places)]

@@ -70,11 +70,14 @@ class Wanted:
     """`data.key_split`."""
     classes: bool = False
     """Any number of classes a picture: an array of a one for each class that it shows, and zeros."""
+    below: int | None = None
+    """Labels from 0 to below it are usable; None: all."""
 
     @property
     def digest(self) -> str:
         """Short hash of what is wanted."""
         how = (*(() if self.key_split == "first" else (self.key_split,)), *(("classes",) if self.classes else ()))
+        how = (*how, *(() if self.below is None else (self.below,)))
         return hashlib.blake2b(str((self.captions, self.label, *how)).encode(), digest_size=6).hexdigest()
 
     @property
@@ -227,7 +230,10 @@ def annotation(sample: Sample, wanted: Wanted) -> Annotation:
     try:
         if wanted.classes:
             return Annotation(found, classes=classes(sample["npy"]))
-        return Annotation(found, int(sample["cls"]) if wanted.label else -1)
+        label = int(sample["cls"]) if wanted.label else -1
+        if wanted.below is not None and not 0 <= label < wanted.below:
+            raise Unusable(NO_LABEL, f"label {label} of {wanted.below} classes, which are counted from 0")
+        return Annotation(found, label)
     except ValueError as error:
         given = f"{sample['cls'][:20]!r} is no whole number" if wanted.label else str(error)
         raise Unusable(NO_LABEL, given) from None

@@ -83,10 +83,15 @@ class PictureReader:
             tokens[i] = table.tokens[chosen[i]]
         return tokens
 
+    def changed(self, image: np.ndarray, seed: int) -> np.ndarray:  # noqa: ARG002 - for subclasses
+        """A sample's picture, uint8 [H, W, 3], read-only, as it comes into a batch."""
+        return image
+
     def _images(self, rows: Rows, place: list[tuple[Table, int]], seed: int, share: Share) -> np.ndarray:
         size = self.spec.image_size
         images = np.empty((len(place), size, size, 3), dtype=np.uint8)
         boxes = self._boxes(rows, place, seed)
+        seeds = mix(seed, rows.passes, rows.shard, rows.row)
 
         def fill(part: int, parts: int) -> None:
             cut = np.empty(boxes[:, 2:].prod(1).max(initial=0) * 3, np.uint8)  # fresh memory each time takes longer
@@ -98,7 +103,7 @@ class PictureReader:
                     window = cut[: h * w * 3].reshape(h, w, 3)
                     window[:] = image[top : top + h, left : left + w]
                     image = scale(window, size, size)
-                images[i] = image
+                images[i] = self.changed(image, int(seeds[i]))
 
         if size < SHARED_FROM or (self.crop is None and self.spec.pixels == "raw"):
             fill(0, 1)

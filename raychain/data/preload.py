@@ -86,7 +86,7 @@ def _held(source: Source, step: int, node: Ranks) -> tuple[list[Window], Iterato
     until each was read."""
     order, now, soon, rest, turnover = source.feed.order, [], [], [], 0
     places = dealt(order.lanes, step * source.global_batch).tolist()
-    for index in lanes_of(order, source.global_batch, *node):
+    for index in lanes_of(order, source.global_batch, *node, source.feed.together):
         lane = order.lane(index)
         coming, place = lane.coming(places[index]), places[index]
         windows = extend([], coming, place + 1, lane.sources)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import pyarrow as pa
@@ -64,3 +64,15 @@ class Reader(Protocol):
 
         `seed` is the data order's: what is drawn for a sample follows from it, the pass, the shard and the row.
         """
+
+
+@runtime_checkable
+class Joining(Protocol):
+    """A reader that changes samples by their neighbours in the global batch, once all of a rank's part is read."""
+
+    @property
+    def together(self) -> int:
+        """Samples in a row, counted from the global batch's first, that change one another: they stay on one rank."""
+
+    def join(self, columns: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The columns of a rank's part of a batch, in order, after the change."""

@@ -87,6 +87,8 @@ class Spec:
     cropped: bool = False
     """Keep the whole picture for random crops instead of the resized centre."""
     pixels: Representation = "raw"
+    beyond: float = STORED_BEYOND_CROP
+    """Shorter side of whole pictures that are kept for random crops, as a multiple of `image_size`."""
     exactly: Resizing | None = None
     """To the bit what open_clip's evaluation sees; else bicubic, quicker, and off by a level here and there."""
 
@@ -96,6 +98,7 @@ class Spec:
         kept = self.pixels if self.pixels == "raw" else f"{self.pixels}{QUALITY}"
         text = f"{FORMAT}|{self.wanted.digest}|{self.image_size}|{self.tokenizer}|{self.cropped}|{kept}"
         text += f"|{self.exactly.digest}" if self.exactly else ""
+        text += f"|{self.beyond:g}" if self.cropped and self.beyond != STORED_BEYOND_CROP else ""
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
     @property
@@ -103,7 +106,7 @@ class Spec:
         """Bytes of a sample's pixels; a guess for whole pictures."""
         if not self.cropped:
             return 3 * self.image_size**2
-        return round(3 * (STORED_BEYOND_CROP * self.image_size) ** 2 * ASPECT)
+        return round(3 * (self.beyond * self.image_size) ** 2 * ASPECT)
 
 
 def representation(samples: int, bytes_per_sample: int, budget: int) -> Representation:

@@ -19,7 +19,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from PIL import Image
 
@@ -32,7 +32,7 @@ from raychain.data.members import Wanted
 from raychain.data.pixels import Frame, check_range, framed, opened, rgb
 from raychain.dataprep.fetch import FetchError, fetch
 from raychain.dataprep.index import index_shards
-from raychain.dataprep.table import Entry, PictureTable
+from raychain.dataprep.table import Entry
 from raychain.errors import InputError, without_secrets
 from raychain.records import FailureRecord, PackedRecord
 
@@ -64,6 +64,21 @@ class Options:
     """Pack shards with failures again."""
 
 
+class Pictures(Protocol):
+    """What is packed: a table, or class folders."""
+
+    @property
+    def folder(self) -> str:
+        """Where relative paths of pictures start."""
+
+    @property
+    def wanted(self) -> Wanted:
+        """What a sample of the shards holds."""
+
+    def entries(self) -> Iterator[Entry]:
+        """All pictures in order."""
+
+
 class Packed(NamedTuple):
     """A packed picture: member extension, content and size in pixels."""
 
@@ -74,7 +89,7 @@ class Packed(NamedTuple):
 
 
 def build(
-    table: PictureTable,
+    table: Pictures,
     out: str,
     options: Options,
     on_progress: Callable[[int, int, int], None] = lambda *_: None,
@@ -109,7 +124,7 @@ def build(
                 failures += len(kept.failed)
             stats.append(kept)
     if stats:
-        index_shards([folder.join(f"{shard:05d}.tar") for shard in range(len(stats))], Wanted(("txt",)))
+        index_shards([folder.join(f"{shard:05d}.tar") for shard in range(len(stats))], table.wanted)
     failed = [row for shard in stats for row in shard.failed]
     folder.write(FAILED, "".join(json.dumps(row.content()) + "\n" for row in failed).encode())
     return {
@@ -185,7 +200,7 @@ class _Fetchers:
             return entry.problem
         if not entry.image:
             return "no picture named"
-        if not entry.captions:
+        if not entry.captions and entry.label is None:
             return "no caption"
         try:
             timeout_s, retries = self.options.timeout_s, self.options.retries
@@ -197,11 +212,12 @@ class _Fetchers:
             return error.kind
 
 
-def _measure(table: PictureTable) -> tuple[int, int, str]:
+def _measure(table: Pictures) -> tuple[int, int, str]:
     """Rows of the table, the lines they take, and a hash of what they say."""
     digest, rows, lines = hashlib.blake2b(digest_size=16), 0, 0
-    for image, captions, problem, taken in table.entries():
-        digest.update(json.dumps([image, captions, *([problem] if problem else [])]).encode())
+    for image, captions, problem, taken, label in table.entries():
+        own = [*([problem] if problem else []), *([] if label is None else [label])]
+        digest.update(json.dumps([image, captions, *own]).encode())
         rows += 1
         lines += taken
     return rows, lines, digest.hexdigest()
@@ -277,19 +293,16 @@ def _pack(
 
 
 def _sample(key: str, entry: Entry, packed: Packed) -> dict[str, str | bytes]:
-    """A sample as webdataset writes it: the picture, img2dataset's JSON, and the first caption."""
-    about = {
-        "key": key,
-        "image": without_secrets(entry.image),
-        "caption": entry.captions[0],
-        "captions": entry.captions,
-        "width": packed.width,
-        "height": packed.height,
-        "status": "success",
-    }
+    """A sample as webdataset writes it: the picture, img2dataset's JSON, and the first caption or the class."""
+    told: Json = {"label": entry.label}
+    if entry.label is None:
+        told = {"caption": entry.captions[0], "captions": entry.captions}
+    size = {"width": packed.width, "height": packed.height}
+    about = {"key": key, "image": without_secrets(entry.image), **told, **size, "status": "success"}
+    last = {"cls": str(entry.label)} if entry.label is not None else {"txt": entry.captions[0]}
     return {
         "__key__": key,
         packed.extension: packed.content,
         "json": json.dumps(about, ensure_ascii=False).encode("utf-8", "replace"),
-        "txt": entry.captions[0].encode("utf-8", "replace"),
+        **{name: text.encode("utf-8", "replace") for name, text in last.items()},
     }

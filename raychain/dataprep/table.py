@@ -10,6 +10,7 @@ from typing import NamedTuple, TypeVar
 
 import pyarrow as pa
 
+from raychain.data.members import Wanted
 from raychain.dataprep.rows import FORMATS, WHERE, Layout, Row, layout_of, rows_of
 from raychain.errors import InputError, nearest
 
@@ -30,6 +31,8 @@ class Entry(NamedTuple):
     """Why the row cannot be used, if the table itself tells."""
     lines: int = 1
     """Lines of the table that it takes."""
+    label: int | None = None
+    """The picture's class, where pictures have classes and no captions."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,8 @@ class PictureTable:
     layout: Layout
     image: str
     captions: tuple[str, ...]
+    wanted: Wanted = Wanted(("txt",))  # noqa: RUF009 - frozen
+    """What its shards hold."""
 
     @property
     def folder(self) -> str:

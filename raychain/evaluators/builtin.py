@@ -101,3 +101,22 @@ class LinearProbe(Evaluator):
             raise InputError(where, ", ".join(self.data), allowed, f"add {where}.train: SHARDS")
         train = [shards_of(a, where, "train") for a in self.train or ()] or [below(a, "train") for a in self.data]
         return resolve_linear_probe(train, test, self.protocol, setting.cache, where, setting.key_split)
+
+
+class Accuracy(Evaluator):
+    """How often the class with the highest score is the picture's, of models with classes."""
+
+    metrics: ClassVar[tuple[Metric, ...]] = (
+        Metric("top1", "top-1", "%", "high"),
+        Metric("top5", "top-5", "%", "high", brief=False),
+    )
+    needs: ClassVar[frozenset[str]] = frozenset({"pictures", "classes"})
+    type: Literal["accuracy"]
+    data: OneOrMore
+    """Shards of labelled pictures (`.cls`), or a folder with `test/*.tar`."""
+
+    def resolve(self, where: str, setting: Setting) -> HeldOut:
+        from raychain.evaluators.accuracy import resolve_accuracy
+        from raychain.evaluators.finding import shards_of
+
+        return resolve_accuracy([shards_of(address, where) for address in self.data], setting, where)

@@ -72,13 +72,13 @@ class ZeroShotData(Prompted):
     @property
     def digest(self) -> str:
         """Identity of what is measured: the pictures' content, the names and the templates; not where they lie."""
-        return _digest("zero-shot", _identities(self.shards), (self.classes, self.templates), self.key_split)
+        return digest("zero-shot", identities(self.shards), (self.classes, self.templates), self.key_split)
 
     @property
     def former(self) -> str:
         """The digest of schema 2."""
         former = [shard.former for shard in self.shards]
-        return _digest("zero-shot", former, (self.classes, self.templates), self.key_split)
+        return digest("zero-shot", former, (self.classes, self.templates), self.key_split)
 
     def run(self, model: nn.Module, context: Context) -> dict[str, float]:
         """See `evaluators.zero_shot`."""
@@ -100,7 +100,7 @@ class MultilabelData(Prompted):
     def digest(self) -> str:
         """Identity of what is measured, as for `ZeroShotData`."""
         names = self.classes, self.templates
-        return _digest("zero-shot-multilabel", _identities(self.shards), names, self.key_split)
+        return digest("zero-shot-multilabel", identities(self.shards), names, self.key_split)
 
     def run(self, model: nn.Module, context: Context) -> dict[str, float]:
         """See `evaluators.zero_shot`."""
@@ -125,12 +125,12 @@ class RetrievalData:
     @property
     def digest(self) -> str:
         """Identity of what is measured: the pictures' content and the caption keys; not where they lie."""
-        return _digest("retrieval", _identities(self.shards), self.caption_keys, self.key_split)
+        return digest("retrieval", identities(self.shards), self.caption_keys, self.key_split)
 
     @property
     def former(self) -> str:
         """The digest of schema 2."""
-        return _digest("retrieval", [shard.former for shard in self.shards], self.caption_keys, self.key_split)
+        return digest("retrieval", [shard.former for shard in self.shards], self.caption_keys, self.key_split)
 
     @property
     def samples(self) -> int:
@@ -163,8 +163,8 @@ class LinearProbeData:
     def digest(self) -> str:
         """Identity of what is measured: the pictures' content and the protocol; not where they lie."""
         # in the protocol of clip_benchmark the order of the shards matters
-        details = self.protocol, self.classes, _identities(self.train)
-        return _digest("linear-probe", _identities(self.test), details, self.key_split)
+        details = self.protocol, self.classes, identities(self.train)
+        return digest("linear-probe", identities(self.test), details, self.key_split)
 
     @property
     def samples(self) -> int:
@@ -197,7 +197,7 @@ def resolve_zero_shot(
     wanted = Wanted(label=True, key_split=key_split)
     found = _prompted(address, wanted, cache_dir, where)
     allowed = f"0 … {len(found.classes) - 1}, the lines of {CLASSES}"
-    _check_labels(found.shards, wanted, cache_dir, where, len(found.classes), allowed, f"complete {CLASSES}")
+    check_labels(found.shards, wanted, cache_dir, where, len(found.classes), allowed, f"complete {CLASSES}")
     return ZeroShotData(found.classes, found.templates, found.shards, key_split)
 
 
@@ -232,7 +232,7 @@ def _prompted(address: str, wanted: Wanted, cache_dir: str | Path, where: str) -
         if SLOT not in template:
             raise InputError(where, f"the template {template!r} in {address}/{TEMPLATES}",
                              f"templates with {SLOT} where the class name belongs", f"add {SLOT} to it")  # fmt: skip
-    shards = _survey([below(address, SPLIT)], wanted, cache_dir, where)
+    shards = surveyed([below(address, SPLIT)], wanted, cache_dir, where)
     return Prompted(tuple(classes), templates, shards, wanted.key_split)
 
 
@@ -251,7 +251,7 @@ def resolve_retrieval(
     Raises InputError for patterns that match nothing and for shards that are damaged or hold no picture with a caption.
     """
     keys = tuple(caption_keys)
-    return RetrievalData(keys, _survey(patterns, Wanted(keys, key_split=key_split), cache_dir, where), key_split)
+    return RetrievalData(keys, surveyed(patterns, Wanted(keys, key_split=key_split), cache_dir, where), key_split)
 
 
 def resolve_linear_probe(
@@ -268,14 +268,14 @@ def resolve_linear_probe(
     labels that training does not show.
     """
     wanted = Wanted(label=True, key_split=key_split)
-    fitted, tested = (_survey(patterns, wanted, cache_dir, where) for patterns in (train, test))
-    classes = _check_labels(fitted, wanted, cache_dir, where, None, "labels from 0 on", "correct the .cls members")
+    fitted, tested = (surveyed(patterns, wanted, cache_dir, where) for patterns in (train, test))
+    classes = check_labels(fitted, wanted, cache_dir, where, None, "labels from 0 on", "correct the .cls members")
     allowed = f"0 … {classes - 1}, the labels of the training shards"
-    _check_labels(tested, wanted, cache_dir, where, classes, allowed, "give shards of the same classes")
+    check_labels(tested, wanted, cache_dir, where, classes, allowed, "give shards of the same classes")
     return LinearProbeData(classes, fitted, tested, protocol, key_split)
 
 
-def _check_labels(
+def check_labels(
     found: Sequence[Shard],
     wanted: Wanted,
     cache_dir: str | Path,
@@ -294,7 +294,7 @@ def _check_labels(
     return max(high for _, high in labels) + 1
 
 
-def _survey(patterns: Sequence[str], wanted: Wanted, cache_dir: str | Path, where: str) -> tuple[Shard, ...]:
+def surveyed(patterns: Sequence[str], wanted: Wanted, cache_dir: str | Path, where: str) -> tuple[Shard, ...]:
     addresses = shards.expand(patterns, where)
     found = shards.survey(addresses, wanted, Path(cache_dir).expanduser(), where, exact=True)
     for shard in found:  # training can do without a few samples; what is measured must not depend on the copy at hand
@@ -344,11 +344,11 @@ def _labels(shard: Shard, wanted: Wanted, cache: Path, where: str) -> tuple[int,
     return min(labels), max(labels)
 
 
-def _identities(found: Sequence[Shard]) -> list[str]:
+def identities(found: Sequence[Shard]) -> list[str]:
     return [shard.identity for shard in found]
 
 
-def _digest(task: str, identities: Sequence[str], details: object, key_split: KeySplit) -> str:
+def digest(task: str, identities: Sequence[str], details: object, key_split: KeySplit) -> str:
     how = () if key_split == "first" else (key_split,)
     text = repr((task, sorted(identities), details, *how))
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()

@@ -77,8 +77,16 @@ class Encoder:
     def images(self, table: Table, rows: range) -> torch.Tensor:
         """Normalised features [b, D] of at most `batch_size` rows, preprocessed as open_clip's evaluation does.
 
-        Raises FloatingPointError where they are not finite; so does `texts`.
+        Raises FloatingPointError where they are not finite; so do `texts` and `scores`.
         """
+        return _finite(image_features(self.model, self._pixels_of(table, rows)), "pictures")
+
+    def scores(self, table: Table, rows: range) -> torch.Tensor:
+        """The model's scores [b, C] of classes, of rows as for `images`."""
+        found: torch.Tensor = self.model(self._pixels_of(table, rows))
+        return _finite(found.float(), "classes")
+
+    def _pixels_of(self, table: Table, rows: range) -> torch.Tensor:
         for i, row in enumerate(rows):
             self._pixels[i] = table.image(row)
         x_b3HW = self._input[: len(rows)]
@@ -86,7 +94,7 @@ class Encoder:
         x_b3HW.div_(255).sub_(self._mean).div_(self._std)
         self.seen += len(rows)
         self.progress(self.seen)
-        return _finite(image_features(self.model, x_b3HW), "pictures")
+        return x_b3HW
 
     def texts(self, tokens: np.ndarray) -> torch.Tensor:
         """Normalised features [n, D] of token ids [n, L], n ≥ 1, encoded `batch_size` at a time."""

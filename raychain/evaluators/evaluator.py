@@ -27,6 +27,8 @@ class Setting:
     """Members that hold captions, as `data.captions.keys` names them."""
     key_split: KeySplit = "first"
     """`data.key_split`."""
+    classes: int | None = None
+    """How many classes the models tell apart; None: they have no classes."""
 
 
 class HeldOut(Protocol):
@@ -54,7 +56,7 @@ class Evaluator(Component):
     metrics: ClassVar[tuple[Metric, ...]]
     """What it measures. The first one is the chain's score if it is the first evaluator."""
     needs: ClassVar[frozenset[str]] = frozenset()
-    """What a model must turn into features: `pictures`, `texts`."""
+    """What a model must have: features of `pictures` and of `texts`, scores of `classes`."""
 
     type: str
     """Name of the evaluator."""

@@ -20,6 +20,7 @@ EVALUATORS: Plugins[type[Evaluator]] = Plugins(
         "retrieval": f"{_MODULE}:Retrieval",
         "linear_probe": f"{_MODULE}:LinearProbe",
         "zero_shot_multilabel": f"{_MODULE}:ZeroShotMultilabel",
+        "accuracy": f"{_MODULE}:Accuracy",
     },
 )
 

@@ -34,13 +34,15 @@ class Subject:
 
     model: nn.Module
     takes: frozenset[str]
-    """What it turns into features: `pictures`, `texts`."""
+    """What it turns into features, `pictures` and `texts`, and `classes` where it gives scores of these."""
     tokenize: Tokenizer | None
     image_size: int
     """Pixels a side."""
     resizing: Resizing
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    classes: int | None = None
+    """How many classes it tells apart; None: it has no classes."""
 
 
 def read_subject(checkpoint: str, model: str | None) -> Subject:
@@ -85,7 +87,9 @@ def _of_timm(path: Path, checkpoint: str, model: str | None) -> Subject:
     if problem:
         raise InputError("CHECKPOINT", checkpoint, f"a model that turns {size} × {size} pixels in red, green and blue "
                          "into features", f"measure another model ({problem})")  # fmt: skip
-    return Subject(read.model, frozenset({"pictures"}), None, size, resizing, mean, std)
+    classes = int(getattr(read.model, "num_classes", 0)) or None
+    takes = frozenset({"pictures", "classes"}) if classes else frozenset({"pictures"})
+    return Subject(read.model, takes, None, size, resizing, mean, std, classes)
 
 
 def _squared(preprocessing: Json, checkpoint: str, fix: str) -> tuple[int, Resizing]:

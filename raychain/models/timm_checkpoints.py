@@ -26,8 +26,8 @@ from raychain.models.configs import ConfigError, read_json
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 OPTIONS = ("in_chans", "img_size", "num_classes", "global_pool", "class_token", "reg_tokens", "init_values", "depth",
-           "embed_dim", "num_heads", "window_size", "patch_size", "depths", "mlp_ratio", "qkv_bias", "dynamic_img_size",
-           "dynamic_img_pad", "drop_rate", "drop_path_rate")  # fmt: skip
+           "embed_dim", "dims", "num_heads", "window_size", "patch_size", "depths", "mlp_ratio", "qkv_bias",
+           "dynamic_img_size", "dynamic_img_pad", "drop_rate", "drop_path_rate")  # fmt: skip
 """Arguments of `timm.create_model` that a config may give; none of them makes it load or run anything."""
 KEPT = ("mean", "std", "interpolation", "crop_pct", "crop_mode", "input_size", "label_names")
 """What a `pretrained_cfg` says of pictures and classes."""

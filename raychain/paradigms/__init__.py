@@ -7,9 +7,12 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
+from pydantic import ValidationError
+
 from raychain.core.plugins import Plugins
 from raychain.errors import InputError, nearest
 from raychain.paradigms.task import Task
+from raychain.schema.problems import ProblemsError, explain
 
 if TYPE_CHECKING:
     from raychain.paradigms.base import Config, Paradigm
@@ -17,7 +20,11 @@ if TYPE_CHECKING:
 
 PARADIGMS: Plugins[type[Paradigm]] = Plugins(
     "raychain.paradigms",
-    {"clip": "raychain.paradigms.clip.paradigm:Clip", "siglip": "raychain.paradigms.siglip:SigLip"},
+    {
+        "clip": "raychain.paradigms.clip.paradigm:Clip",
+        "siglip": "raychain.paradigms.siglip:SigLip",
+        "classify": "raychain.paradigms.classify.paradigm:Classify",
+    },
 )
 """The paradigms that `task.paradigm` may name."""
 
@@ -25,7 +32,7 @@ PARADIGMS: Plugins[type[Paradigm]] = Plugins(
 def make_task(value: object) -> Task:
     """The `task:` of an experiment from plain data: {`paradigm`: name, and that paradigm's options}.
 
-    Raises ValueError for what is no such mapping and for unknown names, pydantic's ValidationError for wrong options.
+    Raises ValueError for what is no such mapping and for unknown names, ProblemsError for wrong options.
     """
     if isinstance(value, Task):
         return value
@@ -35,7 +42,11 @@ def make_task(value: object) -> Task:
     if name not in PARADIGMS:
         hint = nearest(name, list(PARADIGMS), "is the package that has it installed?")
         raise ValueError(f"allowed is a paradigm of {', '.join(PARADIGMS)}; {name!r} is none: {hint}")
-    return PARADIGMS[name].options.model_validate(value)
+    options = PARADIGMS[name].options
+    try:
+        return options.model_validate(value)
+    except ValidationError as error:
+        raise ProblemsError(explain(error, options)) from None
 
 
 def make_paradigm(task: Task) -> Paradigm:

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from raychain.data.spec import Resizing
 from raychain.models.building import initialised
 from raychain.models.generation import GenerationError
 from raychain.paradigms.objective import Columns, Objective
@@ -53,7 +54,8 @@ class Paradigm(ABC):
     samples: ClassVar[str] = "samples"
     """What its samples are called in messages, in the plural."""
     takes: ClassVar[frozenset[str]] = frozenset({"pictures"})
-    """What its models turn into features, of which evaluators may be made: `pictures`, `texts`."""
+    """What its models turn into features, of which evaluators may be made: `pictures`, `texts`; and `classes`, of which
+    they give scores."""
     principled: ClassVar[bool] = False
     """Whether the three principles of planning were shown to hold for it. Elsewhere nothing is claimed by them."""
     files: ClassVar[tuple[str, ...]] = ("config.json", "model.safetensors")
@@ -130,6 +132,15 @@ class Paradigm(ABC):
     def normalisation(self, model: nn.Module) -> tuple[Sequence[float], Sequence[float]]:  # noqa: ARG002
         """Mean and standard deviation by which a picture's channels, 0 … 1, are normalised when it is evaluated."""
         return (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+
+    def resizing(self, config: Config) -> Resizing:  # noqa: ARG002 - for subclasses
+        """How pictures get to the model's size when it is evaluated."""
+        return Resizing()
+
+    @property
+    def classes(self) -> int | None:
+        """How many classes its models tell apart; None: they have no classes."""
+        return None
 
     def tokenizer(self, config: Config) -> Tokenizer | None:  # noqa: ARG002 - for subclasses
         """What turns texts into the model's token ids; None for models without texts."""

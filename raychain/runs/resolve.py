@@ -73,7 +73,8 @@ def make_task(
         except DemoError as error:
             raise InputError("data.demo", demo.out, "a folder for demo shards", str(error)) from None
     cache = _cache_folder(experiment)
-    setting = Setting(cache, experiment.data.captions.keys, experiment.data.key_split)
+    classes = make_paradigm(experiment.task).classes
+    setting = Setting(cache, experiment.data.captions.keys, experiment.data.key_split, classes)
     with shared(store or experiment.storage, keep=store is not None):
         suite = resolve_suite(experiment.evaluate, setting)
         readings = _readings(experiment, cache)

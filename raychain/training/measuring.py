@@ -51,6 +51,7 @@ def measured(
         cache=cache,
         tokenize=tokenize,
         image_size=stage.size,
+        resizing=paradigm.resizing(stage.config),
         mean=tuple(mean),
         std=tuple(std),
         device=device,

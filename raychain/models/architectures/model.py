@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from raychain.models.architectures.open_clip_transformer import describe_text, describe_vit
+from raychain.models.architectures.timm_convnext import describe_plain_timm_convnext
 from raychain.models.architectures.timm_swin import describe_plain_timm_swin, describe_timm_swin
 from raychain.models.architectures.timm_vit import describe_plain_timm_vit, describe_timm_vit
 from raychain.models.axes import Tower, UndescribedError
@@ -16,7 +17,11 @@ _IMAGE_TOWERS: tuple[Callable[[nn.Module], Tower | None], ...] = (
     describe_timm_vit,
     describe_timm_swin,
 )
-_BACKBONES: tuple[Callable[[nn.Module], Tower | None], ...] = (describe_plain_timm_vit, describe_plain_timm_swin)
+_BACKBONES: tuple[Callable[[nn.Module], Tower | None], ...] = (
+    describe_plain_timm_vit,
+    describe_plain_timm_swin,
+    describe_plain_timm_convnext,
+)
 _SCALARS = ("logit_scale", "logit_bias")
 
 
@@ -37,8 +42,8 @@ class ModelDescription:
 
 
 def describe(model: nn.Module) -> ModelDescription:
-    """The axes of every parameter of an open_clip CLIP or CustomTextCLIP model, or of a timm ViT or Swin transformer,
-    on any device (meta included).
+    """The axes of every parameter of an open_clip CLIP or CustomTextCLIP model, or of a timm ViT, Swin transformer
+    or ConvNeXt, on any device (meta included).
 
     A tower of an unknown architecture, or with a parameter its architecture's description lacks, is described as
     UndescribedTower: whether that is an error depends on what it should grow into.
@@ -52,7 +57,8 @@ def describe(model: nn.Module) -> ModelDescription:
     if not isinstance(getattr(model, "visual", None), nn.Module) or not hasattr(model, "logit_scale"):
         kind = type(model).__name__
         raise UndescribedError(
-            kind, f"{kind} is no open_clip CLIP model (it has no `visual` and `logit_scale`) and no timm ViT or Swin"
+            kind,
+            f"{kind} is no open_clip CLIP model (it has no `visual` and `logit_scale`) and no timm ViT, Swin, ConvNeXt",
         )
     text, prefix = (clip.text, "text.") if hasattr(model, "text") else (clip, "")
     return ModelDescription(

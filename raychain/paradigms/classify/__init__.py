@@ -1,0 +1,1 @@
+"""Supervised classification of pictures by timm's models."""
