@@ -71,6 +71,16 @@ class Step(Timed):
     """Seconds waited for data since the logged step before."""
     world_size: int
 
+    sample_tokens: int = 0
+    """Tokens of a sample; 0 where samples are no text."""
+
+    @property
+    def rate(self) -> tuple[float, str]:
+        """How fast training goes, and in what."""
+        if self.sample_tokens:
+            return self.samples_per_s * self.sample_tokens, "tokens/s"
+        return self.samples_per_s, "images/s"
+
     def scalars(self) -> dict[str, float | None]:
         """The curves that this step is a point of."""
         return {
@@ -83,7 +93,13 @@ class Step(Timed):
             "samples_per_s": self.samples_per_s,
             "data_wait_s": self.data_wait_s,
             "world_size": self.world_size,
+            **self._in_tokens(),
         }
+
+    def _in_tokens(self) -> dict[str, float | None]:
+        if not self.sample_tokens:
+            return {}
+        return {"tokens": self.samples * self.sample_tokens, "tokens_per_s": self.rate[0]}
 
 
 @dataclass(frozen=True, slots=True)

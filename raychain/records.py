@@ -209,6 +209,7 @@ class ConfigRecord(Record):
 
     data: Json | None = None
     evaluate: Json | None = None
+    task: Json | None = None
 
 
 class RunRecord(Versioned):

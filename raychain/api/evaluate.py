@@ -91,6 +91,7 @@ def evaluate(
                     device=where,
                     batch_size=batch_size,
                     resizing=subject.resizing,
+                    words=subject.words,
                     progress=partial(_show, line, held_out.samples),
                 )
                 return measure(measurable, held_out, context)
@@ -109,7 +110,8 @@ def evaluate(
         "checkpoint": checkpoint,
         "model": model,
         "params": sum(parameter.numel() for parameter in measurable.parameters()),
-        "image_size": subject.image_size,
+        "image_size": None if subject.words else subject.image_size,
+        **({"tokens": subject.image_size} if subject.words else {}),
         "device": str(where),
         "seconds": round(time.monotonic() - started, 2),
         "results": results,

@@ -13,6 +13,7 @@ import torch
 from open_clip.model import get_model_preprocess_cfg, set_model_preprocess_cfg
 from torch import nn
 
+from raychain.api.grow_language import grow_language
 from raychain.core.storage import local_path
 from raychain.data import members
 from raychain.data.decode import resize_exactly
@@ -26,14 +27,18 @@ from raychain.growth import grow as grow_modules
 from raychain.growth.drift import TowerDrift, measure_backbone_drift, measure_drift, random_inputs
 from raychain.growth.operators import DEFAULT_DEPTH, DEFAULT_WIDTH
 from raychain.models import UnknownModelError, build, model_config, model_names
+from raychain.models.architectures import describe
 from raychain.models.checkpoints import Checkpoint, CheckpointError, read_checkpoint
 from raychain.models.configs import ModelConfig
+from raychain.models.language_folders import FILES as LANGUAGE_FILES
+from raychain.models.language_folders import is_language
 from raychain.models.registry import use_models
 from raychain.models.remote import local_checkpoint
 from raychain.models.timm_checkpoints import CONFIG as TIMM_CONFIG
 from raychain.models.timm_checkpoints import TimmCheckpoint, build_timm, is_timm, read_timm, write_timm
 from raychain.models.tokenizing import make_tokenizer
 from raychain.paradigms import make_paradigm, usable_size
+from raychain.paradigms.lm.axes import describe as describe_language
 from raychain.paradigms.task import Task
 from raychain.training.artifact import write_artifact
 
@@ -51,10 +56,13 @@ class Grown(NamedTuple):
 def grow(small: nn.Module, large: nn.Module, *, width: str = DEFAULT_WIDTH, depth: str = DEFAULT_DEPTH) -> GrowthReport:
     """Writes `large`'s parameters in place, from `small`'s and its own random ones (`raychain.growth.grow`).
 
-    Both are open_clip models, or both timm ViTs (DeiT, DINOv2, …) or Swin transformers; the function is kept where the
-    operators keep it. Raises GrowthError naming what cannot grow, before anything is written.
+    Both are open_clip models, or both timm ViTs (DeiT, DINOv2, …) or Swin transformers, or both Llama, Qwen3 or GPT-2
+    models of transformers; the function is kept where the operators keep it. Raises GrowthError naming what cannot
+    grow, before anything is written.
     """
-    return grow_modules(small, large, width=width, depth=depth)
+    of_transformers = hasattr(getattr(small, "config", None), "model_type")
+    described = describe_language if of_transformers else describe
+    return grow_modules(small, large, width=width, depth=depth, describe=described)
 
 
 def grow_checkpoint(
@@ -79,7 +87,8 @@ def grow_checkpoint(
 
     A plain timm model (a folder as timm saves it, or a weights file with `source`, without open_clip's towers in it)
     grows into the timm model `to`, at its own picture size and number of classes; unmodified timm loads the result as
-    `local-dir:OUT`. Its drift is that of the classifier's outputs on random input.
+    `local-dir:OUT`. Its drift is that of the classifier's outputs on random input. The folder of a language model grows
+    into the language model `to`, in a folder that transformers loads; its drift is that of the logits.
 
     Raises InputError for anything that is wrong with the arguments, before anything is written.
     """
@@ -87,9 +96,14 @@ def grow_checkpoint(
     use_models(models, "--models")
     with tempfile.TemporaryDirectory(prefix="raychain-") as scratch:
         try:
-            path = local_checkpoint(str(small), Path(scratch), also=[TIMM_CONFIG])
+            path = local_checkpoint(str(small), Path(scratch), also=[TIMM_CONFIG, *LANGUAGE_FILES])
         except CheckpointError as error:
             raise InputError("SMALL", small, "a checkpoint that can be read", str(error)) from None
+        if is_language(path):
+            if data is not None or source is not None:
+                option = "--data" if data is not None else "--from"
+                raise InputError(option, data or source, "nothing for a language model's folder", f"leave {option} out")
+            return Grown(folder, *grow_language(path, str(small), to, folder, width, depth, seed, samples))
         if is_timm(path, source):
             return _grow_timm(path, to, folder, width, depth, source, seed, data, samples)
         checkpoint = _read(path, small, source)

@@ -107,6 +107,7 @@ def _chosen(config: Experiment) -> tuple[Experiment, Json]:
 
 
 def _chain(config: Experiment, cost: ChainCost, samples: int) -> Json:
+    from raychain.paradigms import make_paradigm
     from raychain.planning.resources import memory_bytes
 
     workers = config.most_workers
@@ -141,6 +142,8 @@ def _chain(config: Experiment, cost: ChainCost, samples: int) -> Json:
         )
     return {
         "samples": samples,
+        "sample_tokens": make_paradigm(config.task).sample_tokens,
+        "principal": cost.stages[-1].size.principal,
         "captions": config.data.captions.per_image,
         "workers": workers,
         "stages": stages,

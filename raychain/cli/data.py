@@ -31,10 +31,16 @@ def demo_command(
     names: Annotated[int, typer.Option(help="Emoji names (classes).")] = 240,
     pictures: Annotated[int, typer.Option(help="Training pictures.")] = 16_000,
     seed: Annotated[int, typer.Option(help="Seed of everything drawn.")] = 0,
+    text: Annotated[bool, typer.Option("--text", help="Python's own documentation in tokens instead.")] = False,
 ) -> None:
-    """Render OpenMoji pictures with captions as webdataset shards."""
+    """Render OpenMoji pictures with captions as webdataset shards, or make tokens of Python's documentation."""
     from raychain.demo import DemoError, make_demo
 
+    if text:
+        from raychain.demo.text import make_text
+
+        say(_tokenized(make_text(out)), sys.stdout)
+        return
     try:
         summary = make_demo(out, names=names, pictures=pictures, seed=seed)
     except DemoError as error:
@@ -219,6 +225,47 @@ def _build_classes(
     say(json.dumps(result, indent=2) if as_json else "\n".join(said), sys.stdout)
     if not all(part["samples"] for part in result["parts"].values()):
         raise RunFailed(f"no file in {folder} gave a picture; --retry-failed tries them again")
+
+
+@data.command("tokenize")
+def tokenize_command(
+    text: Annotated[list[str], typer.Argument(metavar="TEXT", help="Files: .txt, .jsonl, .parquet, .tar; globs.")],
+    out: Annotated[str, typer.Option("--out", help="New folder for train-*.bin, held_out.bin and tokenizer.json.")],
+    tokenizer: Annotated[str, typer.Option(help="bytes, or the address of a tokenizer.json or its folder.")] = "bytes",
+    vocabulary: Annotated[
+        int | None, typer.Option(min=257, max=2**20, help="Train a byte-level BPE of so many tokens instead.")
+    ] = None,
+    end: Annotated[str, typer.Option(help="Token between documents.")] = "<|endoftext|>",
+    key: Annotated[str, typer.Option("--text", help="What text is called in JSON and tables.")] = "text",
+    held_out: Annotated[float, typer.Option(min=0, max=0.5, help="Share of documents that is held out.")] = 0.0,
+    as_json: Json = False,
+) -> None:
+    """Turn TEXT into files of token ids, which runs read and count without a tokenizer."""
+    from raychain.data.shards import expand
+    from raychain.dataprep.tokenize import Options, tokenize
+    from raychain.terminal.counting import CountingLine
+
+    options = Options(tokenizer, vocabulary, end, key, held_out)
+    try:
+        with CountingLine("documents") as line:
+            result = tokenize(expand(text, "TEXT"), out, options, lambda done: line.show(done, done))
+    except KeyboardInterrupt:
+        raise Interrupted from None
+    except OSError as error:
+        raise RunFailed(f"text cannot be made into tokens: {error}") from None
+    say(json.dumps(result, indent=2) if as_json else _tokenized(result), sys.stdout)
+
+
+def _tokenized(result: Mapping[str, Any]) -> str:
+    parts = []
+    for name in ("train", "held_out"):
+        if (found := result[name])["files"]:
+            each = found["bytes"] / found["tokens"]
+            parts.append(
+                f"{name} {found['tokens']:,} tokens of {found['documents']:,} documents ({each:.2f} bytes each)"
+            )
+    bad = f"; not used: {sum(result['bad'].values()):,}" if result["bad"] else ""
+    return f"{result['folder']}: {', '.join(parts)}, a vocabulary of {result['vocabulary']:,}{bad}"
 
 
 def _built(result: Mapping[str, Any], listed: str) -> str:

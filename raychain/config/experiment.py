@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -14,6 +14,7 @@ from pydantic import (
 )
 
 from raychain.config.data import Data, StageData
+from raychain.config.lengths import in_samples
 from raychain.config.origin import AnyStart, given_alone, misplaced, trained_whole
 from raychain.config.search import Search
 from raychain.config.track import Track
@@ -95,6 +96,9 @@ class Distill(Component):
     """Weight of the distillation loss beside the task's."""
     cap: bool = True
     """Scale the distillation loss down wherever it would exceed the task loss."""
+    until: Horizon | None = None
+    """Length over which alpha falls to zero in a straight line ("N steps", "N %" of the stage, …); then there are no
+    forward passes of the teacher either, and MACs count none. Absent: alpha stays as it is to the end."""
 
 
 class Transfer(Component):
@@ -258,6 +262,11 @@ class Experiment(Component):
     """What `raychain search` varies; `raychain run` trains the chain as it stands."""
     storage: str = "runs"
     """Folder or address under which run folders are made."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _in_samples(cls, value: Any) -> Any:
+        return in_samples(value)
 
     @field_validator("chain")
     @classmethod

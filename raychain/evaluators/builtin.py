@@ -120,3 +120,24 @@ class Accuracy(Evaluator):
         from raychain.evaluators.finding import shards_of
 
         return resolve_accuracy([shards_of(address, where) for address in self.data], setting, where)
+
+
+class Perplexity(Evaluator):
+    """The loss of a language model on held-out text; see `raychain/evaluators/perplexity.py`."""
+
+    metrics: ClassVar[tuple[Metric, ...]] = (
+        Metric("loss", "loss", "nats", "low"),
+        Metric("perplexity", "perplexity", "", "low"),
+        Metric("bits_per_byte", "bits per byte", "bits", "low"),
+    )
+    needs: ClassVar[frozenset[str]] = frozenset({"tokens"})
+    type: Literal["perplexity"]
+    data: OneOrMore
+    """Files of text (`.txt`, `.jsonl`, `.parquet`, tar files) or of tokens (`.bin`)."""
+    text: str = "text"
+    """What the text is called in JSON lines and tables."""
+
+    def resolve(self, where: str, setting: Setting) -> HeldOut:
+        from raychain.evaluators.perplexity import resolve_perplexity
+
+        return resolve_perplexity(self.data, self.text, setting.cache, where)

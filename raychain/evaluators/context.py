@@ -10,6 +10,7 @@ from torch import nn
 
 from raychain.data.cache import ShardCache
 from raychain.data.spec import Resizing, Tokenizer
+from raychain.data.tokens import Tokenizer as Words
 from raychain.evaluators.encoding import Encoder
 from raychain.evaluators.ranks import World
 
@@ -23,7 +24,7 @@ class Context:
     tokenize: Tokenizer | None
     """Texts to token ids [n, L]; None: the model takes none."""
     image_size: int
-    """Pixels a side."""
+    """Pixels a side, or tokens."""
     mean: tuple[float, ...]
     """Mean of each channel, in 0 … 1; `std` likewise."""
     std: tuple[float, ...]
@@ -32,6 +33,8 @@ class Context:
     """Who shares the work."""
     batch_size: int = 256
     """Pictures or texts encoded at a time."""
+    words: Words | None = None
+    """Text to the ids of a language model, which reads `image_size` tokens; None: the model is none."""
     resizing: Resizing = Resizing()  # noqa: RUF009 - frozen
     """How pictures get to their size."""
     progress: Callable[[int], None] = lambda _: None

@@ -21,6 +21,7 @@ EVALUATORS: Plugins[type[Evaluator]] = Plugins(
         "linear_probe": f"{_MODULE}:LinearProbe",
         "zero_shot_multilabel": f"{_MODULE}:ZeroShotMultilabel",
         "accuracy": f"{_MODULE}:Accuracy",
+        "perplexity": f"{_MODULE}:Perplexity",
     },
 )
 

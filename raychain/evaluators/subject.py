@@ -17,10 +17,13 @@ from torch import nn
 
 from raychain.core.json import Json
 from raychain.data.spec import SQUARED, Resizing, Tokenizer, squared
+from raychain.data.tokens import Tokenizer as Words
 from raychain.errors import InputError, nearest
 from raychain.evaluators.encoding import image_features
 from raychain.models import UnknownModelError, model_names
 from raychain.models.checkpoints import CheckpointError, read_checkpoint
+from raychain.models.language_folders import FILES as LANGUAGE_FILES
+from raychain.models.language_folders import is_language, read_language
 from raychain.models.remote import FORMS, is_name, local_checkpoint, stages_in
 from raychain.models.timm_checkpoints import CONFIG, is_timm, read_timm
 from raychain.models.tokenizing import make_tokenizer
@@ -37,12 +40,14 @@ class Subject:
     """What it turns into features, `pictures` and `texts`, and `classes` where it gives scores of these."""
     tokenize: Tokenizer | None
     image_size: int
-    """Pixels a side."""
+    """Pixels a side, or tokens."""
     resizing: Resizing
     mean: tuple[float, ...]
     std: tuple[float, ...]
     classes: int | None = None
     """How many classes it tells apart; None: it has no classes."""
+    words: Words | None = None
+    """The tokeniser of a language model, which reads `image_size` tokens at a time."""
 
 
 def read_subject(checkpoint: str, model: str | None) -> Subject:
@@ -56,13 +61,20 @@ def read_subject(checkpoint: str, model: str | None) -> Subject:
                          "yourself, and give their file with --model NAME")  # fmt: skip
     try:
         with tempfile.TemporaryDirectory(prefix="raychain-") as scratch:
-            path = local_checkpoint(checkpoint, Path(scratch), also=[CONFIG])
+            path = local_checkpoint(checkpoint, Path(scratch), also=[CONFIG, *LANGUAGE_FILES])
+            if is_language(path):
+                return _of_language(path)
             return _of_timm(path, checkpoint, model) if is_timm(path, model) else _of_open_clip(path, checkpoint, model)
     except UnknownModelError as error:
         raise InputError("--model" if model else "CHECKPOINT", model or checkpoint, str(error),
                          nearest(model or "", model_names(), "give another one")) from None  # fmt: skip
     except CheckpointError as error:
         raise InputError("CHECKPOINT", checkpoint, ALLOWED, f"{error}; {stages_in(checkpoint) or fix}") from None
+
+
+def _of_language(path: Path) -> Subject:
+    read = read_language(path)
+    return Subject(read.model, frozenset({"tokens"}), None, read.length, Resizing(), (), (), words=read.tokenizer)
 
 
 def _of_open_clip(path: Path, checkpoint: str, model: str | None) -> Subject:

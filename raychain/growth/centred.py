@@ -31,6 +31,13 @@ class Centred:
     lose them),
       but the new coordinates add their variance to the LayerNorm's: an error of scale only, none where the width stays.
 
+    Where RMSNorms read the stream (`Space.centred` is False) its new coordinates hold nothing: the mean square of the W
+    coordinates is then the old one of w, as the old ones are divided by g, with the same epsilon, and gains times g
+    return what they returned.
+
+    A head that is the token table itself (`Parameter.before_tied`) has its rows divided by g, as they write the stream:
+    the norm before it returns g times as much, by one more factor in its gain and its shift.
+
     A LayerNorm over the mean-preserving stream makes the construction equivalent to centring every writer and padding
     with zeros, without touching the layer scale or the small model's weights.
     """
@@ -54,8 +61,9 @@ class Centred:
         for axis in cell.axes:
             if axis.kind != "stream":
                 continue
-            if axis.side == "through" and role == "gain":
-                grown = grown / _g(axis) ** power
+            if axis.side == "through" and role in ("gain", "shift"):
+                factors = (role == "gain") + cell.parameter.before_tied
+                grown = grown / _g(axis) ** (factors * power)
             elif axis.side == "out" and role != "gain" and cell.parameter.scaled_by is None:
                 grown = grown * _g(axis) ** power
         return grown
@@ -63,7 +71,10 @@ class Centred:
     def _write(self, cell: Cell, grown: torch.Tensor, dim: int, axis: AxisGrowth) -> None:
         """What the stream's old and new coordinates receive from `cell`'s parameter."""
         old, new = grown.narrow(dim, 0, axis.small), _new(grown, dim, axis)
-        if cell.parameter.role == "gain":
+        if not axis.space.centred:
+            new.zero_()
+            old.div_(_g(axis))
+        elif cell.parameter.role == "gain":
             new.copy_(_signs(new.shape[dim], old) / PRE_NORM_AMPLITUDE)
         elif cell.parameter.role == "scale":
             new.fill_(_rms(old) / _g(axis))
@@ -83,9 +94,9 @@ class Centred:
 
     @staticmethod
     def _normalise(cell: Cell, grown: torch.Tensor, dim: int, axis: AxisGrowth) -> None:
-        """A LayerNorm's gain and shift. One over several tokens at once must also drop the new coordinates."""
-        if cell.parameter.role == "gain":
-            grown.narrow(dim, 0, axis.small).mul_(_g(axis))
+        """A norm's gain and shift. One over several tokens at once must also drop the new coordinates."""
+        factors = (cell.parameter.role == "gain") + cell.parameter.before_tied
+        grown.narrow(dim, 0, axis.small).mul_(_g(axis) ** factors)
         if cell.parameter.role == "shift" or len(cell.axes) > 1:
             _new(grown, dim, axis).zero_()
 

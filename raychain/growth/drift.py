@@ -47,7 +47,7 @@ def measure_backbone_drift(small: nn.Module, large: nn.Module, count: int, seed:
     channels = next(p.shape[1] for p in model.parameters() if p.ndim == 4)
     x_bcHW = torch.randn(count, channels, *size, generator=torch.Generator().manual_seed(seed))
     before, after = (model.eval()(x_bcHW) for model in (small, large))
-    return _compared(before, after)
+    return compared(before, after)
 
 
 def random_inputs(model: nn.Module, count: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -70,10 +70,10 @@ def random_inputs(model: nn.Module, count: int, seed: int = 0) -> tuple[torch.Te
 
 
 def _drift(small: nn.Module, large: nn.Module, encode: str, inputs: torch.Tensor, batch: int) -> TowerDrift:
-    return _compared(*(_encoded(model, encode, inputs, batch) for model in (small, large)))
+    return compared(*(_encoded(model, encode, inputs, batch) for model in (small, large)))
 
 
-def _compared(before: torch.Tensor, after: torch.Tensor) -> TowerDrift:
+def compared(before: torch.Tensor, after: torch.Tensor) -> TowerDrift:
     """The drift between outputs [n, D] and [n, E]."""
     shared = min(before.shape[1], after.shape[1])
     before, after = before[:, :shared].double(), after[:, :shared].double()

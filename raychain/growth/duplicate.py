@@ -15,6 +15,9 @@ class Duplicate:
     differently for every reader (LEMON's unequal fan-out), which keeps the function and breaks the symmetry. The
     differences are taken from the large model's random init, so they follow its seed.
 
+    A head that is the token table itself reads its copies in full, so the norm before it returns each copy's share
+    (`Parameter.before_tied`).
+
     The shared embedding grows as `start_new_dimensions` says: copies there would change cosines.
     """
 
@@ -26,6 +29,8 @@ class Duplicate:
         for dim, axis in enumerate(cell.axes):
             if axis.side == "in" and axis.grows:
                 grown = grown * self._shares(cell, dim, axis)
+            elif cell.parameter.before_tied and axis.kind == "stream":
+                grown = grown / _along(dim, grown.ndim, _copies(axis, grown.device))
         return start_new_dimensions(cell, grown)
 
     def gradient(self, cell: Cell, power: int) -> torch.Tensor:
@@ -35,6 +40,8 @@ class Duplicate:
         """
         grown = self._copied(cell)
         for dim, axis in enumerate(cell.axes):
+            if cell.parameter.before_tied and axis.kind == "stream":
+                continue  # every copy meets all of the head's gradient
             if axis.side != "in" and axis.kind != "shared":
                 grown = grown / _along(dim, grown.ndim, _copies(axis, grown.device)) ** power
             elif axis.kind == "shared" and axis.grows:

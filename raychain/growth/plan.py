@@ -94,6 +94,7 @@ def plan_growth(
     for name, new_tower in new.towers.items():
         old_tower = old.towers[name]
         if isinstance(old_tower, Tower) and isinstance(new_tower, Tower) and old_tower.kind == new_tower.kind:
+            _check_constants(old_tower, new_tower)
             sources = _layer_sources(old_tower, new_tower, depth_operator)
             matches += _match(old_tower, new_tower, sources)
             towers[name] = TowerGrowth(old_tower.kind, new_tower.kind, True, _widths(old_tower, new_tower), sources)
@@ -118,6 +119,12 @@ def _check_across(small: Tower | UndescribedTower, large: Tower | UndescribedTow
     for tower in (small, large):
         if isinstance(tower, UndescribedTower) and small.kind == large.kind:
             raise GrowthError(tower.reason)
+
+
+def _check_constants(small: Tower, large: Tower) -> None:
+    for name, after in large.constants.items():
+        if (before := small.constants.get(name)) != after:
+            raise GrowthError(f"{name} is {before} in the smaller model, {after} in the larger one: weights rely on it")
 
 
 def _layer_sources(small: Tower, large: Tower, operator: DepthOperator) -> dict[str, list[LayerSource]]:

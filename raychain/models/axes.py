@@ -40,16 +40,17 @@ class UndescribedError(ValueError):
 class Space:
     """A set of coordinates that grow together.
 
-    kind: `stream`, the residual stream (read through LayerNorms only); `units`, attention heads or MLP units;
+    kind: `stream`, the residual stream (read through LayerNorms or RMSNorms only); `units`, attention heads, MLP units;
     `shared`, the embedding both towers project to; `fixed`, sizes that no operator changes (vocabulary, positions,
     head_dim). gain: the key of a LayerNorm's weight, for a stream that this LayerNorm turns into the residual stream
-    (CLIP's ln_pre).
+    (CLIP's ln_pre). centred: for a stream, whether what reads it subtracts its mean first (LayerNorm) or not (RMSNorm).
     """
 
     name: str
     size: int
     kind: SpaceKind
     gain: str | None = None
+    centred: bool = True
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,8 @@ class Parameter:
     `name` is the key in the model's state dict; `key` the name that parameters of the same meaning share across
     layouts (CLIP and CustomTextCLIP), with the layer's index left out. `closes_branch` marks the weight and bias that
     end a residual branch: a block whose closing parameters are zero is the identity. `scaled_by` is the key of the
-    layer scale that multiplies what the parameter writes.
+    layer scale that multiplies what the parameter writes. `before_tied` marks gain and shift of the norm whose output a
+    head reads that is the token table itself.
     """
 
     name: str
@@ -85,6 +87,7 @@ class Parameter:
     layer: Layer | None = None
     closes_branch: bool = False
     scaled_by: str | None = None
+    before_tied: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -103,13 +106,18 @@ class Stack:
 
 @dataclass(frozen=True)
 class Tower:
-    """One tower's parameters. Towers of the same `kind` grow into each other."""
+    """One tower's parameters. Towers of the same `kind` grow into each other.
+
+    `constants` are numbers of the architecture that are no parameters and on which its function depends: a tower grows
+    only into one with the same.
+    """
 
     name: str
     kind: str
     spaces: Mapping[str, Space]
     stacks: Mapping[str, Stack]
     parameters: tuple[Parameter, ...]
+    constants: Mapping[str, object] = field(default_factory=dict)
 
 
 @dataclass
@@ -129,10 +137,11 @@ class TowerBuilder:
     spaces: dict[str, Space] = field(default_factory=dict)
     stacks: dict[str, Stack] = field(default_factory=dict)
     parameters: list[Parameter] = field(default_factory=list)
+    constants: dict[str, object] = field(default_factory=dict)
 
-    def space(self, name: str, size: int, kind: SpaceKind, gain: str | None = None) -> None:
+    def space(self, name: str, size: int, kind: SpaceKind, gain: str | None = None, *, centred: bool = True) -> None:
         """Declares a space that patterns can use by its name; `gain` names the tensor of `Space.gain`."""
-        self.spaces[name] = Space(f"{self.name}.{name}", size, kind, f"{self.name}.{gain}" if gain else None)
+        self.spaces[name] = Space(f"{self.name}.{name}", size, kind, f"{self.name}.{gain}" if gain else None, centred)
 
     def stack(self, name: str, depth: int, period: int = 1) -> None:
         """Declares a stack of layers."""
@@ -147,6 +156,7 @@ class TowerBuilder:
         layer: tuple[str, int] | None = None,
         closes: bool = False,
         scaled_by: str | None = None,
+        before_tied: bool = False,
     ) -> None:
         """Describes the tensor `name`; a `{}` in it stands for the layer's index. Absent tensors are passed over.
 
@@ -173,6 +183,7 @@ class TowerBuilder:
                 layer=Layer(self.stacks[layer[0]].name, layer[1]) if layer else None,
                 closes_branch=closes,
                 scaled_by=f"{self.name}.{scale}" if scale else None,
+                before_tied=before_tied,
             )
         )
 
@@ -191,7 +202,7 @@ class TowerBuilder:
                 raise UndescribedError(self.kind, f"parameter {self._full(name)} is not described for {self.kind}")
         spaces = {space.name: space for space in self.spaces.values()}
         stacks = {stack.name: stack for stack in self.stacks.values()}
-        return Tower(self.name, self.kind, spaces, stacks, tuple(self.parameters))
+        return Tower(self.name, self.kind, spaces, stacks, tuple(self.parameters), dict(self.constants))
 
     def _full(self, name: str) -> str:
         return self.prefix + name.removeprefix(self.wrapper)

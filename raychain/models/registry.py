@@ -26,6 +26,7 @@ import open_clip
 import timm
 
 from raychain.core.braces import count_alternatives
+from raychain.core.json import Json
 from raychain.errors import InputError
 from raychain.models import micro_swin as micro_swin  # timm knows the model once this is imported
 from raychain.models.configs import ConfigError, ModelConfig, check_config, read_json
@@ -39,6 +40,8 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _MOST_NAMES = 10_000
 _users: dict[str, ModelConfig] = {}
 """The configs of the folder that `use_models` read last."""
+_transformers: dict[str, Json] = {}
+"""Those among its files that are transformers' `config.json` of a language model."""
 
 open_clip.add_model_config(CONFIG_FOLDER)
 
@@ -51,8 +54,9 @@ def use_models(source: str | Path | None, where: str = "models") -> None:
     """Makes the models of a folder of open_clip's JSON configs known by their files' names, in place of those of the
     last call; None: of no folder.
 
-    `source` may be one file too, as for `open_clip.add_model_config`. Raises InputError, which names `where` it was
-    given, for a file that is no such config, and for a name that stands for another model already.
+    `source` may be one file too, as for `open_clip.add_model_config`. A file with a `model_type` is a language model's,
+    as transformers writes it. Raises InputError, which names `where` it was given, for a file that is no such config,
+    and for a name that stands for another model already.
     """
     found: dict[str, ModelConfig] = {}
     for path in _config_files(source, where) if source is not None else ():
@@ -61,14 +65,37 @@ def use_models(source: str | Path | None, where: str = "models") -> None:
         except ConfigError as error:
             allowed = "a folder of open_clip model configs: NAME.json with embed_dim, vision_cfg and text_cfg"
             raise InputError(where, path, allowed, f"correct, rename or remove the file: it {error}") from None
-    _users.clear()
-    _users.update(found)
+    for known in (_users, _transformers):
+        known.clear()
+    _transformers.update({name: config for name, config in found.items() if "model_type" in config})
+    _users.update({name: config for name, config in found.items() if "model_type" not in config})
+
+
+def transformers_config(name: str) -> Json | None:
+    """The user's `config.json` of a language model of that name; None where there is none."""
+    return deepcopy(_transformers.get(name))
+
+
+def transformers_names() -> list[str]:
+    """The names of the user's language models."""
+    return list(_transformers)
+
+
+def add_transformers(config: Json, called: str) -> None:
+    """Makes a language model's `config.json` known as `called` until `use_models` is called."""
+    _transformers[called] = deepcopy(config)
 
 
 def own_configs(names: Iterable[str]) -> dict[str, ModelConfig]:
-    """Configs by name, out of known names, of those that neither raychain nor open_clip nor timm brings along."""
-    mine = [name for name in names if _known(name) is None and name.removeprefix(_TIMM_PREFIX) not in _timm_names()]
-    return {name: model_config(name) for name in mine}
+    """Configs by name, out of known names, of those that the user or a package of the user's has brought along."""
+    found: dict[str, ModelConfig] = {}
+    for name in names:
+        if name in _transformers:
+            found[name] = deepcopy(_transformers[name])
+        elif _known(name) is None and name.removeprefix(_TIMM_PREFIX) not in _timm_names():
+            with contextlib.suppress(UnknownModelError):  # a paradigm's own
+                found[name] = model_config(name)
+    return found
 
 
 def difference(config: Mapping[str, Any], other: Mapping[str, Any]) -> str:
@@ -144,6 +171,8 @@ def _read_config(path: Path) -> ModelConfig:
     name, config = path.stem, read_json(path)
     if _NAME.fullmatch(name) is None:
         raise ConfigError("has a name that is no model's: letters, digits, dots, dashes and underscores")
+    if isinstance(config, dict) and isinstance(config.get("model_type"), str):
+        return config
     if not isinstance(config, dict) or not {"embed_dim", "vision_cfg", "text_cfg"} <= set(config):
         raise ConfigError("is no config of a model: it lacks embed_dim, vision_cfg or text_cfg")
     if refused(name, config) is None:

@@ -27,6 +27,8 @@ MOST_STAGES = 64
 """Stages that are drawn."""
 NONE = StageEntry(key="")
 """The record of a stage that has none."""
+PRINCIPAL = {"image": "parameters of the image tower", "decoder": "parameters without tables of tokens"}
+"""Parts that expansion ratios are about, and what their sizes are called."""
 Kind = TypeVar("Kind", RunRecord, SearchRecord)
 
 
@@ -40,7 +42,8 @@ class Stage:
     """trained, reused or failed; else `unfinished` (it has begun) or `not started`."""
     params: float | None
     image_params: float | None
-    """Parameters of the image tower; None for models without towers too."""
+    """Parameters of the part that ratios are about: of the image tower, or of a decoder without its tables of tokens;
+    None for models without such parts too."""
     length: str
     """Length in the words of the experiment: `8 epochs`."""
     macs: float | None
@@ -52,6 +55,8 @@ class Stage:
     """Its record; one without content where it has none yet."""
     lines: list[Json] = field(repr=False)
     """Its lines of metrics.jsonl."""
+    principal: str = "image"
+    """The name of that part."""
 
     @property
     def done(self) -> bool:
@@ -207,8 +212,9 @@ def _stages(run: RunRecord, lines: dict[int, list[Json]]) -> list[Stage]:
             Stage(
                 index, name, status or ("unfinished" if mine else "not started"),
                 float(record.params or 0) or (float(size.params) if size else None),
-                float(size.principal_params) if size and size.principal == "image" else None,
+                float(size.principal_params) if size and size.principal in PRINCIPAL else None,
                 _length(record, entry), macs, per_sample, known, numbers(record.metrics), record, mine,
+                size.principal if size else "image",
             )
         )  # fmt: skip
         known = known + macs if known is not None and macs is not None else None
@@ -229,7 +235,7 @@ def _size(config: Mapping[str, Any], model: str, size: Any) -> Any:
 def _per_sample(size: Any, teacher: Any, captions: int) -> float | None:
     from raychain.planning.macs import stage_macs
 
-    items = {"image": 1, "text": captions, "model": 1}
+    items = {"image": 1, "text": captions, "model": 1, "decoder": 1, "tokens": 1}
     return float(stage_macs(size, teacher, 1, items)) if size.parts.keys() <= items.keys() else None
 
 

@@ -12,7 +12,7 @@ from raychain.core.wording import number as digits
 from raychain.pages import rungs, search_json, searched, tables
 from raychain.pages.chain_drawing import baseline, chain, cost_bars
 from raychain.pages.curves import arrows, learning
-from raychain.pages.loading import Run, amount, mapping, number
+from raychain.pages.loading import PRINCIPAL, Run, amount, mapping, number
 from raychain.pages.markup import Markup, join, tag
 from raychain.pages.scales import span
 from raychain.pages.searched import Search
@@ -187,7 +187,7 @@ def _chain_note(run: Run) -> str:
     alpha = number(mapping(transfer.get("distill")).get("alpha"))
     follows = f" and follows its features (distillation weight {alpha:g})" if alpha else ""
     image = all(stage.image_params for stage in run.stages)
-    what = "parameters of the image tower, as are the ratios" if image else "numbers of parameters"
+    what = f"{PRINCIPAL[run.stages[-1].principal]}, as are the ratios" if image else "numbers of parameters"
     grown = f", grown by the operators {grown}," if grown else ""
     share = number(transfer.get("shrink"))
     if share is not None and share < 1:

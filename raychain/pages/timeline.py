@@ -197,7 +197,9 @@ def timeline(run: Run, tale: Story) -> Markup:
                 y += height + 3
             y += 5
         bottom = y
-        for title, key in (("workers", "world_size"), ("images/s", "samples_per_s")):
+        in_tokens = any("tokens_per_s" in line for stage in run.stages for line in stage.lines)
+        rate = ("tokens/s", "tokens_per_s") if in_tokens else ("images/s", "samples_per_s")
+        for title, key in (("workers", "world_size"), rate):
             chart = _over_time(run, tale, clock, key, title, (left, width - 8, y + 26, y + 88))
             if chart is not None:
                 parts.append(chart)

@@ -24,6 +24,7 @@ PARADIGMS: Plugins[type[Paradigm]] = Plugins(
         "clip": "raychain.paradigms.clip.paradigm:Clip",
         "siglip": "raychain.paradigms.siglip:SigLip",
         "classify": "raychain.paradigms.classify.paradigm:Classify",
+        "lm": "raychain.paradigms.lm.paradigm:Language",
     },
 )
 """The paradigms that `task.paradigm` may name."""

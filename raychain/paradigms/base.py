@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from raychain.data.reader import Reader
     from raychain.data.shards import Shard
     from raychain.data.spec import Tokenizer
+    from raychain.data.tokens import Tokenizer as Words
     from raychain.models.architectures import ModelDescription
     from raychain.planning.macs import ModelSize
 
@@ -145,6 +146,15 @@ class Paradigm(ABC):
     def tokenizer(self, config: Config) -> Tokenizer | None:  # noqa: ARG002 - for subclasses
         """What turns texts into the model's token ids; None for models without texts."""
         return None
+
+    def tokens(self) -> Words | None:
+        """What turns text into the ids that language models read; None for models that read none."""
+        return None
+
+    @property
+    def sample_tokens(self) -> int:
+        """Tokens of a sample, in which lengths can be given and rates are told; 0 where samples are no text."""
+        return 0
 
     def adam(self, config: Config) -> tuple[tuple[float, float], float]:  # noqa: ARG002 - for subclasses
         """AdamW's betas and eps where the recipe has none."""

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from raychain.planning.macs import Items, ModelSize, stage_macs
 from raychain.planning.principles import expansion_ratio
+from raychain.schema.durations import Duration
 
 
 class Setting(NamedTuple):
@@ -21,10 +22,20 @@ class Setting(NamedTuple):
     global_batch: int = 1024
     distill: bool = True
     """Whether grown stages follow a teacher, whose forward pass costs too."""
+    until: Duration | None = None
+    """How long they do, if not to their end."""
 
     def seen(self, epochs: float) -> int:
         """Samples that a stage of `epochs` sees: whole steps of the global batch, at least one, as in a run."""
         return max(1, round(epochs * self.samples / self.global_batch)) * self.global_batch
+
+    def taught(self, seen: int) -> int:
+        """Samples on which the teacher of a stage that sees so many runs; 0: all."""
+        if self.until is None:
+            return 0
+        lengths = {"epoch_samples": self.samples, "global_batch": self.global_batch}
+        steps = self.until.steps(**lengths, stage_steps=seen // self.global_batch)
+        return max(1, min(steps, seen // self.global_batch)) * self.global_batch
 
 
 @dataclass(frozen=True)
@@ -42,6 +53,8 @@ class StageCost:
     """The checkpoint that it is, or starts from."""
     start: ModelSize | None = None
     """The checkpoint's model, if it starts from one in place of the stage before."""
+    taught: int = 0
+    """Samples on which the teacher runs; 0: all."""
 
     @property
     def given(self) -> bool:
@@ -56,7 +69,7 @@ class StageCost:
     @property
     def macs(self) -> int:
         """Training MACs: 3 × forward, and the teacher's forward."""
-        return stage_macs(self.size, self.teacher, self.samples, self.items)
+        return stage_macs(self.size, self.teacher, self.samples, self.items, self.taught)
 
 
 @dataclass(frozen=True)
@@ -120,7 +133,7 @@ def predict(
     """
     teachers = [None, *sizes[:-1]] if setting.distill else [None] * len(sizes)
     stages = tuple(
-        StageCost(size, length, setting.seen(length), setting.items, teacher)
+        StageCost(size, length, seen := setting.seen(length), setting.items, teacher, taught=setting.taught(seen))
         for size, length, teacher in zip(sizes, epochs, teachers, strict=True)
     )
     model, length = baseline or (sizes[-1], epochs[0])

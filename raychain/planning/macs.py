@@ -43,6 +43,8 @@ class ModelSize:
     parts: Mapping[str, PartSize]
     principal: str
     """The part whose parameters expansion ratios and the smallest model are about: the image tower, the backbone."""
+    for_loss: tuple[str, ...] = ()
+    """Parts that run for the loss alone: a teacher does without them."""
 
     @property
     def params(self) -> int:
@@ -58,14 +60,22 @@ class ModelSize:
         """Forward MACs of a sample with so many inputs of each part."""
         return round(sum(items[name] * part.macs for name, part in self.parts.items()))
 
+    def teaching(self, items: Items) -> int:
+        """Forward MACs of a sample where the model is a teacher, which is asked for its features alone."""
+        return round(sum(items[name] * part.macs for name, part in self.parts.items() if name not in self.for_loss))
+
     def kept(self, items: Items) -> int:
         """Values that a sample with so many inputs of each part keeps for the backward pass."""
         return round(sum(items[name] * part.kept for name, part in self.parts.items()))
 
 
-def stage_macs(student: ModelSize, teacher: ModelSize | None, samples: int, items: Items) -> int:
-    """MACs of training `student` on `samples` samples with so many inputs of each part, with or without a teacher."""
-    return samples * (3 * student.forward(items) + (teacher.forward(items) if teacher is not None else 0))
+def stage_macs(student: ModelSize, teacher: ModelSize | None, samples: int, items: Items, taught: int = 0) -> int:
+    """MACs of training `student` on `samples` samples with so many inputs of each part, with or without a teacher.
+
+    The teacher runs on the first `taught` of them; 0: on all.
+    """
+    followed = (taught or samples) * teacher.teaching(items) if teacher is not None else 0
+    return samples * 3 * student.forward(items) + followed
 
 
 def tower_sizes(

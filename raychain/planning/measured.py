@@ -109,5 +109,6 @@ def _comparable(config: ConfigRecord | None, metric: Definition) -> list[Any]:
         data.get("samples"),
         data.get("image_size"),
         data.get("captions"),
+        None if config.task in (None, {"paradigm": "clip"}) else config.task,
         (config.evaluate or {}).get(metric.name.partition("/")[0]),
     ]

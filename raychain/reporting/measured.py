@@ -22,7 +22,7 @@ def measured_table(result: Mapping[str, Any], console: Console | None = None) ->
     """Prints the result of `raychain.evaluate` on stdout: a row for each task, percentages to two decimals."""
     console = console or make_console()
     console.print(
-        f"{one_line(str(result['checkpoint']))}: {result['params'] / 1e6:.2f} M parameters, {result['image_size']} px, "
+        f"{one_line(str(result['checkpoint']))}: {result['params'] / 1e6:.2f} M parameters, {_inputs(result)}, "
         f"{result['device']}, {result['seconds']:.1f} s",
         highlight=False,
         soft_wrap=True,
@@ -31,6 +31,10 @@ def measured_table(result: Mapping[str, Any], console: Console | None = None) ->
         _by_address(console, result["results"])
     if result.get("definitions"):
         _by_evaluator(console, read_back({"metrics": result["definitions"]}), result["metrics"])
+
+
+def _inputs(result: Mapping[str, Any]) -> str:
+    return f"{result['tokens']:,} tokens" if result.get("tokens") else f"{result['image_size']} px"
 
 
 def _by_address(console: Console, rows: Iterable[Mapping[str, Any]]) -> None:

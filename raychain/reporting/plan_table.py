@@ -28,12 +28,14 @@ def plan_table(plan: Mapping[str, Any], console: Console | None = None) -> None:
     console = console or make_console()
     captions = plan["captions"]
     per_image = f", {captions} captions each" if captions > 1 else ""
-    _say(console, f"{plan['name']}: {plan['samples']:,} samples{per_image}", bold=True)
+    tokens = plan.get("sample_tokens") or 0
+    per_text = f" of {tokens:,} tokens, {plan['samples'] * tokens:,} in all" if tokens else ""
+    _say(console, f"{plan['name']}: {plan['samples']:,} samples{per_image}{per_text}", bold=True)
     console.print()
     hours = (plan.get("time") or {}).get("hours")
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1 if console.width >= 100 else 0), pad_edge=False, show_edge=False)
     for heading in (*HEADINGS, *(["time"] if hours else [])):
-        model = heading == "model"
+        model, heading = heading == "model", heading.replace("image", plan.get("principal") or "image")
         table.add_column(heading, justify="left" if model else "right", no_wrap=not model, overflow="fold")
     for index, stage in enumerate(plan["stages"]):
         table.add_row(*_row(stage), *([clock(3600 * hours[index])] if hours else []))

@@ -168,7 +168,8 @@ def _epoch(start: StageStarted, step: Step) -> str:
 
 
 def _rate(step: Step) -> str:
-    return f"{number(step.samples_per_s)} images/s"
+    rate, unit = step.rate
+    return f"{number(rate) if unit == 'images/s' else f'{rate:,.0f}'} {unit}"
 
 
 def _left(start: StageStarted, step: Step) -> str:

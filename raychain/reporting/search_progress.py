@@ -126,7 +126,7 @@ class _OfJob(Listener):
 
     def step(self, event: Step) -> None:
         if self._progress.due(self._trial, event.stage):
-            model, rate = self._trial.chain[event.stage].model, f"{number(event.samples_per_s)} images/s"
+            model, rate = self._trial.chain[event.stage].model, "{:,.4g} {}".format(*event.rate)
             self._say(f"{model} epoch {event.epoch:.1f} · loss {number(event.loss)} · {rate}")
 
     def stage_ended(self, event: StageEnded) -> None:

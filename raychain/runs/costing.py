@@ -51,7 +51,7 @@ def cost_of(experiment: Experiment) -> Costed:
         teacher = usable_size(experiment.task, before, pixels, "data.image_size") if before and follows else None
         epochs, seen = _length(stage.length, setting, f"chain.{index}.epochs")
         origin = stage.start.checkpoint if stage.start else None
-        stages.append(StageCost(size, epochs, seen, setting.items, teacher, origin, start))
+        stages.append(StageCost(size, epochs, seen, setting.items, teacher, origin, start, setting.taught(seen)))
     given = experiment.baseline
     pixels, items = experiment.stage_data(len(stages) - 1).image_size, settings[-1].items
     last = usable_size(experiment.task, given.model, pixels, "baseline.model") if given else stages[-1].size
@@ -128,9 +128,10 @@ def _setting(experiment: Experiment, data: Data, where: str) -> Setting:
         at, given, allowed, fix, *_ = error.args
         hint = "; or say how many samples there are, to plan without them: --set data.samples=N" if at == where else ""
         raise InputError(at, given, allowed, fix + hint) from None
-    distill = experiment.transfer.distill is not None
     items = make_paradigm(experiment.task).items(data)
-    return Setting(samples, items, experiment.train.global_batch, distill)
+    distilled = experiment.transfer.distill
+    until = distilled.until if distilled else None
+    return Setting(samples, items, experiment.train.global_batch, distilled is not None, until)
 
 
 def _length(duration: Duration, setting: Setting, where: str) -> tuple[float, int]:

@@ -64,6 +64,8 @@ class Determinants:
     """How the projector of distillation starts; empty without one."""
     counts: tuple[int, ...] = ()
     """Samples of the shards, where files beside them say so and nobody has counted; else they follow from `shards`."""
+    follows: int = 0
+    """Steps over which distillation fades; 0 where it does not."""
     changes: tuple[tuple[int, float], ...] = ()
     """Other peak learning rates, each after the step from which it holds."""
     task: Mapping[str, Any] = field(default_factory=dict)
@@ -118,14 +120,18 @@ def _content(stage: Determinants, previous: str, schema: int) -> Json:
     }
     content |= {"changes": stage.changes} if stage.changes else {}
     content |= {"projector": stage.projector} if stage.projector else {}
+    content |= {"follows": stage.follows} if stage.follows else {}
     return content | ({"task": stage.task} if stage.task else {})
 
 
 def _inherited(transfer: Transfer) -> Json:
     """The part of `transfer` that a key holds nowhere else; `shrink` came later, stages without it keep their keys."""
-    return transfer.model_dump(
+    found = transfer.model_dump(
         mode="json", exclude={"warmup", "lr_scale"} | ({"shrink"} if transfer.shrink == 1 else set())
     )
+    if found["distill"]:
+        found["distill"].pop("until")  # its steps are among the determinants
+    return found
 
 
 def _digest(value: Any) -> str:

@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from raychain import records
-from raychain.config.experiment import Change, Data, Experiment, Train
+from raychain.config.experiment import Change, Data, Experiment, Train, Transfer
 from raychain.core.json import Json
 from raychain.core.storage import Folder, below, is_local, local_path
 from raychain.data.index import shared
@@ -250,13 +250,15 @@ def _stage(
     for length in (stage.length, *elsewhere) if cooldown else ():
         total = length.steps(**lengths)
         rung = total - _cooldown(recipe, lengths, total)
-        if own_warmup.steps(**lengths, stage_steps=total) == warmup < rung <= steps - cooldown:
+        alike = _follows(grown, lengths, total) == _follows(grown, lengths, steps)
+        if alike and own_warmup.steps(**lengths, stage_steps=total) == warmup < rung <= steps - cooldown:
             rungs.add(rung)
+    taught = before if grown and grown.distill else None
+    follows = _follows(grown, lengths, steps) if taught else 0
     paradigm = make_paradigm(experiment.task)
     config, size = paradigm.config(stage.model), input_size(experiment, index)
     config = paradigm.inherited(config, before.config) if before else config
     reader = paradigm.reader(data, config, size, sum(reading.order.counts))
-    taught = before if grown and grown.distill else None
     betas, eps = paradigm.adam(config)
     betas, eps = recipe.betas or betas, recipe.eps or eps
     determinants = Determinants(
@@ -285,6 +287,7 @@ def _stage(
         projector=PROJECTOR if taught and projects(experiment.task, config, taught.config, size) else "",
         seed=recipe.seed + index,
         task={} if experiment.task == Task() else experiment.task.identity,
+        follows=follows,
         changes=_changes(stage.changes, lengths, steps, f"chain.{index}.changes"),
     )
     previous = before.key if before else ""
@@ -316,9 +319,13 @@ def _stage(
         eval_every=max(1, every.steps(**lengths)) if every else 0,
         epochs=round(steps * recipe.global_batch / epoch_samples, 4),
         params=student.params,
-        macs=stage_macs(student, teacher, steps * recipe.global_batch, paradigm.items(data)),
+        macs=stage_macs(
+            student, teacher, steps * recipe.global_batch, paradigm.items(data), follows * recipe.global_batch
+        ),
         published=record is not None and record.key == key,
         changes=_histories(determinants, previous),
+        tokens=paradigm.sample_tokens,
+        follows=follows,
         start=start,
     )
 
@@ -360,6 +367,12 @@ def _former(
     changed, shard = max(touched, default=(0.0, ""))
     parent = Before(before.key, before.former.key, before.folder) if before else None
     return Former(key, begun, parent, kept, shard, changed)
+
+
+def _follows(transfer: Transfer | None, lengths: dict[str, int], steps: int) -> int:
+    """Steps over which a stage of `steps` follows its teacher less and less; 0 where it does to its end."""
+    until = transfer.distill.until if transfer and transfer.distill else None
+    return max(1, min(steps, until.steps(**lengths, stage_steps=steps))) if until else 0
 
 
 def _cooldown(recipe: Train, lengths: dict[str, int], steps: int) -> int:

@@ -270,9 +270,15 @@ class Space:
         return self._steps(length) * self.experiment.train.global_batch
 
     def _stage_macs(self, size: ModelSize, teacher: ModelSize | None, length: Duration) -> int:
-        return stage_macs(
-            size, teacher, self._samples_seen(length), make_paradigm(self.experiment.task).items(self.experiment.data)
+        steps, batch, distill = (
+            self._steps(length),
+            self.experiment.train.global_batch,
+            self.experiment.transfer.distill,
         )
+        items, taught = make_paradigm(self.experiment.task).items(self.experiment.data), 0
+        if distill and distill.until:
+            taught = distill.until.steps(epoch_samples=self.samples, global_batch=batch, stage_steps=steps)
+        return stage_macs(size, teacher, steps * batch, items, max(1, min(taught, steps)) * batch if taught else 0)
 
 
 def make_space(experiment: Experiment) -> Space:

@@ -112,8 +112,10 @@ class StageLoop:
         self, student: nn.Module, state: TrainState, teacher: Objective | None, batch: Columns, lr: float
     ) -> Losses:
         torch.manual_seed(_seed(self.recipe.seed, self.task.index, state.counters.step, rank()))
+        distill = self.task.distilled(state.counters.step, self.distill)
+        followed = teacher if distill else None
         losses = forward_backward(
-            student, state.student, teacher, batch, self.distill, self.recipe.global_batch, self._forward
+            student, state.student, followed, batch, distill, self.recipe.global_batch, self._forward
         )
         if self.recipe.clip_norm is not None:
             nn.utils.clip_grad_norm_(state.student.parameters(), self.recipe.clip_norm)
@@ -151,6 +153,7 @@ class StageLoop:
                 lr=lr,
                 report=state.student.report(),
                 samples_per_s=round((counters.samples - samples) / (time.perf_counter() - since), 1),
+                sample_tokens=self.task.tokens,
                 data_wait_s=round(loader.wait_s - waited, 4),
                 world_size=self.world,
             )

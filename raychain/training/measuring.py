@@ -57,6 +57,7 @@ def measured(
         device=device,
         world=world,
         progress=progress,
+        words=paradigm.tokens(),
     )
     return {found.digest: measure(model, found.held_out, context) for found in evaluations}
 

@@ -82,6 +82,8 @@ def _part(
     task = objective.loss(encoded.task, global_batch)
     none = torch.zeros((), device=task.device)
     if teacher is None or distill is None:
+        if objective.projector is not None:  # DDP waits for every parameter's gradient, also of what has no part now
+            task = task + 0 * sum(parameter.sum() for parameter in objective.projector.parameters())
         task.backward()
         return Losses(task.detach(), none, none)
     with forward():

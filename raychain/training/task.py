@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from raychain.config.experiment import Experiment
+from raychain.config.experiment import Distill, Experiment
 from raychain.data.loader import Feed
 from raychain.data.shards import Shard
 from raychain.errors import without_secrets
@@ -111,6 +111,10 @@ class StageTask:
     """Finished already: the stage folder in the run folder holds this key."""
     changes: tuple[RateChange, ...] = ()
     """Other peak learning rates, by rising step."""
+    tokens: int = 0
+    """Tokens of a sample; 0 where samples are no text."""
+    follows: int = 0
+    """Steps after which it no longer follows a teacher (`distill.until`); 0: it does to the end, if it has one."""
     given: Given | None = None
     """The checkpoint that the stage is, if it is not trained."""
     start: StageTask | None = None
@@ -119,6 +123,13 @@ class StageTask:
     def peak(self, step: int) -> float:
         """Peak learning rate of the update after `step` steps."""
         return next((change.lr for change in reversed(self.changes) if step >= change.step), self.lr)
+
+    def distilled(self, step: int, distill: Distill | None) -> Distill | None:
+        """How the update after `step` steps follows the teacher, out of the experiment's `distill`; None: not."""
+        if distill is None or not self.follows:
+            return distill
+        left = 1 - step / self.follows
+        return distill.model_copy(update={"alpha": distill.alpha * left}) if left > 0 else None
 
     def key_at(self, step: int) -> str:
         """Content address of the state after `step` steps, which later changes have no part in."""

@@ -1,0 +1,1 @@
+"""Causal language models of transformers, trained on the next token."""
