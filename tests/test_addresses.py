@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 from raychain.cli.data import data
 from raychain.config.loading import validate
 from raychain.core.storage import ARROWS, Folder, resolve
-from raychain.data import shards
-from raychain.data.shards import expand, is_pattern
+from raychain.data import addresses
+from raychain.data.addresses import expand, is_pattern
 from raychain.errors import InputError
 from raychain.evaluators.finding import find_tasks
 from raychain.runs.resolve import dry_plan
@@ -151,7 +151,7 @@ def test_what_names_nothing_is_refused_at_once(tmp_path: Path, pattern: str, mon
 
 
 def test_as_many_shards_as_there_may_be(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(shards, "MOST", 6)
+    monkeypatch.setattr(addresses, "MOST", 6)
     for n in range(6):
         (tmp_path / f"{n}.tar").touch()
     assert len(expand([f"{tmp_path}/{{0..2}}.tar", f"{tmp_path}/{{{{0,1}},{{2..5}}}}.tar"], "x")) == 9

@@ -27,8 +27,9 @@ from test_feed import encode, plain
 from raychain.cli.commands import commands
 from raychain.cli.program import guarded
 from raychain.data import health, pixels
+from raychain.data.addresses import expand
 from raychain.data.members import Wanted, captions
-from raychain.data.shards import expand, read, survey
+from raychain.data.shards import read, survey
 from raychain.dataprep import fetch as fetching
 from raychain.dataprep.check import spread
 from raychain.dataprep.fetch import FetchError, fetch

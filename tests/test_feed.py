@@ -17,13 +17,14 @@ import webdataset
 from PIL import Image
 
 from raychain.data import members, shards
+from raychain.data.addresses import expand
 from raychain.data.cache import ShardCache
 from raychain.data.decode import STORED_BEYOND_CROP, resize
 from raychain.data.loader import Batch, Feed, Loader
 from raychain.data.members import Wanted
 from raychain.data.order import Order
 from raychain.data.pictures import PictureReader
-from raychain.data.shards import Shard, expand, survey
+from raychain.data.shards import Shard, survey
 from raychain.data.spec import Spec
 from raychain.errors import InputError
 

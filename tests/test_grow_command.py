@@ -31,7 +31,7 @@ from raychain.cli.grow import grow_command
 from raychain.cli.program import main
 from raychain.core.storage import resolve
 from raychain.data import pixels
-from raychain.data.shards import expand
+from raychain.data.addresses import expand
 from raychain.errors import InputError
 from raychain.growth import GrowthError
 from raychain.models import build, model_config

@@ -16,12 +16,12 @@ from pyarrow import fs
 
 from raychain.cli.run import run_command
 from raychain.core.storage import Folder, below, resolve
-from raychain.data import content, fetch
-from raychain.data import shards as feed_shards
+from raychain.data import addresses, content, fetch
+from raychain.data.addresses import expand
 from raychain.data.cache import ShardCache
 from raychain.data.members import Wanted
 from raychain.data.pictures import PictureReader
-from raychain.data.shards import Shard, expand, survey
+from raychain.data.shards import Shard, survey
 from raychain.data.spec import Spec
 from raychain.errors import InputError
 
@@ -101,7 +101,7 @@ def flaky(monkeypatch: pytest.MonkeyPatch) -> Flaky:
     """Behind flaky://, without pauses between tries."""
     handler = Flaky()
     monkeypatch.setattr(fetch, "PAUSE_S", 0)
-    for module in (fetch, feed_shards, content):
+    for module in (fetch, addresses, content):
         monkeypatch.setattr(
             module, "resolve", lambda address: (fs.PyFileSystem(handler), address.removeprefix("flaky://"))
         )

@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 import raychain
 from raychain.config.loading import validate
 from raychain.data import members
-from raychain.data.shards import expand, read, survey
+from raychain.data.addresses import expand
+from raychain.data.shards import read, survey
 from raychain.errors import RunFailed
 from raychain.runs import driver
 

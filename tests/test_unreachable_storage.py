@@ -19,7 +19,7 @@ from pyarrow import fs
 from raychain.core import storage
 from raychain.core.storage import Folder, answered, local_path, resolve
 from raychain.data import fetch
-from raychain.data.shards import expand
+from raychain.data.addresses import expand
 from raychain.errors import InputError, without_secrets
 from raychain.terminal import counting
 from raychain.terminal.counting import CountingLine

@@ -26,10 +26,11 @@ from test_takeover import STAGES, leave, task_of
 import raychain
 from raychain.backend_ray import connection
 from raychain.config.loading import load_experiment, validate
+from raychain.data.addresses import expand
 from raychain.data.cache import ShardCache
 from raychain.data.members import Wanted
 from raychain.data.pictures import PictureReader
-from raychain.data.shards import expand, survey
+from raychain.data.shards import survey
 from raychain.data.spec import Spec
 from raychain.models import build, model_config
 from raychain.paradigms import make_paradigm

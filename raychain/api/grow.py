@@ -16,10 +16,10 @@ from torch import nn
 from raychain.api.grow_language import grow_language
 from raychain.core.storage import local_path
 from raychain.data import members
+from raychain.data.addresses import expand
 from raychain.data.decode import resize_exactly
 from raychain.data.fetch import open_input
 from raychain.data.health import Unusable, picture
-from raychain.data.shards import expand
 from raychain.data.spec import SQUARED, squared
 from raychain.errors import InputError, nearest
 from raychain.growth import GrowthError, GrowthReport, check

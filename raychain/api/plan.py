@@ -35,15 +35,17 @@ def plan(
     model configs in place of the experiment's.
     Raises InputError for wrong input and where no chain is within the limits.
     """
+    from raychain.data.commands import unexecuted
     from raychain.runs.checks import check_chain, check_precision
     from raychain.runs.costing import cost_of
     from raychain.runs.origins import named
 
     config = opened(experiment, overrides, models)
-    config, chosen = _chosen(config) if config.family else (named(config), {})
-    check_chain(config)
-    check_precision(config)
-    costed = cost_of(config)
+    with unexecuted():
+        config, chosen = _chosen(config) if config.family else (named(config), {})
+        check_chain(config)
+        check_precision(config)
+        costed = cost_of(config)
     return {
         "name": config.name,
         **_chain(config, costed.cost, costed.samples),

@@ -27,6 +27,7 @@ def run(
     Raises InputError before any work, RunFailed or Interrupted during it; what was trained is kept. Where training
     diverged, RunFailed has the `overrides` with which it goes on from the last good state at half the learning rate.
     """
+    from raychain.backend_ray.counting import over_cluster
     from raychain.core.storage import below
     from raychain.runs.checks import check_experiment, writable
     from raychain.runs.driver import run_chain
@@ -41,7 +42,8 @@ def run(
     # A folder given on its own may be anywhere, so nothing is written outside of it unless the experiment says where.
     shared = out is None or "storage" in config.model_fields_set
     store = writable(config.storage, "storage").address if shared else None
-    task = make_task(config, folder, store=store)
+    with over_cluster(address, verbose):
+        task = make_task(config, folder, store=store)
     for line in remarks(task):
         say(line)
     try:

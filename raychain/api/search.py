@@ -28,6 +28,7 @@ def search(
     chain as an experiment.
     Raises InputError before any work, RunFailed or Interrupted during it; what was trained is kept.
     """
+    from raychain.backend_ray.counting import over_cluster
     from raychain.config.search import Search
     from raychain.core.storage import below
     from raychain.reporting.trackers import check_trackers
@@ -46,7 +47,7 @@ def search(
     check_folder(folder, "--out" if out else "storage")
     # As for a run: with a folder of its own nothing is written outside of it, unless the experiment says where.
     shared = out is None or "storage" in config.model_fields_set
-    plan = plan_search(
-        config, writable(folder).address, writable(config.storage, "storage").address if shared else folder
-    )
+    storage = writable(config.storage, "storage").address if shared else folder
+    with over_cluster(address, verbose):
+        plan = plan_search(config, writable(folder).address, storage)
     return run_search(plan, address=address, verbose=verbose)

@@ -56,18 +56,41 @@ def session(task: ChainTask, address: str | None, verbose: bool) -> Iterator[Non
 
     Raises InputError or RunFailed, within minutes, where there is none. Nothing of a local one is left afterwards.
     """
+    found = cluster(address)
+    if ray.is_initialized() or found:
+        with joined(address, verbose):
+            yield
+        return
+    with environment(WARNINGS | _token()), _log_as_before(), _opened(_starting(task, _options(verbose))):
+        yield
+
+
+@contextlib.contextmanager
+def joined(address: str | None, verbose: bool) -> Iterator[None]:
+    """An existing connection of this process, or one to the cluster at `address` or RAY_ADDRESS, which there is.
+
+    Raises InputError, within minutes, where it does not answer.
+    """
     if ray.is_initialized():
         yield
         return
-    options = {"log_to_driver": verbose, "logging_level": logging.INFO if verbose else logging.ERROR}
     found = cluster(address)
-    with environment(WARNINGS if found else WARNINGS | _token()), _log_as_before():
-        connection = _joining(found, options) if found else _starting(task, options)
-        try:
-            connection.open()
-            yield
-        finally:
-            connection.close()
+    assert found, "who joins has an address"
+    with environment(WARNINGS), _log_as_before(), _opened(_joining(found, _options(verbose))):
+        yield
+
+
+def _options(verbose: bool) -> dict[str, Any]:
+    return {"log_to_driver": verbose, "logging_level": logging.INFO if verbose else logging.ERROR}
+
+
+@contextlib.contextmanager
+def _opened(connection: _Connection) -> Iterator[None]:
+    try:
+        connection.open()
+        yield
+    finally:
+        connection.close()
 
 
 @contextlib.contextmanager

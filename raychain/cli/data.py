@@ -65,14 +65,14 @@ def check_command(
     as_json: Json = False,
 ) -> None:
     """Read SHARDS whole, decode every picture, and tell what is wrong; exit status 1 if too much is."""
+    from raychain.data.addresses import expand
     from raychain.data.members import Wanted
-    from raychain.data.shards import expand
     from raychain.dataprep.check import check_shards, default_workers, summary
     from raychain.reporting.checked import check_table
     from raychain.terminal.counting import CountingLine
 
     wanted = Wanted(_caption_keys(captions), key_split=key_split)
-    addresses, found = expand(shards, "SHARDS"), []
+    addresses, found = expand(shards, "SHARDS", commands=True), []
     try:
         with CountingLine("shards checked") as line:
             for checked in check_shards(addresses, wanted, workers or default_workers()):
@@ -111,10 +111,10 @@ def index_command(
     as_json: Json = False,
 ) -> None:
     """Read SHARDS once and write down what runs would have to read them for, and open_clip's sizes.json."""
+    from raychain.data.addresses import expand
     from raychain.data.health import kinds
     from raychain.data.index import INDEX, SIZES
     from raychain.data.members import Wanted
-    from raychain.data.shards import expand
     from raychain.dataprep.index import index_shards
 
     if labels and captions:

@@ -47,11 +47,13 @@ def _dry_run(
 ) -> None:
     from raychain.core.storage import below
     from raychain.core.wording import uncounted
+    from raychain.data.commands import unexecuted
     from raychain.data.index import described
     from raychain.runs.checks import check_experiment, writable
     from raychain.runs.resolve import dry_plan
 
-    config = resolved(opened(experiment, overrides, models))
+    with unexecuted():
+        config = resolved(opened(experiment, overrides, models))
     check_experiment(config, address)
     writable(out or below(config.storage, config.name))
     plan = dry_plan(config)

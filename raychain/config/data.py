@@ -9,6 +9,9 @@ from pydantic import AfterValidator, BeforeValidator, Field, field_validator
 from raychain.schema.captions import KeySplit, caption_key
 from raychain.schema.component import Component, OneOrMore, Seed
 
+SEPARATOR = "::"
+"""Between sources in one string, and between their weights, as open_clip has it."""
+
 
 def _area_range(crop: tuple[float, float]) -> tuple[float, float]:
     if not 0 < crop[0] <= crop[1] <= 1:
@@ -61,7 +64,26 @@ class Source(Component):
 
 def _sources(value: Any) -> Any:
     values = value if isinstance(value, list | tuple) else [value]
-    return tuple({"shards": (entry,)} if isinstance(entry, str) else entry for entry in values)
+    return tuple(source for entry in values for source in _parted(entry))
+
+
+def _parted(entry: Any) -> list[Any]:
+    """The sources of one entry; several where it has `weights`, as open_clip's users write them."""
+    if isinstance(entry, str):
+        return [{"shards": (entry,)}]
+    if not isinstance(entry, dict) or "weights" not in entry:
+        return [entry]
+    parts, weights = (_several(entry.get(name)) for name in ("shards", "weights"))
+    if entry.keys() != {"shards", "weights"} or not parts or len(parts) != len(weights):
+        raise ValueError('allowed is {shards: "a::b", weights: [1, 2]}, a weight for each source')
+    return [{"shards": part, "weight": weight} for part, weight in zip(parts, weights, strict=True)]
+
+
+def _several(value: Any) -> list[Any]:
+    """The values of a list, or of a string with `::` between them."""
+    if isinstance(value, str):
+        return value.split(SEPARATOR)
+    return list(value) if isinstance(value, list | tuple) else []
 
 
 Sources = Annotated[tuple[Source, ...], BeforeValidator(_sources), Field(min_length=1)]
@@ -71,8 +93,9 @@ class Data(Component):
     """Training pictures: webdataset tar shards in img2dataset's layout."""
 
     train: Sources
-    """Shard addresses: paths, s3:// or gs://, with braces and globs; one, a list, or a list of sources
-    `{shards: …, weight: 2}`."""
+    """Shard addresses: paths, s3://, gs://, https://, hf:// or `pipe:COMMAND`, with braces (and globs, but on the web);
+    one, several with `::` between them, a list, or a list of sources `{shards: …, weight: 2}`. open_clip's way
+    to write sources, `{shards: "a::b", weights: [1, 2]}`, is known too."""
     demo: Demo | None = None
     """Render demo shards first."""
     samples: int | None = Field(None, ge=1)

@@ -51,6 +51,9 @@ CONNECT_S, SILENCE_S = 2.0, 5.0
 """How long S3 may take to accept a connection, and between two bytes of an answer."""
 ARROWS = ("s3", "gs", "gcs", "hdfs", "viewfs", "abfs", "abfss", "file")
 """Schemes that pyarrow takes."""
+WEB = ("http://", "https://")
+PIPE = "pipe:"
+"""Before a shell command that prints a file."""
 
 T = TypeVar("T")
 
@@ -121,14 +124,21 @@ def regular_file(path: str | Path) -> os.stat_result:
     return found
 
 
+def is_command(address: str) -> bool:
+    """Whether `address` is a command, of which a file is what it prints."""
+    return address.startswith(PIPE)
+
+
 def is_local(address: str) -> bool:
     """Whether `address` is a path of this machine."""
-    return "://" not in address or address.startswith("file://")
+    return ("://" not in address or address.startswith("file://")) and not is_command(address)
 
 
 def split_options(address: str) -> tuple[str, str]:
     """An address without its options (`s3://…?endpoint_override=…`), and those with their question mark."""
-    base, mark, options = address.partition("?") if not is_local(address) and "=" in address else (address, "", "")
+    if is_local(address) or is_command(address) or ("=" not in address and not address.startswith(WEB)):
+        return address, ""
+    base, mark, options = address.partition("?")
     return base, mark + options
 
 
@@ -163,6 +173,10 @@ def resolve(address: str) -> tuple[fs.FileSystem, str]:
     Raises InputError for a scheme neither knows, options and forms that it does not know, and storage that cannot be
     reached where an address says nothing of its region, and for the home of a user that is not there.
     """
+    if is_command(address):
+        raise InputError(
+            "address", address, "an address that can be written, or looked at", "name a path or an address"
+        )
     if "://" not in address:
         return fs.LocalFileSystem(), str(local_path(address, "address").absolute())
     scheme = address.partition("://")[0].lower()
@@ -198,7 +212,8 @@ def _opened(address: str, scheme: str) -> tuple[fs.FileSystem, str]:
             pass
     import fsspec
 
-    driver, path = fsspec.core.url_to_fs(address)
+    # on the web an address with escapes stays as it is: what signs it may be made of them
+    driver, path = fsspec.core.url_to_fs(address, **({"encoded": "%" in address} if address.startswith(WEB) else {}))
     if isinstance(driver, fsspec.get_filesystem_class("file")):
         return fs.LocalFileSystem(), path
     return fs.PyFileSystem(fs.FSSpecHandler(driver)), path

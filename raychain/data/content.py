@@ -21,8 +21,8 @@ from typing import Any, BinaryIO, NamedTuple, Protocol
 import xxhash
 from pyarrow import fs
 
-from raychain.core.storage import CHUNK, Folder, is_local, resolve
-from raychain.data.fetch import open_input, patiently
+from raychain.core.storage import CHUNK, Folder, is_command, is_local, resolve
+from raychain.data.fetch import READ_AHEAD, open_input, patiently
 
 log = logging.getLogger("raychain.data")
 
@@ -31,8 +31,9 @@ FRESH_NS = 2 * 10**9
 systems tick every two seconds."""
 TRIES = 3
 """How often a file that changes while it is hashed is hashed again."""
-TAGS = ("md5hash", "etag", "blob_id")
-"""What object storage tells of a content, the best first: a hash of it on GCS and Hugging Face, elsewhere the ETag."""
+TAGS = ("md5hash", "etag", "blob_id", "last-modified")
+"""What object storage tells of a content, the best first: a hash of it on GCS and Hugging Face, elsewhere the ETag; of
+web servers that have none the date."""
 PROBE = 65_536
 
 
@@ -99,6 +100,32 @@ def unchanged(file: Identified) -> Iterator[None]:
     trusted = after.identity or (after.version and after.version == file.version)
     if not trusted and identify(file.address).identity != file.identity:
         raise _changed(file)
+
+
+@contextlib.contextmanager
+def opened(file: Identified, read_ahead: int = READ_AHEAD) -> Iterator[BinaryIO]:
+    """The file that was identified, open (`open_input`), or what a command prints, if it is that still.
+
+    Raises ChangedError where it is not, at the latest at the end, and OSError.
+    """
+    if not is_command(file.address):
+        with unchanged(file), open_input(file.address, read_ahead) as found:
+            yield found
+        return
+    with open_input(file.address) as printed:
+        if hash_of(printed)[0] != file.identity:
+            raise ChangedError(
+                f"{file.address} no longer prints what it did when it was counted. Where that is meant, remove the "
+                "folders `counts` of storage and preload.cache: the same experiment then takes it as other data"
+            )
+        yield printed
+
+
+def hash_of(file: BinaryIO) -> tuple[str, int]:
+    """The identity of an open file and its size; it stands at its beginning before and after."""
+    identity, size = _hash(file), file.tell()
+    file.seek(0)
+    return identity, size
 
 
 def former_identity(file: BinaryIO, size: int) -> str:

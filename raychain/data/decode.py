@@ -214,6 +214,17 @@ def scale(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
     return scaled.permute(0, 2, 3, 1)[0].numpy()
 
 
+def scale_into(target: torch.Tensor, window: torch.Tensor) -> None:
+    """Writes what `scale` makes of a window, uint8 [1, 3, h, w], into uint8 [1, 3, H, W], channels last both."""
+    if target.shape == window.shape:
+        target.copy_(window)
+    elif VECTORISED:
+        torch.ops.aten._upsample_bicubic2d_aa.out(window, target.shape[2:], False, None, None, out=target)
+    else:
+        pixels = np.ascontiguousarray(window[0].permute(1, 2, 0).numpy())
+        target.copy_(torch.from_numpy(scale(pixels, *target.shape[2:]).copy()).permute(2, 0, 1)[None])
+
+
 def to_jpeg(pixels: np.ndarray) -> bytes:
     """uint8 [H, W, 3] as JPEG of quality QUALITY, colour at half resolution."""
     return simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), QUALITY, "RGB", "420", fastdct=False)

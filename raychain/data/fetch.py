@@ -7,7 +7,8 @@ from collections.abc import Callable
 from typing import Any, BinaryIO, TypeVar, cast
 
 from raychain.core import storage
-from raychain.core.storage import ANSWER_S, TRANSFER_S, is_local, regular_file, resolve
+from raychain.core.storage import ANSWER_S, TRANSFER_S, is_command, is_local, regular_file, resolve
+from raychain.data.commands import output
 
 TRIES = 5
 PAUSE_S = 0.5
@@ -30,8 +31,11 @@ def patiently(address: str, action: Callable[[], T], limit_s: float = ANSWER_S) 
 def open_input(address: str, read_ahead: int = READ_AHEAD) -> BinaryIO:
     """A readable, seekable file; on object storage `read_ahead` bytes are read at once, and failed reads repeated.
 
-    Raises OSError where the file is missing or cannot be read, at once or while it is read.
+    A command runs, and has printed all of it. Raises OSError where the file is missing or cannot be read, at once or
+    while it is read.
     """
+    if is_command(address):
+        return output(address)
     if is_local(address):
         filesystem, path = resolve(address)
         regular_file(path)

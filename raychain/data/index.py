@@ -22,7 +22,7 @@ from pydantic import Field
 
 from raychain import records
 from raychain.core.record import Record, Version, Versioned
-from raychain.core.storage import Folder, is_local, resolve, split_options
+from raychain.core.storage import PIPE, WEB, Folder, is_command, is_local, resolve, split_options
 from raychain.core.wording import several
 from raychain.data.content import Content, short_hash
 from raychain.data.fetch import patiently
@@ -100,7 +100,9 @@ def shared(storage: str, keep: bool) -> Iterator[None]:
 
 
 def folder_of(address: str) -> str:
-    """The address of the folder that holds a file."""
+    """The address of the folder that holds a file; of commands, which are in none, one that none has."""
+    if is_command(address):
+        return PIPE
     base, options = split_options(address)
     return (base.rpartition("/")[0] or ("/" if base.startswith("/") else ".")) + options
 
@@ -222,7 +224,7 @@ class _Beside:
     """The files in the folder of shards that tell about them."""
 
     def __init__(self, address: str) -> None:
-        self._folder = _folder(address)
+        self._folder, self._listed = _folder(address), not address.startswith(WEB)
         self.index = _patient_load(self._folder, INDEX) if self._folder else {}
 
     def declared(self, name: str, size: int) -> tuple[int, str] | None:
@@ -232,11 +234,12 @@ class _Beside:
             return self._sizes[name], FROM_SIZES
         stem = name.removesuffix(".tar")
         try:
-            if f"{stem}_stats.json" in self._names:
-                found = _successes(self._folder.read_json(f"{stem}_stats.json"), size)
-                if found:
+            if f"{stem}_stats.json" in self._names or not self._listed:
+                told = self._folder.read_json(f"{stem}_stats.json")
+                if found := _successes(told, size):
                     return found, FROM_STATS
-                records.warn(f"{stem}_stats.json in {self._folder.address} names no number of samples")
+                if self._listed or told is not None:
+                    records.warn(f"{stem}_stats.json in {self._folder.address} names no number of samples")
             if f"{stem}.parquet" in self._names:
                 if found := self._rows(self._folder, f"{stem}.parquet"):
                     return found, FROM_PARQUET
@@ -247,8 +250,8 @@ class _Beside:
 
     @cached_property
     def _names(self) -> frozenset[str]:
-        """Files of the folder; none where it cannot be listed."""
-        if not self._folder:
+        """Files of the folder; none where it cannot be listed, as on the web."""
+        if not self._folder or not self._listed:
             return frozenset()
         try:
             return frozenset(self._folder.list(""))
@@ -258,10 +261,11 @@ class _Beside:
 
     @cached_property
     def _sizes(self) -> dict[str, int]:
-        if not self._folder or SIZES not in self._names:
+        if not self._folder or (self._listed and SIZES not in self._names):
             return {}
         try:
-            found = records.document(self._folder.read(SIZES) or b"")
+            content = self._folder.read(SIZES)
+            found = records.document(content or b"") if content is not None or self._listed else {}
         except OSError as error:
             records.warn(f"{SIZES} in {self._folder.address} cannot be read: {error}")
             return {}

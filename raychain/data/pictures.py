@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
 
 from raychain.core.json import Json
 from raychain.data.crops import crop_boxes
-from raychain.data.decode import decode, scale
+from raychain.data.decode import decode, scale_into
 from raychain.data.health import Bad
+from raychain.data.memory import Recycled
 from raychain.data.order import Rows, draw_captions, mix
 from raychain.data.reader import Share
 from raychain.data.shards import Shard
@@ -22,6 +24,8 @@ from raychain.data.table import Table
 
 SHARED_FROM = 96
 """Pixels a side from which crops and JPEG are shared out to threads; below, Python's lock costs more than they gain."""
+
+_memory = Recycled()
 
 
 @dataclass(frozen=True)
@@ -89,21 +93,20 @@ class PictureReader:
 
     def _images(self, rows: Rows, place: list[tuple[Table, int]], seed: int, share: Share) -> np.ndarray:
         size = self.spec.image_size
-        images = np.empty((len(place), size, size, 3), dtype=np.uint8)
-        boxes = self._boxes(rows, place, seed)
-        seeds = mix(seed, rows.passes, rows.shard, rows.row)
+        images = _memory.empty((len(place), size, size, 3))
+        boxes, seeds = self._boxes(rows, place, seed).tolist(), mix(seed, rows.passes, rows.shard, rows.row).tolist()
+        target = torch.from_numpy(images).permute(0, 3, 1, 2)
 
         def fill(part: int, parts: int) -> None:
-            cut = np.empty(boxes[:, 2:].prod(1).max(initial=0) * 3, np.uint8)  # fresh memory each time takes longer
             for i in range(part, len(place), parts):
                 table, r = place[i]
-                image = table.image(r)
-                if self.crop is not None:
-                    top, left, h, w = boxes[i]
-                    window = cut[: h * w * 3].reshape(h, w, 3)
-                    window[:] = image[top : top + h, left : left + w]
-                    image = scale(window, size, size)
-                images[i] = self.changed(image, int(seeds[i]))
+                if self.crop is None:
+                    image = table.image(r)
+                else:
+                    image = images[i]
+                    scale_into(target[i : i + 1], table.window(r, *boxes[i]))
+                if (changed := self.changed(image, seeds[i])) is not image or self.crop is None:
+                    images[i] = changed
 
         if size < SHARED_FROM or (self.crop is None and self.spec.pixels == "raw"):
             fill(0, 1)

@@ -1,44 +1,26 @@
-"""Shards: from addresses with braces and globs to files with an identity and a count of usable samples."""
+"""Shards: from addresses to files with an identity and a count of usable samples."""
 
 from __future__ import annotations
 
-import fnmatch
-import glob
-import io
 import logging
-import math
-import os
-import re
+import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
-from itertools import repeat
+from dataclasses import replace
 from pathlib import Path
-from urllib.parse import quote, unquote
-
-import braceexpand
-from pyarrow import fs
 
 from raychain import records
-from raychain.core.braces import count_alternatives
-from raychain.core.storage import TRANSFER_S, Folder, is_local, resolve, split_options
-from raychain.data import health
-from raychain.data.content import (
-    ChangedError,
-    Content,
-    Hashed,
-    former_identity,
-    identify,
-    say_tags_stand_in,
-    unchanged,
-)
-from raychain.data.fetch import open_input, patiently
-from raychain.data.health import Bad, Tally
+from raychain.core.json import Json
+from raychain.core.storage import Folder, is_command, is_local
+from raychain.data import commands, health
+from raychain.data import shard as counting
+from raychain.data.commands import unrun
+from raychain.data.content import ChangedError, Content, identify, opened, say_tags_stand_in, short_hash
+from raychain.data.health import Tally
 from raychain.data.index import (
     BEFORE,
-    DECLARED,
     READ,
     CountedRecord,
     IndexedRecord,
@@ -48,172 +30,15 @@ from raychain.data.index import (
     whole_name,
 )
 from raychain.data.members import Format, Report, Sample
+from raychain.data.shard import WHOLE_AHEAD, Shard, counted
 from raychain.errors import InputError
 from raychain.terminal.counting import CountingLine
 
 log = logging.getLogger("raychain.data")
-WHOLE_AHEAD = 2**23
-"""Bytes asked of object storage at once where the whole shard is read."""
+THREADS = 16
+"""Shards that this machine reads at once."""
 SILENT_S = 3.0
 """How long shards are surveyed before a line counts them."""
-GLOB = "*?["
-"""Characters that make a part of a path a pattern."""
-SHOWN = 300
-"""Characters of an address in a message."""
-MOST = 1_000_000
-"""Shards that a pattern may name."""
-_ESCAPED = re.compile(r"\\.")
-_ESCAPED_GLOB = re.compile("%(2a|3f|5b)", re.IGNORECASE)
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One tar file, as it was when it was surveyed."""
-
-    address: str
-    size: int
-    identity: str
-    """Tells its content, so a copy that was moved is the same shard and a changed byte makes another."""
-    samples: int
-    bad: Tally = field(default_factory=Tally, compare=False)
-    """What is not among `samples`, as far as the members' names tell."""
-    version: str = field(default="", compare=False)
-    """The version, as in `Content.version`."""
-    changed: float = field(default=math.inf, compare=False)
-    """When the file was last touched, seconds since 1970."""
-    former: str = field(default="", compare=False)
-    """The identity that schema 2 gave it; empty where it was not read."""
-    source: str = field(default=READ, compare=False)
-    """Where the count comes from, one of `index.SOURCES`."""
-
-    @property
-    def declared(self) -> bool:
-        """Whether nobody has counted: the count is what a file beside the shard says, and may be wrong."""
-        return self.source in DECLARED
-
-
-def expand(patterns: Sequence[str], where: str) -> list[str]:
-    """Absolute addresses of the shards that the patterns name (braces; globs, folders, files), in the order given.
-
-    A path that exists as it is written is that, whatever braces and brackets stand in it. As in a shell, globs do not
-    match hidden files, and neither do folders hold them. Raises InputError, naming `where`, for a pattern that matches
-    nothing, and for what is no file, cannot be reached, or has a name that is not UTF-8.
-    """
-    found: list[str] = []
-    for pattern in patterns:
-        with ThreadPoolExecutor(16) as pool:
-            for matched in pool.map(_match, _alternatives(pattern, where), repeat(pattern), repeat(where)):
-                found += matched
-    return found
-
-
-def is_pattern(address: str) -> bool:
-    """Whether an address has braces or globs; a path that exists as it is written is no pattern."""
-    if is_local(address):
-        return bool(_known(_local_path(address), GLOB + "{")[1])
-    return any(c in split_options(address)[0] for c in GLOB + "{")
-
-
-def _alternatives(pattern: str, where: str) -> list[str]:
-    """The pattern with its braces expanded, but for those of folders and files that exist as they are written."""
-    known, rest = _known(_local_path(pattern), "{") if is_local(pattern) else ("", pattern)
-    try:
-        if pattern and count_alternatives(_ESCAPED.sub("", rest)) <= MOST:
-            found = [known + alternative for alternative in braceexpand.braceexpand(rest)] if rest else [known]
-            return [f"file://{quote(path)}" for path in found] if pattern.startswith("file://") else found
-    except (ValueError, RecursionError):
-        shown = pattern[:SHOWN]
-        raise InputError(where, shown, "balanced braces such as {00000..00331}", "close the brace") from None
-    raise InputError(where, pattern[:SHOWN], f"the address of 1 … {MOST:,} shards", "correct it, or give a folder")
-
-
-def _match(address: str, pattern: str, where: str) -> list[str]:
-    try:
-        names = _match_local(address) if is_local(address) else _match_remote(address)
-    except (OSError, ValueError) as error:
-        fix = f"correct the path, or what is there ({str(error)[:SHOWN]})"
-        raise InputError(where, pattern[:SHOWN], "tar shards that exist and can be read", fix) from None
-    if not names:
-        allowed = "a pattern that matches at least one file, or a folder with .tar files"
-        raise InputError(where, pattern[:SHOWN], allowed, f"nothing matches {address[:SHOWN]}")
-    return names
-
-
-def _local_path(address: str) -> str:
-    return unquote(address.removeprefix("file://")) if "://" in address else address
-
-
-def _known(path: str, special: str) -> tuple[str, str]:
-    """A local path in two: its leading parts without a `special` character or that exist as they are, and the rest."""
-    parts = path.split("/")
-    for i, part in enumerate(parts):
-        head = os.path.expanduser("/".join(parts[: i + 1]))  # noqa: PTH111
-        if any(c in part for c in special) and not os.path.lexists(head):
-            known = "/".join(parts[:i]) + ("/" if i else "")
-            return known, path[len(known) :]
-    return path, ""
-
-
-def _match_local(address: str) -> list[str]:
-    """Addresses of the shards that a path or glob of this machine names, sorted.
-
-    Raises OSError, and ValueError for characters that no path can have.
-    """
-    path = str(Path(os.path.expanduser(_local_path(address))).absolute())  # noqa: PTH111 - `./~a` is no home
-    known, rest = _known(path, GLOB)
-    if rest:
-        names = glob.glob(glob.escape(known) + rest)  # noqa: PTH207 - pathlib's takes hidden files
-    elif Path(path).is_dir():
-        names = [str(p) for p in Path(path).iterdir() if p.name.endswith(".tar") and not p.name.startswith(".")]
-    else:
-        names = [path]
-    found = sorted(name for name in names if not Path(name).is_dir())
-    for name in found:
-        shown = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-        if shown.encode() != os.fsencode(name):
-            raise OSError(f"{shown} has a name that is not UTF-8")
-        if not Path(name).is_file():
-            missing = "a link to a file that is not there" if Path(name).is_symlink() else "no regular file"
-            raise OSError(f"{name} is {missing}" if os.path.lexists(name) else f"no such file: {name}")
-    return [f"file://{quote(name)}" for name in found] if "://" in address else found
-
-
-def _match_remote(address: str) -> list[str]:
-    """Addresses of the shards that an address or glob of another filesystem names, sorted. Raises OSError."""
-    filesystem, path = resolve(address)
-    # s3://bucket/{…}.tar?endpoint_override=… : what stands around the path is put back around every match
-    base, options = split_options(address)
-    escapes = not isinstance(filesystem, fs.PyFileSystem)  # pyarrow's own take addresses with %20, fsspec's as they are
-    parts = path.rstrip("/").split("/")
-    written = base.rstrip("/").split("/")[-len(parts) :]
-    head = base.rstrip("/").removesuffix("/".join(written)) + written[0].removesuffix(parts[0])
-
-    def back(name: str) -> str:
-        return head + (quote(name) if escapes else name) + options
-
-    info = patiently(address, lambda: filesystem.get_file_info(path))
-    if info.type == fs.FileType.File:
-        return [back(path)]
-    first = next((i for i, part in enumerate(written) if any(c in part for c in GLOB)), len(parts))
-    wanted = [*parts[:first]]
-    for part in written[first:]:
-        wanted.append(unquote(_ESCAPED_GLOB.sub(r"[%\1]", part)) if escapes else part)
-    if info.type == fs.FileType.Directory:
-        first, wanted = len(parts), [*parts, "*.tar"]
-    elif first == len(parts):
-        raise FileNotFoundError(f"no such file: {address}")
-    selector = fs.FileSelector("/".join(parts[:first]) or "/", recursive=len(wanted) > first + 1, allow_not_found=True)
-    found = patiently(address, lambda: filesystem.get_file_info(selector), TRANSFER_S)
-    names = [info.path for info in found if info.type == fs.FileType.File]
-    return [back(name) for name in sorted(names) if _fits(name.split("/"), wanted, first)]
-
-
-def _fits(parts: list[str], wanted: list[str], first: int) -> bool:
-    """Whether a path matches a pattern part by part from the part `first` on; `*` stands for no leading dot."""
-    return len(parts) == len(wanted) and all(
-        fnmatch.fnmatchcase(part, pattern) and (pattern.startswith(".") or not part.startswith("."))
-        for part, pattern in zip(parts[first:], wanted[first:], strict=True)
-    )
 
 
 def survey(
@@ -247,14 +72,14 @@ def each_surveyed(
     addresses: Sequence[str], wanted: Format, cache: Path, where: str, *, exact: bool = False, hashed: bool = False
 ) -> Iterator[Shard]:
     """The shards of `survey` in their order, as they are known. Raises InputError."""
-    began, known = time.monotonic(), Known(addresses, exact=exact)
+    began, known = time.monotonic(), _Known(addresses, exact=exact)
     read: dict[str, IndexedRecord] = {}
 
     def one(address: str) -> Shard:
         return _survey(address, wanted, cache, where, known, hashed)
 
     try:
-        with ThreadPoolExecutor(16) as pool, CountingLine("shards identified and counted") as line:
+        with ThreadPoolExecutor(known.width) as pool, CountingLine("shards identified and counted") as line:
             for done, shard in enumerate(pool.map(one, addresses), 1):
                 if shard.source == READ:
                     read |= {shard.address: entry} if (entry := indexed(shard, wanted)) else {}
@@ -281,9 +106,28 @@ def indexed(shard: Shard, wanted: Format) -> IndexedRecord | None:
     )
 
 
-def _survey(address: str, wanted: Format, cache: Path, where: str, known: Known, hashed: bool) -> Shard:
+class _Known(Known):
+    """What is known of shards, and what counts them."""
+
+    def __init__(self, addresses: Sequence[str], *, exact: bool) -> None:
+        super().__init__(addresses, exact=exact)
+        self.elsewhere, self.commands = counting.elsewhere(), commands.allowed()
+        self.here = threading.Semaphore(THREADS)
+        """Of who counts on this machine."""
+        self.counted: dict[str, Shard] = {}
+        """Local shards that were counted where they were hashed."""
+
+    @property
+    def width(self) -> int:
+        """Shards looked at at once."""
+        return max(THREADS, self.elsewhere.width if self.elsewhere else 0)
+
+
+def _survey(address: str, wanted: Format, cache: Path, where: str, known: _Known, hashed: bool) -> Shard:
     counts = Folder(str(cache / "counts"))
     try:
+        if is_command(address):
+            return _commanded(address, wanted, where, counts, known)
         return _identified(address, wanted, counts, known, hashed)
     except ChangedError as error:
         raise InputError(
@@ -293,14 +137,14 @@ def _survey(address: str, wanted: Format, cache: Path, where: str, known: Known,
         raise InputError(where, address, "a file that can be read", f"replace or remove the shard ({error})") from None
 
 
-def _identified(address: str, wanted: Format, counts: Folder, known: Known, hashed: bool) -> Shard:
+def _identified(address: str, wanted: Format, counts: Folder, known: _Known, hashed: bool) -> Shard:
     """The shard as indexes, notes and other files tell of it, else as it is read. Raises OSError."""
     entries = known.entries(address)
-    content = identify(address, counts, lambda seen: _known_hash(address, seen, counts, known, hashed))
+    content = identify(address, counts, lambda seen: _known_hash(address, seen, wanted, counts, known, hashed))
     shard = Shard(address, content.size, content.identity, 0, version=content.version, changed=content.changed)
     tagged = not is_local(address) and not content.version
     if tagged and (hashed or any(entry.identity for entry, _ in entries)):
-        return _read(shard, wanted, counts, hashed=True)
+        return _counted(shard, wanted, counts, known, hashed=True)
     for entry, source in entries:
         if matches(entry, content) or (entry.identity and entry.identity == shard.identity):
             shard = replace(shard, former=entry.former)
@@ -308,15 +152,32 @@ def _identified(address: str, wanted: Format, counts: Folder, known: Known, hash
                 return replace(shard, samples=noted.samples, bad=Tally.of(noted.bad), source=source)
     if tagged:
         say_tags_stand_in()
-    count = records.take(counts, f"{shard.identity}-{wanted.digest}.json", records.CountRecord)
+    count = records.take(counts, _count_note(shard, wanted), records.CountRecord)
     if count is not None:
         return replace(shard, samples=count.samples, bad=Tally.of(count.bad), former=count.former, source=BEFORE)
     if not hashed and (told := known.declared(address, shard.size)):
         return replace(shard, samples=told[0], source=told[1])
-    return _read(shard, wanted, counts, hashed=False)
+    return _counted(shard, wanted, counts, known, hashed=False)
 
 
-def _known_hash(address: str, seen: Content, counts: Folder, known: Known, hashed: bool) -> str:
+def _commanded(address: str, wanted: Format, where: str, counts: Folder, known: _Known) -> Shard:
+    """The shard that a command prints, as it was noted when the command ran last; else it runs now. Raises OSError."""
+    shard = Shard(address, 0, "", 0, version=short_hash(address))
+    for entry, source in known.entries(address):
+        if entry.version == shard.version and (noted := entry.samples.get(wanted.digest)):
+            shard = replace(shard, size=entry.size, identity=entry.identity, former=entry.former, source=source)
+            return replace(shard, samples=noted.samples, bad=Tally.of(noted.bad))
+    note = counts.read_json(_hash_note(shard.version))
+    if isinstance(note, dict) and isinstance(note.get("identity"), str) and isinstance(note.get("size"), int):
+        shard = replace(shard, identity=note["identity"], size=note["size"], source=BEFORE)
+        if count := records.take(counts, _count_note(shard, wanted), records.CountRecord):
+            return replace(shard, samples=count.samples, bad=Tally.of(count.bad), former=count.former)
+    if not known.commands:
+        raise unrun(address, where)
+    return _counted(shard, wanted, counts, known, hashed=False)
+
+
+def _known_hash(address: str, seen: Content, wanted: Format, counts: Folder, known: _Known, hashed: bool) -> str:
     """The hash of a file that is not to be read for it, if an index has it; on object storage also a note of it."""
     entries = [entry for entry, _ in known.entries(address)]
     if found := next((entry.identity for entry in entries if entry.identity and matches(entry, seen)), ""):
@@ -327,6 +188,11 @@ def _known_hash(address: str, seen: Content, counts: Folder, known: Known, hashe
         noted = counts.read_json(_hash_note(seen.identity))
         if isinstance(noted, dict) and isinstance(noted.get("identity"), str):
             return noted["identity"]
+    if is_local(address):
+        file = Shard(address, seen.size, "", 0, version=seen.version)
+        if (elsewhere := _asked(file, wanted, known, hashed=False)) is not None:
+            known.counted[address] = elsewhere
+            return elsewhere.identity
     return ""
 
 
@@ -335,30 +201,41 @@ def _hash_note(tag: str) -> str:
     return f"{tag}.hash.json"
 
 
-def _read(shard: Shard, wanted: Format, counts: Folder, *, hashed: bool) -> Shard:
-    """The shard counted, and with `hashed` identified by a hash of the content that is read. Raises OSError."""
-    found: list[Bad] = []
-    with unchanged(shard), open_input(shard.address, *((WHOLE_AHEAD,) if hashed else ())) as file:
-        if hashed:
-            passed = Hashed(file, shard.size)
-            samples = sum(1 for _ in wanted.samples(io.BufferedReader(passed), found.append, names_only=True))
-            tag, identity = shard.identity, passed.hexdigest()
-            former = former_identity(file, shard.size)
-        else:
-            former = former_identity(file, shard.size)
-            file.seek(0)
-            samples = sum(1 for _ in wanted.samples(file, found.append, names_only=True))
-    bad = health.tally(found)
+def _counted(shard: Shard, wanted: Format, counts: Folder, known: _Known, *, hashed: bool) -> Shard:
+    """The shard counted (`counted`), here or elsewhere, and noted. Raises OSError."""
+    found = known.counted.pop(shard.address, None) or _asked(shard, wanted, known, hashed=hashed)
+    if found is None:
+        with known.here:
+            found = counted(shard, wanted, hashed)
+    notes: dict[str, Json] = {}
+    if is_command(shard.address):
+        notes[_hash_note(found.version)] = {"identity": found.identity, "size": found.size}
+    elif hashed:
+        notes[_hash_note(found.version)] = {"identity": found.identity}
+    _note(found, wanted, counts, notes)
+    return found
+
+
+def _asked(shard: Shard, wanted: Format, known: _Known, *, hashed: bool) -> Shard | None:
+    """The shard as it was counted on another machine; None where there is none that counts."""
+    return known.elsewhere.count(shard, wanted, hashed) if known.elsewhere else None
+
+
+def _count_note(shard: Shard, wanted: Format) -> str:
+    """Name under which the count of a content is kept."""
+    return f"{shard.identity}-{wanted.digest}.json"
+
+
+def _note(shard: Shard, wanted: Format, counts: Folder, others: Mapping[str, Json]) -> None:
+    """Keeps a count, and other notes by name."""
+    record = records.CountRecord(samples=shard.samples, bad=shard.bad.record(), former=shard.former)
     try:
-        if hashed:
-            shard = replace(shard, identity=identity, version=tag)
-            counts.write_json(_hash_note(tag), {"identity": identity})
-        name = f"{shard.identity}-{wanted.digest}.json"
-        records.write(counts, name, records.CountRecord(samples=samples, bad=bad.record(), former=former))
+        for name, note in others.items():
+            counts.write_json(name, note)
+        records.write(counts, _count_note(shard, wanted), record)
     except OSError as error:
         raise InputError("preload.cache", counts.address, f"a folder that can be written ({error})",
                          "give another folder") from None  # fmt: skip
-    return replace(shard, samples=samples, bad=bad, former=former, source=READ)
 
 
 def read(shard: Shard, wanted: Format, report: Report = lambda _: None) -> Iterator[Sample]:
@@ -368,7 +245,7 @@ def read(shard: Shard, wanted: Format, report: Report = lambda _: None) -> Itera
     no longer the one that was surveyed.
     """
     try:
-        with unchanged(shard), open_input(shard.address, WHOLE_AHEAD) as file:
+        with opened(shard, WHOLE_AHEAD) as file:
             yield from wanted.samples(file, report)
     except ChangedError:
         raise

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import mmap
 
 import numpy as np
 import pyarrow as pa
+import torch
 import xxhash
 
 from raychain.data.decode import from_jpeg
@@ -87,6 +89,9 @@ class Table(CachedShard):
         self._content = np.frombuffer(buffer, dtype=np.uint8)
         spans = [_spans(chunk, buffer.address) for chunk in data.column("image").chunks if len(chunk)]
         self._start, self._stop = np.concatenate(spans, axis=1)
+        # of no array, which would be read-only, and torch would warn of that; nothing is written through it
+        bytes_n = (ctypes.c_uint8 * buffer.size).from_address(buffer.address)
+        self._bytes, self._held = torch.from_numpy(np.ctypeslib.as_array(bytes_n)), buffer
 
     def classes(self, rows: range) -> np.ndarray:
         """uint8 [rows, classes]: a one for each class that a picture shows. They are there where they were wanted."""
@@ -99,6 +104,16 @@ class Table(CachedShard):
         if self._jpeg:
             return from_jpeg(content)
         return content.reshape(self.height[row], self.width[row], 3)
+
+    def window(self, row: int, top: int, left: int, height: int, width: int) -> torch.Tensor:
+        """uint8 [1, 3, height, width], channels last: a part of a picture. To be read, while the table is held."""
+        line = 3 * int(self.width[row])
+        strides, begin = (line * int(self.height[row]), 1, line, 3), top * line + 3 * left
+        if self._jpeg:
+            pixels, start = torch.from_numpy(self.image(row)), 0
+        else:
+            pixels, start = self._bytes, int(self._start[row])
+        return pixels.as_strided((1, 3, height, width), strides, start + begin)
 
 
 def _spans(images: pa.LargeBinaryArray, origin: int) -> np.ndarray:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from raychain.core.storage import Folder, below
-from raychain.data import shards
+from raychain.data import addresses, shards
 from raychain.data.content import unchanged
 from raychain.data.fetch import open_input
 from raychain.data.health import STRUCTURAL
@@ -295,8 +295,7 @@ def check_labels(
 
 
 def surveyed(patterns: Sequence[str], wanted: Wanted, cache_dir: str | Path, where: str) -> tuple[Shard, ...]:
-    addresses = shards.expand(patterns, where)
-    found = shards.survey(addresses, wanted, Path(cache_dir).expanduser(), where, exact=True)
+    found = shards.survey(addresses.expand(patterns, where), wanted, Path(cache_dir).expanduser(), where, exact=True)
     for shard in found:  # training can do without a few samples; what is measured must not depend on the copy at hand
         if damage := [bad for bad in shard.bad.examples if bad.kind in STRUCTURAL]:
             fix = f"replace or remove the shard ({damage[0]})"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from raychain.core.storage import Folder, below
-from raychain.data.shards import is_pattern
+from raychain.data.addresses import is_pattern
 from raychain.errors import InputError
 from raychain.evaluators.data import (
     CLASSES,

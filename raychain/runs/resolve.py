@@ -15,6 +15,8 @@ from raychain import records
 from raychain.config.experiment import Change, Data, Experiment, Train, Transfer
 from raychain.core.json import Json
 from raychain.core.storage import Folder, below, is_local, local_path
+from raychain.data.addresses import expand
+from raychain.data.commands import UnrunError, say_they_run, unexecuted
 from raychain.data.index import shared
 from raychain.data.lanes import usual_lanes
 from raychain.data.loader import Feed
@@ -22,7 +24,7 @@ from raychain.data.mixture import BLOCK, Mixture
 from raychain.data.order import Order, Stream
 from raychain.data.pictures import PictureReader
 from raychain.data.reader import Reader
-from raychain.data.shards import Shard, expand
+from raychain.data.shards import Shard
 from raychain.data.spec import representation
 from raychain.demo import DemoError, is_current, make_demo
 from raychain.errors import InputError
@@ -104,24 +106,38 @@ def replan(task: ChainTask, experiment: Experiment, out: str, others: Others = A
 def dry_plan(experiment: Experiment) -> Json:
     """What `--dry-run` shows: every stage's steps, MACs and key, and how many shards were counted in which way.
 
-    Demo shards that are not there yet are not rendered, and keys are None then.
+    Demo shards that are not there yet are not rendered, and commands that are shards are not run: without a count of
+    theirs `data.samples` tells how long stages are, and keys are None.
     """
     demo, out = experiment.data.demo, below(experiment.storage, experiment.name)
     if demo and not is_current(Path(demo.out), names=demo.names, pictures=demo.pictures, seed=demo.seed):
-        reading = Reading((), Order((demo.pictures,), experiment.train.seed))
-        stages = resolve_stages(experiment, [reading] * len(experiment.chain), Folder(out))
-        keys: list[str | None] = [None] * len(stages)
-        published = [False] * len(stages)
-        sources: list[str] = []
+        task, samples = None, [demo.pictures] * len(experiment.chain)
     else:
-        task = make_task(experiment, out)
+        task, samples = _unexecuted_task(experiment, out)
+    if task:
         stages, published = task.stages, finished(task, Folder(out))
-        keys = [stage.key for stage in stages]
+        keys: list[str | None] = [stage.key for stage in stages]
         sources = [shard.source for shard in task.shards]
+    else:
+        readings = [Reading((), Order((count,), experiment.train.seed)) for count in samples]
+        stages, sources = resolve_stages(experiment, readings, Folder(out)), []
+        keys, published = [None] * len(stages), [False] * len(stages)
     shown = ("model", "params", "epoch_samples", "epochs", "steps", "warmup", "lr", "macs", "origin")
     plan = [{name: getattr(stage, name) for name in shown} for stage in stages]
     entries = [entry | {"published": p, "key": k} for entry, p, k in zip(plan, published, keys, strict=True)]
     return {"stages": entries, "counts": dict(Counter(sources))}
+
+
+def _unexecuted_task(experiment: Experiment, out: str) -> tuple[ChainTask | None, list[int]]:
+    """The task as it is known without running commands; without one the samples of each stage. Raises InputError."""
+    try:
+        with unexecuted():
+            return make_task(experiment, out), []
+    except UnrunError:
+        samples = [experiment.stage_data(i).samples for i in range(len(experiment.chain))]
+        if None in samples:
+            raise
+        return None, [count for count in samples if count]
 
 
 def epoch_samples(experiment: Experiment, data: Data, where: str = "data.train") -> int:
@@ -168,7 +184,9 @@ def _readings(experiment: Experiment, cache: Path) -> list[Reading]:
 
 def _reading(experiment: Experiment, data: Data, cache: Path, where: str) -> Reading:
     paradigm, seed = make_paradigm(experiment.task), experiment.train.seed
-    found = [tuple(paradigm.survey(expand(source.shards, where), data, cache, where)) for source in data.train]
+    addresses = [expand(source.shards, where, commands=True) for source in data.train]
+    say_they_run(where, list(itertools.chain(*addresses)))
+    found = [tuple(paradigm.survey(part, data, cache, where)) for part in addresses]
     weights = tuple(source.weight for source in data.train)
     counts = [tuple(shard.samples for shard in source) for source in found]
     merged = set(weights) != {1.0}

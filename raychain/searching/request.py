@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from raychain.config.experiment import Experiment
 from raychain.config.search import Search
 from raychain.core.storage import Folder
-from raychain.data.shards import expand
+from raychain.data.addresses import expand
 from raychain.errors import InputError, without_secrets
 from raychain.evaluators.metrics import Definition, find
 from raychain.runs.resolve import make_task
@@ -80,5 +80,7 @@ def _check(experiment: Experiment, search: Search) -> Definition:
 def _part_of_shards(experiment: Experiment, search: Search) -> list[str] | None:
     if search.proxy is None or search.proxy.shards == 1:
         return None
-    found = [address for source in experiment.data.train for address in expand(source.shards, "data.train")]
+    found = [
+        address for source in experiment.data.train for address in expand(source.shards, "data.train", commands=True)
+    ]
     return found[: max(1, round(search.proxy.shards * len(found)))]

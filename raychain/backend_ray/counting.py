@@ -1,0 +1,110 @@
+"""Shards that nobody has counted are counted on all nodes of a cluster, as Ray tasks, before its workers start."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from raychain.backend_ray.address import cluster
+from raychain.backend_ray.connection import joined
+from raychain.core.priority import run_when_idle
+from raychain.data.shard import counted_by
+
+if TYPE_CHECKING:
+    from raychain.data.members import Format
+    from raychain.data.shard import Shard
+
+log = logging.getLogger("raychain.data")
+MOST = 64
+"""Shards counted at once: one for each CPU of the cluster, up to so many."""
+
+
+def count(shard: Shard, wanted: Format, hashed: bool) -> Shard:
+    """See `raychain.data.shard.counted`; it runs on a node, when no other process wants the core."""
+    from raychain.data.shard import counted
+
+    run_when_idle()
+    return counted(shard, wanted, hashed)
+
+
+class OverCluster:
+    """An `Elsewhere`: it joins the cluster when the first shard is to be counted, and leaves it when it is closed.
+
+    On a cluster of one node the driver counts for itself: that takes no process more.
+    """
+
+    def __init__(self, address: str | None, verbose: bool) -> None:
+        self._address, self._verbose = address, verbose
+        self._lock, self._stack = threading.Lock(), contextlib.ExitStack()
+        self._nodes: dict[str, float] | None = None
+        self._busy: Counter[str] = Counter()
+        self._task: Any = None
+
+    @property
+    def width(self) -> int:
+        """How many threads wait for tasks, most of which do nothing before the cluster is joined."""
+        return MOST
+
+    def count(self, shard: Shard, wanted: Format, hashed: bool) -> Shard | None:
+        """See Elsewhere. What fails on a node is counted by the driver, which says what is wrong."""
+        node = self._take()
+        if node is None:
+            return None
+        place = NodeAffinitySchedulingStrategy(node, soft=True)
+        try:
+            found: Shard = ray.get(self._task.options(scheduling_strategy=place).remote(shard, wanted, hashed))
+        except Exception as error:  # a file that the node does not see, a lost node, a raychain of another version
+            log.info("%s is counted by the driver: %s", shard.address, error)
+            return None
+        finally:
+            with self._lock:
+                self._busy[node] -= 1
+        return found
+
+    def close(self) -> None:
+        """Leaves the cluster."""
+        self._stack.close()
+
+    def _take(self) -> str | None:
+        """The node with the most CPUs for each task that it has; None where the driver is to count."""
+        with self._lock:
+            if self._nodes is None:
+                self._nodes = self._join()
+            free = {node: cpus - self._busy[node] for node, cpus in self._nodes.items()}
+            if len(free) < 2 or max(free.values()) <= 0:
+                return None
+            node = max(free, key=lambda node: free[node] / self._nodes[node])  # type: ignore[index]
+            self._busy[node] += 1
+            return node
+
+    def _join(self) -> dict[str, float]:
+        """The cluster's nodes that have CPUs, and how many."""
+        self._stack.enter_context(joined(self._address, self._verbose))
+        self._task = ray.remote(num_cpus=0, max_retries=1)(count)
+        nodes = _nodes()
+        if len(nodes) > 1:
+            log.warning("shards are counted on %s nodes", len(nodes))
+        return nodes
+
+
+def _nodes() -> dict[str, float]:
+    """The cluster's nodes that have CPUs, and how many."""
+    found = {node["NodeID"]: node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]}
+    return {node: cpus for node, cpus in found.items() if cpus > 0}
+
+
+@contextlib.contextmanager
+def over_cluster(address: str | None, verbose: bool = False) -> Iterator[None]:
+    """Surveys inside count on the cluster at `address`, at RAY_ADDRESS, or to which this process is connected."""
+    if (ray.is_initialized() and len(_nodes()) < 2) or (not ray.is_initialized() and cluster(address) is None):
+        yield
+        return
+    with contextlib.closing(OverCluster(address, verbose)) as elsewhere, counted_by(elsewhere):
+        yield
