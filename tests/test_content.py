@@ -107,7 +107,7 @@ def test_copies_and_moves_are_the_same_shard_and_what_was_not_touched_is_not_rea
     old()
     assert one(path, cache) == shard, "touched, so it is read again, and the same"
     monkeypatch.setattr(content, "_hash", None)
-    monkeypatch.setattr("raychain.data.shards.open_input", None)
+    monkeypatch.setattr("raychain.data.content.open_input", None)
     assert one(path, cache) == shard
 
 

@@ -75,7 +75,7 @@ def unread(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 
     def forbid() -> None:
         monkeypatch.setattr(content, "_hash", None)
-        monkeypatch.setattr("raychain.data.shards.open_input", None)
+        monkeypatch.setattr("raychain.data.content.open_input", None)
 
     return forbid
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,49 @@ def test_two_stages_of_different_lanes_share_one_cache(shards: list[Shard], tmp_
             n % 256 for n in range(SHARDS * SAMPLES)
         )
     assert node.decoded() == SHARDS
+
+
+def test_two_runs_of_different_lanes_share_one_cache_at_once(shards: list[Shard], tmp_path: Path) -> None:
+    """Room for a third of the set: each run removes what the other does not hold, and both get their batches."""
+    one = least(shards, tmp_path / "probe")
+    feeds = [feed(shards, Order((SAMPLES,) * SHARDS, seed=3, lanes=lanes)) for lanes in (2, 8)]
+    alone = [read(source, [Node(tmp_path / f"alone {i}")], 0, 2 * PASS) for i, source in enumerate(feeds)]
+    group = [Node(tmp_path / "shared", budget=int(one * 40.5)) for _ in feeds]  # a cache object each, as processes have
+    with ThreadPoolExecutor(len(feeds)) as pool:
+        together = list(pool.map(lambda source, node: read(source, [node], 0, 2 * PASS), feeds, group))
+    assert all(same(a, b) for a, b in zip(alone, together, strict=True))
+    assert group[0].decoded() <= 40
+
+
+def test_no_budget_and_no_number_of_workers_or_nodes_changes_a_key_or_a_batch(
+    shards: list[Shard], tmp_path: Path
+) -> None:
+    write_shards(tmp_path / "data", shards=33, samples=6)
+
+    def keys(**machine: Any) -> list[str]:
+        tree = {
+            "name": "lanes",
+            "data": {"train": f"{tmp_path}/data", "captions": {"keys": ["txt"]}, "crop": [0.5, 1.0]},
+            "chain": [{"model": f"CoM-micro-{m}", "epochs": "10 steps"} for m in "SM"],
+            "train": {"global_batch": 16, "warmup": "10 %", "precision": "fp32"},
+            **machine,
+        }
+        tree["preload"] = {"cache": str(tmp_path / "cache")} | tree.get("preload", {})
+        return [stage.key for stage in make_task(validate(tree), str(tmp_path / "out")).stages]
+
+    own = keys()
+    for machine in (
+        {"preload": {"budget": 10**7, "cpus": 0}},
+        {"preload": {"budget": 10**13, "cache": str(tmp_path / "other")}},
+        {"compute": {"workers": 4}},
+        {"compute": {"workers": [1, 16], "gpus_per_worker": 0, "cpus_per_worker": 7}},
+    ):
+        assert keys(**machine) == own, machine
+    one = least(shards, tmp_path / "probe")
+    steps = read(feed(shards), [Node(tmp_path / "roomy")], 0, 2 * PASS)
+    for nodes, room in ((1, 9.5), (2, 9.5), (4, 5.5)):
+        group = [Node(tmp_path / f"{nodes} {i}", budget=int(one * room)) for i in range(nodes)]
+        assert same(read(feed(shards), group, 0, 2 * PASS), steps)
 
 
 def test_lanes_change_the_key_and_one_lane_is_the_former_order(tmp_path: Path) -> None:

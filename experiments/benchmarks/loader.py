@@ -1,10 +1,12 @@
-"""Images a second of one core: raychain's loader against webdataset + PIL + torchvision on the same shards.
+"""Images a second of one core: raychain's loader against others on the same pictures.
 
     python experiments/benchmarks/loader.py --out loader.json
 
-Shards of photograph-like JPEGs are made first (seeded). Every pipeline gives batches of uint8-exact 224-pixel pictures
-with token ids in one thread; they take turns, and every figure is a median over the repetitions. Speed is by the
-processor time of the whole process, which other programs disturb little; wall time stands beside it.
+The others are webdataset + PIL + torchvision and, where they are installed, mosaicml-streaming (on the same bytes as
+MDS) and NVIDIA DALI's CPU path. Shards of photograph-like JPEGs are made first (seeded). Every pipeline gives batches
+of 224-pixel pictures with token ids in one thread; they take turns, and every figure is a median over the repetitions.
+Speed is by the processor time of the whole process, which other programs disturb little; wall time stands beside it.
+The others keep nothing decoded: what they do in the first epoch they do in each.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ import numpy as np
 import torch
 import torchvision.transforms as T
 import webdataset
+from other_loaders import dali, has_dali, has_streaming, recipe, streamed, write_mds
 from PIL import Image
 
 from raychain.data.cache import ShardCache
@@ -94,10 +97,7 @@ def tokenize(texts: Sequence[str]) -> np.ndarray:
 
 def baseline(shards: Sequence[Shard], crop: bool, mode: T.InterpolationMode) -> Iterator[torch.Tensor]:
     """Batches as webdataset's own recipes make them: PIL decodes, torchvision crops and converts to float."""
-    if crop:
-        picture = T.Compose([T.RandomResizedCrop(SIZE, CROP, interpolation=mode), T.ToTensor()])
-    else:
-        picture = T.Compose([T.Resize(SIZE, mode), T.CenterCrop(SIZE), T.ToTensor()])
+    picture = recipe(SIZE, CROP if crop else None, mode)
     source = webdataset.WebDataset([s.address for s in shards], shardshuffle=False, empty_check=False)
     samples = source.decode("pil").to_tuple("jpg", "txt").map_tuple(picture, lambda text: tokenize([text])[0])
     for images, _ in samples.batched(BATCH, partial=False):
@@ -137,9 +137,19 @@ def pipelines(shards: Sequence[Shard], work: Path, crop: bool, epochs: int) -> d
         shutil.rmtree(work / f"cold-{pixels}", ignore_errors=True)
         yield from loaded(shards, work / f"cold-{pixels}", crop, pixels, 1)
 
-    return {
+    others: dict[str, Callable[[], Any]] = {
         "webdataset, bicubic": lambda: baseline(shards, crop, BICUBIC),
         "webdataset, bilinear": lambda: baseline(shards, crop, BILINEAR),
+    }
+    area, addresses = CROP if crop else None, [shard.address for shard in shards]
+    if has_streaming():
+        if not (mds := work.parent / "mds").exists():
+            write_mds(addresses, mds)
+        others["streaming, bicubic"] = lambda: streamed(mds, BATCH, SIZE, area, tokenize)
+    if has_dali():
+        samples = sum(shard.samples for shard in shards)
+        others["DALI on CPU, cubic"] = lambda: dali(addresses, samples, BATCH, SIZE, area, tokenize)
+    return others | {
         "raychain, first epoch, raw": lambda: cold("raw"),
         "raychain, first epoch, JPEG": lambda: cold("jpeg"),
         "raychain, cached, raw": lambda: loaded(shards, work / "cold-raw", crop, "raw", epochs),
@@ -172,6 +182,8 @@ def measure(args: argparse.Namespace, work: Path) -> dict[str, Any]:
         "difference": tolerance(shards[0], work / "tolerance"),
     }
     for task, crop in (("centre", False), ("crop", True)):
+        if task not in args.tasks:
+            continue
         runs: dict[str, list[dict[str, float]]] = {}
         for _ in range(args.repeats):
             for name, start in pipelines(shards, work / task, crop, args.epochs).items():
@@ -196,6 +208,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=256, help="of a shard")
     parser.add_argument("--epochs", type=int, default=5, help="of a cached run")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--tasks", nargs="+", choices=("centre", "crop"), default=["centre", "crop"])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="JSON file of the results")
     args = parser.parse_args()
@@ -203,7 +216,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="raychain-loader-") as work:
         results = measure(args, Path(work))
     print(f"pictures of {results['kB_a_picture']} kB; difference from PIL + torchvision: {results['difference']}")
-    for task in ("centre", "crop"):
+    for task in args.tasks:
         print(f"{task:30}{'images/CPU s':>14}{'spread %':>10}{'ratio':>8}{'images/s':>11}{'first batch s':>15}")
         for name, row in results[task].items():
             print(

@@ -2,8 +2,9 @@
 
     python experiments/benchmarks/order.py --out order.json
 
-Plans a chain on 100,000 shards of 10,000 samples whose sizes are known, and reads the rows of every step of a pass for
-the ranks of some of the 64 nodes. Seconds are those of the process on one core.
+Finds 100,000 shards on a disk (empty files) by a pattern and by their index; plans a chain on so many shards of
+10,000 samples; and reads the rows of every step of a pass for the ranks of some of the 64 nodes. Seconds are those of
+the process on one core.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import os
 import pickle
 import platform
 import resource
+import tempfile
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,14 +28,51 @@ import numpy as np
 from raychain.config.loading import validate
 from raychain.core.dist import rank_slice
 from raychain.core.storage import Folder
+from raychain.data.addresses import expand
+from raychain.data.index import FROM_INDEX, INDEX, CountedRecord, IndexedRecord, save
 from raychain.data.lanes import parts, usual_lanes
 from raychain.data.loader import lanes_of
+from raychain.data.members import Wanted
 from raychain.data.order import Order
 from raychain.data.preload import Ranks, Source, wanted
-from raychain.data.shards import Shard
+from raychain.data.shards import Shard, survey
+from raychain.records import TallyRecord
 from raychain.runs.resolve import Reading, resolve_stages
 
 MODELS = ("CoM-ViT-T-16", "CoM-ViT-S-16", "CoM-ViT-B-16", "CoM-ViT-L-16")
+
+
+def surveyed(shards: int, samples: int) -> dict[str, Any]:
+    """What it takes to expand a pattern, and to find counts and identities in an index."""
+    format_ = Wanted(("txt",))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "counts").mkdir()
+        entries = {}
+        for i in range(shards):
+            (path := folder / f"{i:05d}.tar").touch()
+            stat = path.stat()
+            version = f"{stat.st_ino}-0-{stat.st_mtime_ns}-{stat.st_ctime_ns}"
+            counted = {format_.digest: CountedRecord(samples=samples, bad=TallyRecord(counts={}, examples=[]))}
+            entries[path.name] = IndexedRecord(
+                address=path.name, size=0, version=version, identity=f"{i:032x}", samples=counted
+            )
+        save(Folder(name), entries)
+        size = (folder / INDEX).stat().st_size
+        del entries
+        started, wall = time.process_time(), time.monotonic()
+        addresses = expand([f"{folder}/{{00000..{shards - 1:05d}}}.tar"], "shards")
+        expanded = time.process_time() - started
+        found = survey(addresses, format_, folder, "shards")
+        assert len(found) == shards
+        assert all(shard.source == FROM_INDEX and shard.samples == samples for shard in found)
+        return {
+            "expand_seconds": expanded,
+            "survey_seconds": time.process_time() - started - expanded,
+            "wall_seconds": time.monotonic() - wall,
+            "index_mb": size / 1e6,
+            "peak_gb": peak(),
+        }
 
 
 def planned(shards: int, samples: int, batch: int) -> tuple[Source, dict[str, Any]]:
@@ -107,6 +146,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32_768)
     parser.add_argument("--out", type=Path, help="JSON file of the results")
     args = parser.parse_args()
+    found = surveyed(args.shards, args.samples)
     source, plan = planned(args.shards, args.samples, args.batch)
     world = args.nodes * args.ranks
     results: dict[str, Any] = {
@@ -114,6 +154,7 @@ def main() -> None:
         "machine": platform.processor() or platform.machine(),
         "numpy": np.__version__,
         "arguments": {name: value for name, value in vars(args).items() if name != "out"},
+        "surveying": found,
         "planning": plan,
         "whole_batch_ms": whole_batches(source, 1000),
         "nodes": {},

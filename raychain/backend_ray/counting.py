@@ -45,6 +45,8 @@ class OverCluster:
         self._lock, self._stack = threading.Lock(), contextlib.ExitStack()
         self._nodes: dict[str, float] | None = None
         self._busy: Counter[str] = Counter()
+        self.done: Counter[str] = Counter()
+        """Shards that each node has counted."""
         self._task: Any = None
 
     @property
@@ -66,10 +68,14 @@ class OverCluster:
         finally:
             with self._lock:
                 self._busy[node] -= 1
+        with self._lock:
+            self.done[node] += 1
         return found
 
     def close(self) -> None:
-        """Leaves the cluster."""
+        """Leaves the cluster, and says what it did."""
+        if self.done:
+            log.warning("%s shards were counted on %s nodes", f"{self.done.total():,}", len(self.done))
         self._stack.close()
 
     def _take(self) -> str | None:
@@ -88,10 +94,7 @@ class OverCluster:
         """The cluster's nodes that have CPUs, and how many."""
         self._stack.enter_context(joined(self._address, self._verbose))
         self._task = ray.remote(num_cpus=0, max_retries=1)(count)
-        nodes = _nodes()
-        if len(nodes) > 1:
-            log.warning("shards are counted on %s nodes", len(nodes))
-        return nodes
+        return _nodes()
 
 
 def _nodes() -> dict[str, float]:

@@ -34,7 +34,6 @@ ASKED_S = (0.5, 1.0, 2.0, 4.0)
 """Between attempts that somebody waits for."""
 FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 """Errors that trying again does not mend."""
-
 KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a pipe",
@@ -51,9 +50,8 @@ CONNECT_S, SILENCE_S = 2.0, 5.0
 """How long S3 may take to accept a connection, and between two bytes of an answer."""
 ARROWS = ("s3", "gs", "gcs", "hdfs", "viewfs", "abfs", "abfss", "file")
 """Schemes that pyarrow takes."""
-WEB = ("http://", "https://")
-PIPE = "pipe:"
-"""Before a shell command that prints a file."""
+PIPE, WEB = "pipe:", ("http://", "https://")
+"""How a shell command that prints a file begins, and an address on the web."""
 
 T = TypeVar("T")
 
@@ -125,7 +123,7 @@ def regular_file(path: str | Path) -> os.stat_result:
 
 
 def is_command(address: str) -> bool:
-    """Whether `address` is a command, of which a file is what it prints."""
+    """Whether `address` is a command that prints a file."""
     return address.startswith(PIPE)
 
 
@@ -136,9 +134,8 @@ def is_local(address: str) -> bool:
 
 def split_options(address: str) -> tuple[str, str]:
     """An address without its options (`s3://…?endpoint_override=…`), and those with their question mark."""
-    if is_local(address) or is_command(address) or ("=" not in address and not address.startswith(WEB)):
-        return address, ""
-    base, mark, options = address.partition("?")
+    has_some = "=" in address and not is_local(address) and not is_command(address)
+    base, mark, options = address.partition("?") if has_some or address.startswith(WEB) else (address, "", "")
     return base, mark + options
 
 
@@ -212,8 +209,8 @@ def _opened(address: str, scheme: str) -> tuple[fs.FileSystem, str]:
             pass
     import fsspec
 
-    # on the web an address with escapes stays as it is: what signs it may be made of them
-    driver, path = fsspec.core.url_to_fs(address, **({"encoded": "%" in address} if address.startswith(WEB) else {}))
+    options = {"encoded": "%" in address} if address.startswith(WEB) else {}  # escapes stay: they may be signed
+    driver, path = fsspec.core.url_to_fs(address, **options)
     if isinstance(driver, fsspec.get_filesystem_class("file")):
         return fs.LocalFileSystem(), path
     return fs.PyFileSystem(fs.FSSpecHandler(driver)), path

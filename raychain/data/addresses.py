@@ -30,6 +30,8 @@ SHOWN = 300
 """Characters of an address in a message."""
 MOST = 1_000_000
 """Shards that a pattern may name."""
+MANY = 32
+"""Files of a folder from which on it is listed, instead of asking about each."""
 _ESCAPED = re.compile(r"\\.")
 _ESCAPED_GLOB = re.compile("%(2a|3f|5b)", re.IGNORECASE)
 
@@ -50,10 +52,34 @@ def expand(patterns: Sequence[str], where: str, *, commands: bool = False) -> li
                 raise refused(pattern, where)
             found += _alternatives(pattern, where)
             continue
+        alternatives = _alternatives(pattern, where)
+        listed = _listed(alternatives)
         with ThreadPoolExecutor(16) as pool:
-            for matched in pool.map(_match, _alternatives(pattern, where), repeat(pattern), repeat(where)):
-                found += matched
+            single = (address for address in alternatives if address not in listed)
+            matches = pool.map(_match, single, repeat(pattern), repeat(where))
+            for address in alternatives:
+                found += [address] if address in listed else next(matches)
     return found
+
+
+def _listed(addresses: Sequence[str]) -> set[str]:
+    """Those of many files of object storage in one folder that are there, by a listing of the folder, which takes a
+    thousandth of the requests. Where it cannot be had each is asked about."""
+    if len(addresses) < MANY or is_local(addresses[0]) or addresses[0].startswith(WEB):
+        return set()
+    folders = {split_options(address)[0].rpartition("/")[0] for address in addresses}
+    if len(folders) != 1 or any(c in split_options(address)[0] for address in addresses for c in GLOB + "%"):
+        return set()
+    base, options = split_options(addresses[0])
+    folder = base.rpartition("/")[0]
+    try:
+        filesystem, path = resolve(folder + options)
+        selector = fs.FileSelector(path, allow_not_found=True)
+        found = patiently(folder, lambda: filesystem.get_file_info(selector), TRANSFER_S)
+    except (OSError, NotImplementedError, InputError):
+        return set()
+    names = {info.base_name for info in found if info.type == fs.FileType.File}
+    return {address for address in addresses if split_options(address)[0].rpartition("/")[2] in names}
 
 
 def parted(address: str) -> list[str]:

@@ -15,6 +15,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from functools import cache
 from typing import Any, BinaryIO, NamedTuple, Protocol
 
@@ -287,7 +288,7 @@ def _told(address: str) -> tuple[int, str, float]:
     else:
         with filesystem.open_input_file(path) as file:  # asks for what is known of it, and reads nothing
             found, size = file.metadata() or {}, file.size()
-        modified = filesystem.get_file_info(path).mtime
+        modified = _date(found) or filesystem.get_file_info(path).mtime
     if size is None:
         with open_input(address) as file:
             size = file.seek(0, os.SEEK_END)
@@ -295,6 +296,16 @@ def _told(address: str) -> tuple[int, str, float]:
     changed = _seconds(modified)
     tag = next((f"{name}|{_text(known[name])}" for name in TAGS if known.get(name)), "")
     return int(size), tag or (f"modified|{changed}" if math.isfinite(changed) else ""), changed
+
+
+def _date(found: Mapping[Any, Any]) -> datetime | None:
+    """The date that came with the rest, which spares asking for it."""
+    for name, value in found.items():
+        if _text(name).lower() == "last-modified":
+            for read in (datetime.fromisoformat, parsedate_to_datetime):  # pyarrow writes it in its own way
+                with contextlib.suppress(ValueError):
+                    return read(_text(value))
+    return None
 
 
 def _text(value: Any) -> str:

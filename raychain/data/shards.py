@@ -35,8 +35,8 @@ from raychain.errors import InputError
 from raychain.terminal.counting import CountingLine
 
 log = logging.getLogger("raychain.data")
-THREADS = 16
-"""Shards that this machine reads at once."""
+THREADS, ASKED = 16, 64
+"""Shards that this machine reads, and those on object storage that it asks about, at once."""
 SILENT_S = 3.0
 """How long shards are surveyed before a line counts them."""
 
@@ -112,6 +112,7 @@ class _Known(Known):
     def __init__(self, addresses: Sequence[str], *, exact: bool) -> None:
         super().__init__(addresses, exact=exact)
         self.elsewhere, self.commands = counting.elsewhere(), commands.allowed()
+        self._remote = not all(map(is_local, addresses))
         self.here = threading.Semaphore(THREADS)
         """Of who counts on this machine."""
         self.counted: dict[str, Shard] = {}
@@ -120,7 +121,7 @@ class _Known(Known):
     @property
     def width(self) -> int:
         """Shards looked at at once."""
-        return max(THREADS, self.elsewhere.width if self.elsewhere else 0)
+        return max(ASKED if self._remote else THREADS, self.elsewhere.width if self.elsewhere else 0)
 
 
 def _survey(address: str, wanted: Format, cache: Path, where: str, known: _Known, hashed: bool) -> Shard:
