@@ -241,7 +241,7 @@ def tokenize_command(
     as_json: Json = False,
 ) -> None:
     """Turn TEXT into files of token ids, which runs read and count without a tokenizer."""
-    from raychain.data.shards import expand
+    from raychain.data.addresses import expand
     from raychain.dataprep.tokenize import Options, tokenize
     from raychain.terminal.counting import CountingLine
 

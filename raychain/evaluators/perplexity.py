@@ -20,10 +20,11 @@ import torch
 from torch import nn
 
 from raychain.core.storage import Folder
+from raychain.data.addresses import expand
 from raychain.data.content import identify, unchanged
 from raychain.data.fetch import open_input
 from raychain.data.health import Bad
-from raychain.data.shards import Shard, expand
+from raychain.data.shards import Shard
 from raychain.data.texts import BIN, documents
 from raychain.data.token_files import known_kind, read_note
 from raychain.data.token_rows import token_runs
