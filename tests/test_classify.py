@@ -278,8 +278,8 @@ def test_models_cost_what_their_papers_say() -> None:
     [
         ("in1k-deit-tsb", 24.4, (5.7, 22.1, 86.6)),
         ("in1k-deit3-smb", 49.0, (22.1, 38.8, 86.6)),
-        ("in1k-swin-tsb", 54.6, (28.3, 49.6, 87.8)),
-        ("in1k-convnext-tsb", 54.5, (28.6, 50.2, 88.6)),
+        pytest.param("in1k-swin-tsb", 54.6, (28.3, 49.6, 87.8), marks=pytest.mark.long),
+        pytest.param("in1k-convnext-tsb", 54.5, (28.6, 50.2, 88.6), marks=pytest.mark.long),
     ],
 )
 def test_shipped_chains_are_planned_and_grow(name: str, percent: float, parameters: tuple[float, ...]) -> None:

@@ -57,7 +57,7 @@ def test_a_chain_of_classifiers_trains_is_measured_grows_and_reports(
     out = Path(tree["storage"]) / "places"
     assert found["score"] == "held-out/top1"
     accuracy = [stage["metrics"]["held-out/top1"] for stage in found["stages"]]
-    assert min(accuracy) > 60, "the squares are found by chance in 20 %"
+    assert min(accuracy) > 40, "the squares are found by chance in 20 %"
     assert found["stages"][1]["gap_s"] < 0.5
     assert found["stages"][0]["macs"] == planned["stages"][0]["macs"]
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -69,8 +69,9 @@ def test_a_chain_of_classifiers_trains_is_measured_grows_and_reports(
     assert (model.num_classes, model.embed_dim) == (CLASSES, 48)
     measured = raychain.evaluate(str(folder), evaluators=tree["evaluate"], cache=str(tmp_path / "cache"), device="cpu")
     assert measured["metrics"]["held-out/top1"] == pytest.approx(accuracy[1], abs=1e-9)
-    wider = grow_checkpoint(folder, "deit_tiny_patch16_224", tmp_path / "wider")
+    wider = grow_checkpoint(folder, "CoM-micro-DeiT-M", tmp_path / "wider")
     assert wider.drift["classifier"].relative_error < 1e-4
+    assert timm.create_model(f"local-dir:{tmp_path / 'wider'}", pretrained=True).embed_dim == 80
     page = raychain.report(str(out)).read_text()
     assert "held-out top-1" in page
     assert "image tower" not in page

@@ -38,6 +38,7 @@ from raychain.models.timm_checkpoints import CONFIG as TIMM_CONFIG
 from raychain.models.timm_checkpoints import TimmCheckpoint, build_timm, is_timm, read_timm, write_timm
 from raychain.models.tokenizing import make_tokenizer
 from raychain.paradigms import make_paradigm, usable_size
+from raychain.paradigms.classify.models import OWN
 from raychain.paradigms.lm.axes import describe as describe_language
 from raychain.paradigms.task import Task
 from raychain.training.artifact import write_artifact
@@ -86,9 +87,10 @@ def grow_checkpoint(
     whose names `to` and `source` may be. Unmodified open_clip loads the result as `local-dir:OUT`.
 
     A plain timm model (a folder as timm saves it, or a weights file with `source`, without open_clip's towers in it)
-    grows into the timm model `to`, at its own picture size and number of classes; unmodified timm loads the result as
-    `local-dir:OUT`. Its drift is that of the classifier's outputs on random input. The folder of a language model grows
-    into the language model `to`, in a folder that transformers loads; its drift is that of the logits.
+    grows into the timm model `to`, or one of raychain's names for such (`CoM-DeiT-S`), at its own picture size and
+    number of classes; unmodified timm loads the result as `local-dir:OUT`. Its drift is that of the class scores on
+    random input. The folder of a language model grows into the language model `to`, in a folder that transformers
+    loads; its drift is that of the logits.
 
     Raises InputError for anything that is wrong with the arguments, before anything is written.
     """
@@ -138,20 +140,22 @@ def _grow_timm(
         raise InputError("SMALL", small, "a timm model's folder, or weights file with --from", str(error)) from None
     shared = ("in_chans", "num_classes", "img_size")
     options = {name: value for name, value in before.options.items() if name in shared}
+    architecture, own, *_ = OWN.get(to, (to, {}))
+    options = own | options
     try:
-        check(before.model, build_timm(to, options, seed=seed, device="meta"), width=width, depth=depth)
+        check(before.model, build_timm(architecture, options, seed=seed, device="meta"), width=width, depth=depth)
     except GrowthError as error:
         allowed = f"a pair that {width} + {depth} can grow"
         raise InputError("raychain grow", f"{small} → {to}", allowed, str(error)) from None
     except ValueError as error:
-        unknown = nearest(to, timm.list_models(), "python -c 'import timm; print(timm.list_models())'")
-        fix = "name a model of SMALL's kind" if timm.is_model(to) else unknown
+        unknown = nearest(to, [*OWN, *timm.list_models()], "python -c 'import timm; print(timm.list_models())'")
+        fix = "name a model of SMALL's kind" if timm.is_model(architecture) else unknown
         raise InputError("--to", to, f"a timm model that is made as SMALL is ({error})", fix) from None
-    after = build_timm(to, options, seed=seed)
+    after = build_timm(architecture, options, seed=seed)
     report = grow(before.model, after, width=width, depth=depth)
     drift = {"classifier": measure_backbone_drift(before.model, after, n, seed)}
     folder.mkdir(parents=True, exist_ok=True)
-    write_timm(folder, TimmCheckpoint(after, to, options, before.preprocessing))
+    write_timm(folder, TimmCheckpoint(after, architecture, options, before.preprocessing))
     return Grown(folder, report, drift)
 
 
