@@ -173,6 +173,7 @@ def test_shards_are_counted_on_all_nodes_and_for_the_next_job_of_another_node(
     from faults import Site
 
     experiment = tree(s3, tmp_path)
+    s3.asked.clear()
     with Site(experiment, tmp_path, nodes=2) as site:
         site.start()
         site.wait(lambda: False, 300)

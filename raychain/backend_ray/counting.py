@@ -14,23 +14,19 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raychain.backend_ray.address import cluster
 from raychain.backend_ray.connection import joined
-from raychain.core.priority import run_when_idle
-from raychain.data.shard import counted_by
+from raychain.data.shard import counted, counted_by
 
 if TYPE_CHECKING:
     from raychain.data.members import Format
     from raychain.data.shard import Shard
 
 log = logging.getLogger("raychain.data")
-MOST = 64
-"""Shards counted at once: one for each CPU of the cluster, up to so many."""
+MOST, EACH = 64, 2
+"""Shards counted at once: so many for each CPU, as they wait for storage half of the time, and all together at most."""
 
 
 def count(shard: Shard, wanted: Format, hashed: bool) -> Shard:
-    """See `raychain.data.shard.counted`; it runs on a node, when no other process wants the core."""
-    from raychain.data.shard import counted
-
-    run_when_idle()
+    """See `raychain.data.shard.counted`."""
     return counted(shard, wanted, hashed)
 
 
@@ -42,7 +38,7 @@ class OverCluster:
 
     def __init__(self, address: str | None, verbose: bool) -> None:
         self._address, self._verbose = address, verbose
-        self._lock, self._stack = threading.Lock(), contextlib.ExitStack()
+        self._lock, self._stack = threading.Condition(), contextlib.ExitStack()
         self._nodes: dict[str, float] | None = None
         self._busy: Counter[str] = Counter()
         self.done: Counter[str] = Counter()
@@ -68,6 +64,7 @@ class OverCluster:
         finally:
             with self._lock:
                 self._busy[node] -= 1
+                self._lock.notify()
         with self._lock:
             self.done[node] += 1
         return found
@@ -79,14 +76,19 @@ class OverCluster:
         self._stack.close()
 
     def _take(self) -> str | None:
-        """The node with the most CPUs for each task that it has; None where the driver is to count."""
+        """The node with the most room for another task, once there is room; None where the driver is to count."""
         with self._lock:
             if self._nodes is None:
                 self._nodes = self._join()
-            free = {node: cpus - self._busy[node] for node, cpus in self._nodes.items()}
-            if len(free) < 2 or max(free.values()) <= 0:
+            nodes = self._nodes
+            if len(nodes) < 2:
                 return None
-            node = max(free, key=lambda node: free[node] / self._nodes[node])  # type: ignore[index]
+
+            def room(node: str) -> float:
+                return 1 - self._busy[node] / (EACH * nodes[node])
+
+            self._lock.wait_for(lambda: max(map(room, nodes)) > 0)
+            node = max(nodes, key=room)
             self._busy[node] += 1
             return node
 
