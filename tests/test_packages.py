@@ -163,7 +163,7 @@ def test_a_reader_of_another_package_trains_a_chain_on_samples_that_are_no_pictu
         "task": {"paradigm": "masked_fields"},
         "data": {"train": str(fields(tmp_path / "data")), "image_size": 16, "max_bad_fraction": 0.02},
         "chain": [{"model": "fields-32x1", "epochs": "200 steps"}, {"model": "fields-64x2", "epochs": "60 steps"}],
-        "train": {"global_batch": 16, "warmup": "4 steps", "log_every": 10, "lr": 3.0e-3},
+        "train": {"global_batch": 16, "warmup": "4 steps", "log_every": 10, "lr": 3.0e-3, "eps": 1.0e-6},
         "transfer": {"distill": {"alpha": 1.0, "cap": False}},
         "compute": {"workers": 2, "cpus_per_worker": 1},
         "preload": {"cache": str(tmp_path / "cache")},

@@ -310,7 +310,9 @@ def poisoned(step: int) -> Callable[[dict[str, Any]], bool]:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("_workers_know_this_module")
-@pytest.mark.parametrize(("at", "every", "last"), [(10, "4 steps", "[59]"), (24, "100 steps", "")])
+@pytest.mark.parametrize(
+    ("at", "every", "last"), [(10, "4 steps", "[59]"), pytest.param(24, "100 steps", "", marks=pytest.mark.long)]
+)
 def test_moments_that_overflow_stop_every_rank_and_are_not_published(
     at, every, last, ray_session, tree, tmp_path, monkeypatch
 ):

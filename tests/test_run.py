@@ -160,6 +160,7 @@ def test_a_longer_wsd_stage_goes_on_from_the_shorter_ones_trunk_to_the_same_resu
     assert all(torch.equal(ours[name], theirs[name]) for name in ours | theirs)
 
 
+@pytest.mark.long
 def test_a_diverging_run_fails_naming_the_step_and_keeps_the_first_stage(ray_session, tree, tmp_path):
     tree["chain"][1] |= {"lr": 1e30}
     tree["train"]["clip_norm"] = None

@@ -170,6 +170,7 @@ def halved(small: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> dict[str, 
     return small | {"search": more}
 
 
+@pytest.mark.long
 def test_a_search_of_schema_1_goes_on_if_its_settings_and_data_are_the_same(
     halved: dict[str, Any], instant: type[Instant], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -170,7 +170,13 @@ def test_a_stdout_that_takes_nothing_is_no_traceback(tmp_path: Path, command: st
     assert ("stdout cannot be written: No space left on device" in done.stderr) == bool(status)
 
 
-@pytest.mark.parametrize("command", ["{} >/dev/full", "{} --json >/dev/full", "{} >&- 2>&-", "{} 2>/dev/full"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "{} >/dev/full",
+        *(pytest.param(c, marks=pytest.mark.long) for c in ("{} --json >/dev/full", "{} >&- 2>&-", "{} 2>/dev/full")),
+    ],
+)
 def test_a_run_that_has_trained_well_succeeds_wherever_it_prints(finished, tmp_path: Path, command: str) -> None:
     _, out, tree = finished
     file = tmp_path / "tiny.yaml"
