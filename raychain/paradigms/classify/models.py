@@ -97,7 +97,7 @@ def configuration(name: str, classes: int, drop_path: float) -> Json:
         "mean": list(pretrained.mean if pretrained else IMAGENET_DEFAULT_MEAN),
         "std": list(pretrained.std if pretrained else IMAGENET_DEFAULT_STD),
         "crop_pct": found.crop or (pretrained.crop_pct if pretrained else None) or DEFAULT_CROP_PCT,
-        "interpolation": (pretrained.interpolation if pretrained else None) or "bicubic",
+        "interpolation": "bilinear" if pretrained and pretrained.interpolation == "bilinear" else "bicubic",
     }
     if (reason := _refused(json.dumps(config, sort_keys=True))) is not None:
         raise UnknownModelError(f"model {name} cannot be trained: {reason}")

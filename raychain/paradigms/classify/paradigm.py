@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
-from raychain.core.storage import Folder
+from raychain.core.storage import Folder, below, is_command
+from raychain.data.index import folder_of
 from raychain.data.members import Wanted
 from raychain.data.shards import Shard, survey
 from raychain.data.spec import STORED_BEYOND_CROP, Resizing, Spec, fitting
@@ -27,7 +28,8 @@ from raychain.paradigms.classify.task import ClassifyTask
 from raychain.paradigms.objective import Objective, Projector
 
 if TYPE_CHECKING:
-    from raychain.config.experiment import Data
+    from raychain.config.data import Data
+    from raychain.planning.macs import ModelSize
 
 CLASSNAMES = "classnames.txt"
 MOST_BEYOND = 2.0
@@ -82,15 +84,18 @@ class Classify(Paradigm):
 
     def _check_names(self, addresses: Sequence[str], where: str) -> None:
         """InputError where `classnames.txt` beside the first shard, or above it, has other than `classes` lines."""
-        folder = addresses[0].rpartition("/")[0]
-        for address in (folder, folder.rpartition("/")[0]):
+        if is_command(addresses[0]):
+            return
+        folder = folder_of(addresses[0])
+        for address in (folder, folder_of(folder)):
             try:
-                content = Folder(address).read(CLASSNAMES) if address else None
+                content = Folder(address).read(CLASSNAMES)
             except (OSError, ValueError, InputError):  # a folder that cannot be looked into has no say
                 content = None
             if content is not None and (lines := len(content.strip().splitlines())) != self.task.classes:
-                raise InputError("task.classes", self.task.classes, f"{lines}, the lines of {address}/{CLASSNAMES}",
-                                 f"--set task.classes={lines}, or correct {where}")  # fmt: skip
+                allowed = f"{lines}, the lines of {below(address, CLASSNAMES)}"
+                fix = f"--set task.classes={lines}, or correct {where}"
+                raise InputError("task.classes", self.task.classes, allowed, fix)
 
     def reader(self, data: Data, config: Config, size: int, samples: int) -> ClassReader:  # noqa: ARG002
         """Where small crops are asked for, larger pictures are kept than for crops that show nearly all."""
@@ -112,6 +117,15 @@ class Classify(Paradigm):
             "label": torch.randint(self.task.classes, (count,), generator=rng),
             "seed": torch.randint(0, 2**62, (count,), generator=rng),
         }
+
+    def measure(self, name: str, config: Config, size: int) -> ModelSize:
+        try:
+            return super().measure(name, config, size)
+        except ValueError:
+            raise
+        except Exception as error:  # a timm model's own code, which was written for whatever it takes
+            reason = str(error).partition("\n")[0]
+            raise ValueError(f"{name} cannot be run on pictures of {size} pixels: {reason}") from error
 
     def normalisation(self, model: nn.Module) -> tuple[Sequence[float], Sequence[float]]:
         seen = cast(Any, model).pretrained_cfg
