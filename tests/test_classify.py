@@ -208,6 +208,9 @@ def test_every_operation_of_rand_augment_changes_pictures_and_follows_the_seed()
     image, how = Image.fromarray(pixels), RandAugment(9, 0.5, 1)
     found = {rand_augment(image, how, np.random.default_rng(i)).tobytes() for i in range(300)}
     assert len(found) > len(NAMES)
+    for strength in (0, 10):  # the ends, of which no operation may make what Pillow refuses
+        for i in range(300):
+            assert rand_augment(image, RandAugment(strength, 0, 2), np.random.default_rng(i)).size == (32, 32)
     for changes in (Changes(0.5, "rand-m9-n3-mstd0.5-inc1"), Changes(0.5, "3a", 0.3), Changes(flip=1.0)):
         same, again, other = (changes.apply(pixels, seed) for seed in (1, 1, 2))
         assert np.array_equal(same, again)

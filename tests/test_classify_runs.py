@@ -17,6 +17,7 @@ from yaml import safe_dump
 import raychain
 from raychain.api.grow import grow_checkpoint
 from raychain.config.loading import validate
+from raychain.errors import InputError
 from raychain.runs.resolve import make_task
 
 CHANGED = {"smoothing": 0.1, "mixup": 0.8, "cutmix": 1.0, "erase": 0.25, "augment": "rand-m9-mstd0.5-inc1"}
@@ -72,7 +73,7 @@ def test_a_chain_of_classifiers_trains_is_measured_grows_and_reports(
     wider = grow_checkpoint(folder, "CoM-micro-DeiT-M", tmp_path / "wider")
     assert wider.drift["classifier"].relative_error < 1e-4
     assert timm.create_model(f"local-dir:{tmp_path / 'wider'}", pretrained=True).embed_dim == 80
-    page = raychain.report(str(out)).read_text()
+    page = Path(raychain.report(str(out))).read_text()
     assert "held-out top-1" in page
     assert "image tower" not in page
     again = raychain.run(validate(tree))
@@ -124,7 +125,7 @@ def test_a_search_finds_chains_of_classifiers(ray_session: None, tree: dict[str,
     result = raychain.search(validate(tree)).record
     assert len(result["trials"]) >= 4
     assert result["metric"] == "held-out/top1"
-    with pytest.raises(raychain.InputError, match=r"allocation.first and allocation.rules"):
+    with pytest.raises(InputError, match=r"allocation.first and allocation.rules"):
         raychain.plan(validate({k: v for k, v in tree.items() if k != "search"}))
     tree["allocation"] = {"first": 4, "rules": [[2, 1]]}
     proposed = raychain.plan(validate({k: v for k, v in tree.items() if k != "search"}))

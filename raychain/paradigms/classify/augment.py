@@ -128,7 +128,7 @@ OPERATIONS: dict[str, Callable[[float, Draw], tuple[float, ...]]] = {
     "Equalize": lambda *_: (),
     "Invert": lambda *_: (),
     "Rotate": lambda level, draw: (_signed(level * 30, draw),),
-    "PosterizeIncreasing": lambda level, _: (4 - int(level * 4),),
+    "PosterizeIncreasing": lambda level, _: (max(4 - int(level * 4), 1),),
     "SolarizeIncreasing": lambda level, _: (256 - min(256, int(level * 256)),),
     "SolarizeAdd": lambda level, _: (min(128, int(level * 110)),),
     "ColorIncreasing": lambda level, draw: (_enhanced(level, draw),),
