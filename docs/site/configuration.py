@@ -24,7 +24,7 @@ from raychain.schema.component import Component
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "reference" / "keys.yaml"
 """An example of every key, and its unit where it has one."""
-LENGTH = "`N steps`, `N samples` or `N epochs`"
+LENGTH = "`N steps`, `N samples`, `N epochs` or, of text, `N tokens`"
 NAMED = {
     "Epochs": f"length: a number of epochs, or {LENGTH}",
     "Every": f"length: {LENGTH}",

@@ -18,6 +18,7 @@ class Gauges(Listener):
         self._tags = {"run": run, "model": ""}
         self._models: dict[int, str] = {}
         self._images = Gauge("raychain_images_per_second", "Images a second, all workers together.", TAGS)
+        self._tokens = Gauge("raychain_tokens_per_second", "Tokens a second of language models, all workers.", TAGS)
         self._wait = Counter("raychain_data_wait_seconds", "Time the training loop has waited for data.", TAGS)
         self._loss = Gauge("raychain_loss", "Loss of the last logged step, distillation included.", TAGS)
         self._steps = Gauge("raychain_step", "Optimiser steps done of the stage.", TAGS)
@@ -40,7 +41,8 @@ class Gauges(Listener):
 
     def step(self, event: Step) -> None:
         """Sets speed, loss and step, and adds the time waited for data."""
-        self._images.set(event.samples_per_s, self._tags)
+        rate, unit = event.rate
+        (self._images if unit == "images/s" else self._tokens).set(rate, self._tags)
         self._loss.set(event.loss, self._tags)
         self._steps.set(event.step, self._tags)
         if event.data_wait_s > 0:  # a counter takes no zero

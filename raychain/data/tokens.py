@@ -52,7 +52,7 @@ class Tokenizer:
     @property
     def size(self) -> int:
         """Rows that a token table needs."""
-        return 257 if self.address == BYTES else max(_parsed(self.content).get_vocab(True).values()) + 1
+        return 257 if self.address == BYTES else _rows(self.content)
 
     @property
     def end(self) -> int:
@@ -118,6 +118,11 @@ def _content(address: str) -> str:
 @lru_cache(maxsize=8)
 def _parsed(content: str) -> Any:
     return language_library("tokenizers").Tokenizer.from_str(content)
+
+
+@lru_cache(maxsize=8)
+def _rows(content: str) -> int:
+    return int(max(_parsed(content).get_vocab(True).values())) + 1
 
 
 def _digest(content: str, end_token: str) -> str:

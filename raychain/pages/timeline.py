@@ -1,4 +1,4 @@
-"""The run over time: bars of trace.json in a row a category, when training stood still, world size, and images/s."""
+"""The run over time: bars of trace.json in a row a category, when training stood still, world size, and the rate."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -152,14 +153,18 @@ class Language(Paradigm):
         return found
 
     def model_in(self, path: Path, called: str) -> str:
-        """The name in its `stage.json` where that is still the same model, else that of its folder, by which it is
-        known from then on.
+        """A known name of the model that config.json describes, or one made of `called` or of the folder's name, by
+        which it is known from then on.
         """
         described = models.checked(json.loads((path / CONFIG).read_text()), str(path))
-        if called in models.names() and not _differs(described, self.config(called)):
-            return called
-        add_transformers(described, called or path.name)
-        return called or path.name
+        plain = called or re.sub(r"[^A-Za-z0-9._-]", "_", path.name).lstrip("._-")[:80] or "checkpoint"
+        name, number = plain, 1
+        while name in models.names() and _differs(described, self.config(name)):
+            number += 1
+            name = f"{plain}-{number}"
+        if name not in models.names():
+            add_transformers(described, name)
+        return name
 
     def read(self, path: Path, model: str) -> Read:
         found, wanted = super().read(path, model), self.config(model)
