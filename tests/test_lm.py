@@ -169,7 +169,7 @@ def reference(cap: bool) -> tuple[float, dict[str, torch.Tensor]]:
     return (task + alpha * distance).item(), {n: p.grad for n, p in student.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("world", [1, 3, pytest.param(4, marks=pytest.mark.long)])
+@pytest.mark.parametrize("world", [1, *(pytest.param(n, marks=pytest.mark.long) for n in (3, 4))])
 def test_losses_and_gradients_are_those_of_one_process(world: int, tmp_path: Path) -> None:
     """At uneven ranks, whole or in three micro-batches, accumulated (no cap) or run twice (cap); head in chunks."""
     torch.save({cap: reference(cap) for cap in (True, False)}, tmp_path / "expected")
