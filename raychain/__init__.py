@@ -12,6 +12,7 @@ from raychain.terminal import LogLines
 
 if TYPE_CHECKING:
     from raychain.api.evaluate import evaluate
+    from raychain.api.export import export
     from raychain.api.grow import grow
     from raychain.api.plan import plan
     from raychain.api.report import report
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from raychain.api.search import search
 
 __version__ = "0.1.0"
-__all__ = ["evaluate", "grow", "plan", "report", "run", "search"]
+__all__ = ["evaluate", "export", "grow", "plan", "report", "run", "search"]
 
 if sys.argv and sys.argv[0].rpartition("/")[2] in ("-m", "raychain"):  # this process is a command of raychain's
     signals.early()

@@ -29,9 +29,19 @@ def signal_handlers() -> Iterator[None]:
         signal.signal(number, handler)
 
 
+QUICK = {
+    "average", "captions", "config", "content", "events", "families", "golden", "growth_exact", "input_errors", "lanes",
+    "losses", "macs", "model_names", "optimizer", "order", "plan", "planning", "policy", "records", "reporting",
+    "report", "rooms", "search_space", "tables", "terminal", "yaml",
+}  # fmt: skip
+"""The files of `tests/run --quick`: each behaviour that changes often, in seconds."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks what needs `ray_session` as a test of Ray."""
+    """Marks what needs `ray_session` as a test of Ray, and the files of the quick selection."""
     for item in items:
+        if item.path.stem.removeprefix("test_") in QUICK:
+            item.add_marker("quick")
         if "ray_session" in getattr(item, "fixturenames", ()):
             item.add_marker("ray")
 

@@ -113,7 +113,7 @@ def test_rays_folder_is_one_that_holds_its_sockets(folder, monkeypatch, tmp_path
         place.mkdir()
     monkeypatch.delenv("RAY_TMPDIR", raising=False)
     monkeypatch.setenv("TMPDIR", str(place))
-    chosen = Path(connection._temporary())
+    chosen = Path(connection.temporary())
     assert len(os.fsencode(chosen)) <= connection.LONGEST
     (chosen / "try").write_text("")
     (chosen / "try").unlink()
@@ -123,7 +123,7 @@ def test_without_any_such_folder_the_message_names_the_variable(monkeypatch, tmp
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / ("y" * 90)))
     monkeypatch.setattr(connection, "_holds_files", lambda *_: False)
     with pytest.raises(InputError, match="RAY_TMPDIR"):
-        connection._temporary()
+        connection.temporary()
 
 
 def test_a_home_that_cannot_be_written_gives_the_instance_a_token_of_its_own(monkeypatch, tmp_path):

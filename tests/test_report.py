@@ -168,8 +168,9 @@ def test_a_finished_run_has_every_part(tmp_path):
         "tiny",
         "succeeded",
         "30.0 %",
-        "3.00×",
-        "speed-up against CoM-micro-M alone",
+        "Was the chain worth it? Not known.",
+        "33.3 % of the MACs of CoM-micro-M alone",
+        "was not measured",
         "3.00 T",
         "33.3 % of the 9.00 T alone",
         "×2.1",
@@ -408,7 +409,7 @@ def test_a_search_has_its_front_its_tree_and_its_trials(tmp_path):
         "32.0 %",
         "S 4 → M 2 → L 2",
         "25.0 % of CoM-micro-L alone",
-        "4.00×",
+        "No. The best chain reached 32.0 % zero-shot top-1 for 5.00 T MACs; CoM-micro-",
         "29 %",
         "29.0 of 41.0 stage epochs",
         "5 trials, 4 of them measured",
@@ -434,6 +435,13 @@ def test_a_search_says_what_the_large_model_reaches_alone_beside_the_speed_up(tm
     whole = {**SEARCH, "trials": [*SEARCH["trials"], alone]}
     told = words(made(write(tmp_path / "search", None, None, None, whole)))
     assert "in MACs, against the last model alone: 36.0 %" in told
+    cheap = {**whole, "comparisons": []}
+    said = words(made(write(tmp_path / "search", None, None, None, cheap)))
+    assert "Cheaper, and not as good. The best chain reached 32.0 %" in said
+    assert "CoM-micro-L alone, with 36.0 % for 20.0 T MACs" in said
+    whole["trials"][-1] = trial(("L", 16), number=5, macs=2e13, top=31.0)
+    said = words(made(write(tmp_path / "search", None, None, None, {**whole, "comparisons": []})))
+    assert "Yes. The best chain reached 32.0 % zero-shot top-1 for 5.00 T MACs; 25.0 % of what" in said
 
 
 def test_a_search_shows_who_chose_and_judged_its_chains_and_where(tmp_path):
@@ -484,7 +492,7 @@ def test_stages_of_other_settings_are_not_shared_and_settings_that_differ_are_sh
     titles = [t.text for t in root.iter("title")]
     assert titles.count("CoM-micro-L, 1 epoch: in 1 trial") == 2 * 3  # wide and narrow
     assert titles.count("CoM-micro-S, 4 epochs: in 3 trials") == 2
-    assert [th.text for th in root.iter("th")] == [
+    assert ["".join(th.itertext()) for th in root.iter("th")] == [
         "chain: model, epochs",
         "trial",
         "MACs",
@@ -549,3 +557,64 @@ def test_labels_keep_apart_and_names_lose_what_they_share():
     assert shortened(["CoM-ViT-T-16", "CoM-ViT-S-16"]) == ["T-16", "S-16"]
     assert shortened(["CoM-micro-S", "CoM-micro-S"]) == ["CoM-micro-S"] * 2
     assert shortened(["ViT", "Swin"]) == ["ViT", "Swin"]
+
+
+def told(folder: Path) -> str:
+    return words(made(folder))
+
+
+def beside(folder: Path, **changes: Any) -> None:
+    """The run of the last model alone beside the run in `folder`."""
+    [_, last] = run_json()["stages"]
+    stage = last | {"index": 0, "macs": 9 * 10**12, "metrics": {"zero_shot_top1": 32.0}} | changes
+    alone = run_json(stages=[stage], totals={"macs": 9e12, "baseline_macs": 9e12, "speedup": 1.0})
+    alone["config"]["chain"] = [{"model": stage["model"], "epochs": "2 epochs"}]
+    write(folder.with_name(f"{folder.name}-alone"), alone)
+
+
+@pytest.mark.parametrize(
+    ("alone", "answer"),
+    [
+        ({}, "Cheaper, and not as good. The chain reached 30.0 % zero-shot top-1 for 33.3 % of the MACs"),
+        ({"metrics": {"zero_shot_top1": 29.0}}, "Yes. The chain reached 30.0 %"),
+        ({"metrics": {"zero_shot_top1": 29.0}, "macs": 2 * 10**12}, "In accuracy, and not in cost."),
+        ({"macs": 2 * 10**12}, "No. The chain reached 30.0 %"),
+        ({"metrics": {}}, "Not known."),
+        ({"model": "CoM-micro-S"}, "Not known."),
+    ],
+)
+def test_the_report_says_first_whether_the_chain_was_worth_it(tmp_path, alone, answer):
+    folder = write(tmp_path / "run", run_json())
+    beside(folder, **alone)
+    said = told(folder)
+    assert answer in said
+    known = "Not known" not in answer
+    assert ("speed-up against" in said) == known, "no speed-up beside an accuracy that nobody measured"
+    assert ("measured in run-alone, 2026-01-01" in said) == known
+
+
+def test_runs_on_other_data_are_not_compared(tmp_path):
+    folder = write(tmp_path / "run", run_json())
+    beside(folder)
+    path = tmp_path / "run-alone/run.json"
+    other = json.loads(path.read_text())
+    other["config"]["data"]["train"] = [{"shards": ["elsewhere"]}]
+    path.write_text(json.dumps(other))
+    assert "Not known." in told(folder)
+
+
+def test_what_is_not_done_or_not_measured_is_said(tmp_path):
+    unfinished = write(tmp_path / "a", run_json(status="running", stages=run_json()["stages"][:1]), LINES[:12])
+    assert "Not known yet. The chain is not finished. As planned it takes 33.3 %" in told(unfinished)
+    bare = run_json()
+    for stage in bare["stages"]:
+        stage["metrics"] = {}
+    assert "Nothing was measured" in told(write(tmp_path / "b", bare))
+
+
+def test_terms_are_told_where_they_stand(tmp_path):
+    root = made(write(tmp_path / "run", run_json()))
+    ids = {e.get("id") for e in root.iter()}
+    pointed = [e for e in root.iter("button") if e.get("aria-describedby")]
+    assert {e.get("aria-describedby") for e in pointed} <= ids
+    assert {"term-macs", "term-gap", "term-top-1"} <= {e.get("aria-describedby") for e in pointed}

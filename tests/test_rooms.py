@@ -10,8 +10,19 @@ PACKAGE = Path(__file__).parents[1] / "raychain"
 ROOMS = [
     *("errors", "core", "terminal", "signals", "records", "events", "lease", "schema", "data", "feed", "dataprep"),
     "demo",
-    *("models", "growth", "evaluators", "planning", "paradigms", "config", "reporting", "pages", "unexpected"),
-    *("training", "backend_ray", "runs", "searching", "api", "cli"),
+    *(
+        "models",
+        "growth",
+        "evaluators",
+        "planning",
+        "paradigms",
+        "config",
+        "reporting",
+        "pages",
+        "exporting",
+        "unexpected",
+    ),
+    *("training", "backend_ray", "runs", "searching", "doctor", "starting", "api", "cli"),
 ]
 """From the bottom to the top, as in docs/architecture.md."""
 

@@ -123,7 +123,7 @@ class _Connection:
         if not self._opened.wait(self._limit_s):
             raise self._refused(f"no answer within {self._limit_s:g} s")
         if self._error is not None:
-            raise self._refused(_reason(self._error)) from None
+            raise self._refused(reason_of(self._error)) from None
 
     def close(self) -> None:
         """Ends the connection and what belongs to it. Raises KeyboardInterrupt for a signal that came meanwhile."""
@@ -214,8 +214,8 @@ def _joining(found: Cluster, options: dict[str, Any]) -> _Connection:
 
 def _starting(task: ChainTask, options: dict[str, Any]) -> _Connection:
     cpus = max(os.cpu_count() or 1, math.ceil(task.experiment.most_workers * worker_cpus(task.experiment)))
-    folder = _temporary()
-    _check_open_files()
+    folder = temporary()
+    check_open_files()
 
     def init() -> None:
         # "local": without it Ray joins whatever cluster happens to run on this machine
@@ -228,7 +228,7 @@ def _starting(task: ChainTask, options: dict[str, Any]) -> _Connection:
     return _Connection(init, refused, STARTS_S)
 
 
-def _temporary() -> str:
+def temporary() -> str:
     """Ray's folder for temporary files: its default, or one of raychain's where that cannot be used.
 
     Raises InputError where there is none.
@@ -255,7 +255,7 @@ def _holds_files(folder: Path, private: bool) -> bool:
         return False
 
 
-def _check_open_files() -> None:
+def check_open_files() -> None:
     import resource
 
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
@@ -283,7 +283,7 @@ def _token() -> dict[str, str]:
     return {"RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
 
-def _reason(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
     """An error of Ray in one line."""
     said = str(error).strip().splitlines()
     words = next((line for line in said if "AuthToken" in line), " ".join(" ".join(said).split()))

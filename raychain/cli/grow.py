@@ -14,6 +14,7 @@ from raychain.api.grow import (
     Grown,
     grow_checkpoint,
 )
+from raychain.cli.completing import models
 from raychain.growth import DEPTH_OPERATORS, WIDTH_OPERATORS
 from raychain.growth.operators import DEFAULT_DEPTH, DEFAULT_WIDTH
 from raychain.terminal import say
@@ -21,7 +22,7 @@ from raychain.terminal import say
 
 def grow_command(
     small: Annotated[str, typer.Argument(help="open_clip or timm folder, .safetensors or .pt file; s3:// too.")],
-    to: Annotated[str, typer.Option("--to", help="Model to grow into.")],
+    to: Annotated[str, typer.Option("--to", help="Model to grow into.", autocompletion=models)],
     out: Annotated[Path, typer.Option("--out", help="Folder to write; must be new or empty.")],
     width: Annotated[str, typer.Option(help=f"Width operator: {', '.join(WIDTH_OPERATORS)}.")] = DEFAULT_WIDTH,
     depth: Annotated[str, typer.Option(help=f"Depth operator: {', '.join(DEPTH_OPERATORS)}.")] = DEFAULT_DEPTH,

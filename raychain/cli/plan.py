@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from raychain.cli.completing import experiments
 from raychain.errors import InputError
 from raychain.terminal import delivered, say
 
@@ -17,7 +18,9 @@ from raychain.api.plan import plan
 
 
 def plan_command(
-    experiment: Annotated[str, typer.Argument(help="YAML file, or the name of a shipped experiment.")],
+    experiment: Annotated[
+        str, typer.Argument(help="YAML file, or the name of a shipped experiment.", autocompletion=experiments)
+    ],
     overrides: Annotated[list[str] | None, typer.Option("--set", help="dotted.key=value; may be repeated.")] = None,
     tflops: Annotated[
         float | None, typer.Option(min=1e-6, help="Hours from the peak of one accelerator, in dense TFLOP/s.")

@@ -10,11 +10,14 @@ from typing import Annotated, Any
 import typer
 
 from raychain.api.search import search
+from raychain.cli.completing import experiments
 from raychain.terminal import say
 
 
 def search_command(
-    experiment: Annotated[str, typer.Argument(help="YAML file, or the name of a shipped experiment.")],
+    experiment: Annotated[
+        str, typer.Argument(help="YAML file, or the name of a shipped experiment.", autocompletion=experiments)
+    ],
     trials: Annotated[int | None, typer.Option(help="Chains to try; default search.trials of the file.")] = None,
     overrides: Annotated[list[str] | None, typer.Option("--set", help="dotted.key=value; may be repeated.")] = None,
     out: Annotated[str | None, typer.Option(help="Folder of the search; default STORAGE/NAME-search.")] = None,

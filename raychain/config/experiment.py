@@ -262,6 +262,9 @@ class Experiment(Component):
     """What `raychain search` varies; `raychain run` trains the chain as it stands."""
     storage: str = "runs"
     """Folder or address under which run folders are made."""
+    license: str | None = Field(None, min_length=1, max_length=100)
+    """What the cards of the published models say of their licence, such as `apache-2.0`. Absent: `unknown`. No part of
+    the stages' keys."""
 
     @model_validator(mode="before")
     @classmethod

@@ -16,34 +16,47 @@ from raychain.pages.loading import PRINCIPAL, Run, amount, mapping, number
 from raychain.pages.markup import Markup, join, tag
 from raychain.pages.scales import span
 from raychain.pages.searched import Search
+from raychain.pages.terms import explained, glossary
 from raychain.pages.timeline import Story, story, timeline
+from raychain.pages.worth import Alone, worth, worth_of_search
 from raychain.records import SearchRecord, TotalsRecord
 
 NBSP = "\u00a0"
 STATES = {"succeeded": "✓", "failed": "✕", "interrupted": "❚❚", "running": "▶"}
+ENDED = ("The run has ended.", "The search has ended.")
+"""What the live view says last."""
 OTHERS = 4
 """Metrics beside the score in the headline."""
 
 
-def page(run: Run | None, found: SearchRecord | None) -> str:
-    """The document for a run, a search, or both."""
+def page(run: Run | None, found: SearchRecord | None, alone: Alone | None = None, live: str | None = None) -> str:
+    """The document for a run, a search, or both; `alone` is what the run's last model reached without a chain.
+
+    With `live` it follows what it shows, and `live` says how things stand.
+    """
     search = search_json.parse(found) if found is not None else None
     content: list[Markup | None] = []
     record = run.record if run else found
     name = ((record.name if record else None) or "run") + ("" if run else " (search)")
     if run:
-        content += _run(run)
+        content += _run(run, alone)
     if search:
         content += _search(search, None if run or found is None else _title(name, found.status))
     made = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
+    content.append(glossary(join(content)))
     foot = tag("footer", f"Made by raychain report, {made}.")
-    return _document(f"{name} · raychain", join([*content, foot]))
+    return _document(f"{name} · raychain", join([*content, foot]), live)
 
 
-def _document(title: str, content: Markup) -> str:
+def _document(title: str, content: Markup, live: str | None) -> str:
     style, script = ((files(__package__) / name).read_text("utf-8") for name in ("page.css", "page.js"))
+    connect = ""
+    if live is not None:
+        script += (files(__package__) / "live.js").read_text("utf-8")
+        connect = "; connect-src 'self'"
+        content = join([tag("p", live, id="live", role="status", data_ended="" if live in ENDED else None), content])
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; img-src data:"
+    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; img-src data:{connect}"
     head = tag(
         "head",
         tag("meta", charset="utf-8"),
@@ -54,8 +67,9 @@ def _document(title: str, content: Markup) -> str:
         tag("title", title),
         tag("style", Markup(style)),
     )
+    told = tag("div", "", id="tip", role="tooltip", hidden="")
     toggle = tag("button", "◐", type="button", id="theme", hidden="", title="Light or dark", aria_label="Light or dark")
-    body = tag("body", toggle, tag("main", content), tag("script", Markup(script)))
+    body = tag("body", toggle, tag("main", content), told, tag("script", Markup(script)))
     return f"<!DOCTYPE html>\n{tag('html', head, body, lang='en')}\n"
 
 
@@ -66,10 +80,10 @@ def _section(title: str, *content: Markup | None, note: str = "") -> Markup | No
     return tag("section", tag("h2", title), tag("p", note, class_="lead") if note else None, *content)
 
 
-def _run(run: Run) -> list[Markup | None]:
+def _run(run: Run, alone: Alone | None) -> list[Markup | None]:
     tale = story(run)
     return [
-        _headline(run, tale),
+        _headline(run, tale, alone),
         _section("The chain", chain(run), tables.stages(run), note=_chain_note(run)),
         _section("Measured", tables.measured(run)),
         _section("Learning", learning(run) or _absent("Nothing was logged yet."), note=_learning_note(run)),
@@ -86,12 +100,13 @@ def _absent(text: str) -> Markup:
     return tag("p", text, class_="muted")
 
 
-def _headline(run: Run, tale: Story | None) -> Markup:
+def _headline(run: Run, tale: Story | None, alone: Alone | None) -> Markup:
     return tag(
         "header",
         _title(run.record.name or "run", run.record.status),
+        worth(run, alone),
         tag("p", _summary(run, run.record.status or "unknown"), class_="summary"),
-        _figures(_run_figures(run, tale)),
+        _figures(_run_figures(run, tale, alone)),
         *(tag("p", line, class_="muted") for line in uncounted([stage.record.content() for stage in run.stages])),
         cost_bars(run),
     )
@@ -134,10 +149,16 @@ def _figures(figures: list[tuple[str, str, str]]) -> Markup | None:
     if not figures:
         return None
     return tag("div", *(
-        tag("div", tag("div", value, class_="value"), tag("div", *_unbroken(what), class_="what"),
+        tag("div", tag("div", value, class_="value"), tag("div", _word(what), class_="what"),
             tag("div", remark, class_="remark") if remark else None)
         for what, value, remark in figures
     ), class_="figures")  # fmt: skip
+
+
+def _word(what: str) -> Markup:
+    """What a figure is, with its meaning where that is known."""
+    found = explained(what)
+    return found if isinstance(found, Markup) else join(_unbroken(what))
 
 
 def _unbroken(text: str) -> list[object]:
@@ -146,7 +167,7 @@ def _unbroken(text: str) -> list[object]:
     return [part for word in words for part in (tag("span", word, class_="word") if len(word) < 18 else word, " ")]
 
 
-def _run_figures(run: Run, tale: Story | None) -> list[tuple[str, str, str]]:
+def _run_figures(run: Run, tale: Story | None, alone: Alone | None) -> list[tuple[str, str, str]]:
     totals = run.record.totals or TotalsRecord()
     measured = [stage for stage in run.stages if stage.metrics]
     found = []
@@ -161,7 +182,7 @@ def _run_figures(run: Run, tale: Story | None) -> list[tuple[str, str, str]]:
     planned = "" if run.stages and all(stage.done for stage in run.stages) else "planned: "
     name, length = baseline(run) if run.stages else ("the last model", "")
     speedup, share, cost = map(amount, (totals.speedup, totals.percent_of_baseline, totals.macs))
-    if speedup is not None:
+    if speedup is not None and (alone or len(run.stages) == 1):  # of what nobody measured it would say too much
         what = "of its own baseline" if len(run.stages) == 1 else f"against {name} alone"
         found.append(
             (f"{planned}speed-up {what}", f"{digits(speedup)}×", f"in MACs, alone for {length}" if length else "")
@@ -238,8 +259,8 @@ def _search(search: Search, heading: Markup | None) -> list[Markup | None]:
         summary = (
             f"{len(search.trials)} trials, {measured} of them measured. Accuracy is {search.metric.label}{better}."
         )
-        head = tag("header", heading, tag("p", summary, class_="summary"), rungs.parts(search),
-                   _figures(_search_figures(search)))  # fmt: skip
+        head = tag("header", heading, worth_of_search(search), tag("p", summary, class_="summary"),
+                   rungs.parts(search), _figures(_search_figures(search)))  # fmt: skip
     tree_note = "Chains that begin alike share those stages. ×n: in n trials; the heavier outline leads to the best."
     return [
         head,
@@ -264,8 +285,9 @@ def _search_figures(search: Search) -> list[tuple[str, str, str]]:
         if alone:
             large = (search.value(t) for t in search.trials if len(t.chain) == 1 and t.macs == alone)
             reached = next((f": {search.metric.written(v)}" for v in large if v is not None), "")
-            remark = f"in MACs, against the last model alone{reached}"
-            found.append(("its speed-up", f"{digits(alone / best.macs)}×", remark))
+            if reached:  # of what nobody measured it would say too much
+                remark = f"in MACs, against the last model alone{reached}"
+                found.append(("its speed-up", f"{digits(alone / best.macs)}×", remark))
     if search.requested and search.trained is not None:
         saved = 100 * (1 - search.trained / search.requested)
         remark = f"{digits(search.trained)} of {digits(search.requested)} stage epochs trained"

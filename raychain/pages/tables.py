@@ -16,6 +16,7 @@ from raychain.pages.loading import Run, amount, count, mapping, number
 from raychain.pages.markup import Markup, join, plain_text, tag
 from raychain.pages.plot import colour
 from raychain.pages.scales import span
+from raychain.pages.terms import explained
 from raychain.pages.timeline import Story
 from raychain.records import HealthRecord
 
@@ -28,7 +29,10 @@ Column = tuple[str, bool]
 def table(columns: Sequence[Column], rows: Sequence[Sequence[object]], class_: str = "") -> Markup:
     """A table that is one card a row on phones; columns without a value in any row are left out."""
     used = [i for i in range(len(columns)) if any(row[i] not in (None, "", MISSING) for row in rows)]
-    head = tag("tr", *(tag("th", columns[i][0], scope="col", class_="num" if columns[i][1] else None) for i in used))
+    heading = _sorting if "sortable" in class_ else explained
+    head = tag(
+        "tr", *(tag("th", heading(columns[i][0]), scope="col", class_="num" if columns[i][1] else None) for i in used)
+    )
     body = []
     for row in rows:
         cells = []
@@ -37,6 +41,10 @@ def table(columns: Sequence[Column], rows: Sequence[Sequence[object]], class_: s
             cells.append(tag("td", value, class_="num" if columns[i][1] else None, data_label=columns[i][0]))
         body.append(tag("tr", *cells))
     return tag("table", tag("thead", head), tag("tbody", *body), class_=f"cards {class_}".strip())
+
+
+def _sorting(text: str) -> Markup:
+    return tag("button", text, type="button", class_="sort")
 
 
 STAGES: tuple[Column, ...] = (
@@ -178,7 +186,11 @@ def configuration(run: Run) -> Markup | None:
         return None
     written = yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=100)
     lines = plain_text(written).count("\n")
-    return tag("details", tag("summary", f"The resolved experiment, {lines:,} lines of YAML"), tag("pre", written))
+    return tag(
+        "details",
+        tag("summary", f"The resolved experiment, {lines:,} lines of YAML"),
+        tag("pre", written, tabindex="0"),
+    )
 
 
 def _pruned(value: Any) -> Any:

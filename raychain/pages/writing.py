@@ -6,6 +6,7 @@ from raychain.core.storage import Folder
 from raychain.errors import one_line
 from raychain.pages.loading import read
 from raychain.pages.page import page
+from raychain.pages.worth import beside
 from raychain.terminal import say
 
 REPORT = "report.html"
@@ -13,7 +14,8 @@ REPORT = "report.html"
 
 def write_report(folder: Folder) -> None:
     """Writes report.html from the folder's records. Raises InputError where it has none, OSError from its storage."""
-    folder.write(REPORT, page(*read(folder)).encode())
+    run, search = read(folder)
+    folder.write(REPORT, page(run, search, beside(folder, run)).encode())
 
 
 def leave_report(folder: Folder) -> None:

@@ -62,6 +62,11 @@ class Paradigm(ABC):
     files: ClassVar[tuple[str, ...]] = ("config.json", "model.safetensors")
     """Files that a complete stage folder has; `save` writes them."""
 
+    library: ClassVar[str] = ""
+    """The library that loads a stage folder as it is, by the Hub's name; empty where raychain alone does."""
+    pipeline: ClassVar[str] = ""
+    """What the models are for, by the Hub's name (`pipeline_tag`); empty where it has none."""
+
     def __init__(self, task: Task) -> None:
         self.task = task
 

@@ -1,4 +1,4 @@
-"""What the user sees while a run goes: a live bar on a terminal, plain lines at a low rate elsewhere."""
+"""What the user sees while a run goes: a live bar on a terminal or in a notebook, else plain lines at a low rate."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from raychain.errors import one_line
 from raychain.evaluators.metrics import FORMER, Definition
 from raychain.events import BadSamples, Evaluated, Event, Listener, Restarted, StageEnded, StageStarted, Step, Warned
 from raychain.records import StageEntry
+from raychain.reporting.notebook import NotebookView, notebook_view
 from raychain.terminal.console import make_console
 
 PLAIN_EVERY_S = 10.0
@@ -36,13 +37,15 @@ class Progress(Listener):
         self.total_stages, self.metrics = len(models), metrics
         self.console = console or make_console(stderr=True)
         self._live: Live | None = None
+        self._view: NotebookView | None = None
         self._starts: dict[int, StageStarted] = {}
         self._models = dict(enumerate(models))
         self._shown_at: dict[int, float] = {}
         self._bad: set[str] = set()
 
     def __enter__(self) -> Self:
-        if self.console.is_terminal and not self.console.is_dumb_terminal:
+        self._view = notebook_view()
+        if self._view is None and self.console.is_terminal and not self.console.is_dumb_terminal:
             # stdout carries results: it is only drawn around when it is the same terminal
             same = sys.stdout.isatty()
             self._live = Live(console=self.console, transient=True, redirect_stdout=same, refresh_per_second=4)
@@ -55,6 +58,9 @@ class Progress(Listener):
         if self._live:
             self._live.stop()
             self._live = None
+        if self._view:
+            self._view.now("", 0.0)
+            self._view = None
 
     def dispatch(self, event: Event) -> None:
         """Shows one event. Raises nothing."""
@@ -75,6 +81,11 @@ class Progress(Listener):
         if self._live:
             self._live.update(self._display(start, _losses(event), event))
             return
+        if self._view:
+            parts = [_epoch(start, event), _losses(event), _rate(event), f"ETA {_left(start, event)}"]
+            told = f"{self._title(event.stage)}: {' · '.join(parts)}"
+            self._view.now(told, event.step / max(start.steps, 1))
+            return
         shown = self._shown_at.get(event.stage)
         if shown is None or abs(event.time - shown) >= PLAIN_EVERY_S:  # abs: another node's clock after a restart
             self._shown_at[event.stage] = event.time
@@ -89,6 +100,8 @@ class Progress(Listener):
         """Says how the stage went."""
         if self._live:
             self._live.update(Text())
+        if self._view:
+            self._view.now("", 0.0)
         self._print(f"{self._title(event.stage)}: {_closing(event.record, self.metrics)}", "bold")
 
     def bad_samples(self, event: BadSamples) -> None:
@@ -122,6 +135,9 @@ class Progress(Listener):
         return f"stage {stage + 1}/{self.total_stages}" + (f" {model}" if model else "")
 
     def _print(self, text: str, style: str = "") -> None:
+        if self._view:
+            self._view.line(one_line(text))
+            return
         self.console.print(Text(one_line(text), style), soft_wrap=True)
 
 

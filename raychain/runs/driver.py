@@ -19,6 +19,7 @@ from raychain.evaluators.metrics import written_down
 from raychain.evaluators.suite import Suite
 from raychain.events import Event, Listener, Measured, Shared, StageEnded, Warned
 from raychain.lease import LEASE, Holder, Lease, patience
+from raychain.pages.card import Cards, leave_cards
 from raychain.pages.writing import leave_report
 from raychain.records import ConfigRecord, RunRecord, StageEntry
 from raychain.reporting.health import DataHealth
@@ -64,6 +65,7 @@ def run_chain(
         finally:
             with signals.settled():
                 leave_report(out)
+                leave_cards(out)
 
 
 def _run(
@@ -122,7 +124,7 @@ def _run(
                 session(task, address, verbose),
             ):
                 gauges = Gauges(out.path.rpartition("/")[2])
-                listeners = [health, log, share, trackers, gauges, show]
+                listeners = [health, log, Cards(out, lambda: log.run), share, trackers, gauges, show]
                 done = {stage.index for stage, record in zip(task.stages, finished, strict=True) if record}
                 complete = _execute(Groups(task, listeners, done, verbose=verbose), spoilt)
             if health.exceeded:

@@ -44,6 +44,7 @@ class Classify(Paradigm):
     samples = "pictures"
     takes = frozenset({"pictures", "classes"})
     files = (CONFIG, WEIGHTS)
+    library, pipeline = "timm", "image-classification"
     task: ClassifyTask
 
     @property

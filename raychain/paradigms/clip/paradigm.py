@@ -43,6 +43,7 @@ class ImageTextParadigm(Paradigm):
     takes = frozenset({"pictures", "texts"})
     principled = True
     files = (CONFIG, WEIGHTS)
+    library, pipeline = "open_clip", "zero-shot-image-classification"
     objective_class: ClassVar[type[ImageTextObjective]]
 
     def known(self) -> Sequence[str]:

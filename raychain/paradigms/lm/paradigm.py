@@ -61,6 +61,7 @@ class Language(Paradigm):
     samples = "samples"
     takes = frozenset({"tokens"})
     files = (CONFIG, WEIGHTS)
+    library, pipeline = "transformers", "text-generation"
     task: LanguageTask
 
     def config(self, model: str) -> Config:

@@ -1,0 +1,1 @@
+"""A first experiment file: what shards hold, what would suit them, and the file that says so."""
