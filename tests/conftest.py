@@ -30,9 +30,8 @@ def signal_handlers() -> Iterator[None]:
 
 
 QUICK = {
-    "average", "captions", "config", "content", "events", "families", "golden", "growth_exact", "input_errors", "lanes",
-    "losses", "macs", "model_names", "optimizer", "order", "plan", "planning", "policy", "records", "reporting",
-    "report", "rooms", "search_space", "tables", "terminal", "yaml",
+    "average", "captions", "cards", "config", "events", "golden", "growth_exact", "lanes", "macs", "optimizer", "order",
+    "plan", "planning", "policy", "records", "report", "reporting", "rooms", "search_space", "yaml",
 }  # fmt: skip
 """The files of `tests/run --quick`: each behaviour that changes often, in seconds."""
 
