@@ -218,3 +218,9 @@ def test_a_damaged_folder_is_put_aside_and_the_search_goes_on_from_its_record(
     assert (out / "tune.before-1").is_dir()
     assert len(found.results) == 4
     assert damage == "versions" or "search.json is taken instead" in caplog.text
+
+
+def test_so_many_trials_wait_at_most_as_memory_has_room_for() -> None:
+    from raychain.searching.tune.tuner import most_open
+
+    assert [most_open(groups) for groups in (1, 2, 11, 16, 22, 64)] == [9, 10, 19, 24, 24, 66]
