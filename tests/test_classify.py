@@ -102,7 +102,7 @@ def _compare(rank: int, world: int, folder: str) -> None:
     if world > 1:
         dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
     for (loss, cap), (expected, gradients) in torch.load(f"{folder}/expected").items():
-        for micro in (None, 2, 3) if world != 3 else (3,):
+        for micro in (None, 2, 3) if world != 2 else (3,):
             student, teacher = pair(loss, torch.float32)
             student.micro_batch = teacher.micro_batch = micro
             wrapped = DistributedDataParallel(student) if world > 1 else student
@@ -118,13 +118,13 @@ def _compare(rank: int, world: int, folder: str) -> None:
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("world", [1, 3, *(pytest.param(world, marks=pytest.mark.long) for world in (2, 4))])
+@pytest.mark.parametrize("world", [1, 2, *(pytest.param(world, marks=pytest.mark.long) for world in (3, 4))])
 def test_gradients_are_those_of_a_float64_reference_at_any_world_size(world: int, tmp_path: Path) -> None:
     """With mixing, smoothing, drop path and distillation; without the cap micro-batches are accumulated, with it
     GradCache joins them.
     """
     cases = [("cross_entropy", True), ("cross_entropy", False), ("bce", False)]
-    torch.save({case: reference(*case) for case in cases[: 2 if world == 3 else 3]}, tmp_path / "expected")
+    torch.save({case: reference(*case) for case in cases[: 2 if world == 2 else 3]}, tmp_path / "expected")
     if world == 1:
         _compare(0, 1, str(tmp_path))
     else:

@@ -107,9 +107,10 @@ def test_a_killed_worker_costs_nothing_but_time(tree: dict[str, Any], tmp_path: 
     tree["task"] |= CHANGED
     tree["compute"]["workers"] = 2
     tree["chain"][0]["epochs"], tree["chain"][1]["epochs"] = "40 steps", "200 steps"
-    (tmp_path / "places.yaml").write_text(safe_dump(tree))
-    whole = run(tmp_path, tmp_path / "places.yaml", tmp_path / "whole")
-    killed = run(tmp_path, tmp_path / "places.yaml", tmp_path / "killed", kill_at=60)
+    for name in ("whole", "killed"):  # each with a storage of its own, so that they share no stages
+        (tmp_path / f"{name}.yaml").write_text(safe_dump(tree | {"storage": str(tmp_path / f"runs-{name}")}))
+    whole = run(tmp_path, tmp_path / "whole.yaml", tmp_path / "whole")
+    killed = run(tmp_path, tmp_path / "killed.yaml", tmp_path / "killed", kill_at=60)
     assert killed["restarts"]
     assert [stage["key"] for stage in killed["stages"]] == [stage["key"] for stage in whole["stages"]]
     assert losses(tmp_path / "killed") == pytest.approx(losses(tmp_path / "whole"), rel=1e-4)
