@@ -124,7 +124,7 @@ def test_a_weights_file_is_prepared_as_its_architecture(tmp_path: Path) -> None:
     model = timm.create_model("deit_tiny_patch16_224", num_classes=3)
     save_file(model.state_dict(), tmp_path / "w.safetensors")
     subject = read_subject(str(tmp_path / "w.safetensors"), "deit_tiny_patch16_224")
-    assert (subject.image_size, subject.takes, subject.tokenize) == (224, {"pictures"}, None)
+    assert (subject.image_size, subject.takes, subject.tokenize) == (224, {"pictures", "classes"}, None)
     assert subject.resizing == Resizing(crop=model.pretrained_cfg["crop_pct"])
     assert subject.mean == pytest.approx(model.pretrained_cfg["mean"])
     assert Resizing().digest == "Resizing(squash=False, kernel='bicubic')", "names of cached files stay"
