@@ -170,6 +170,7 @@ def of_the_process() -> dict[str, Any]:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_run_leaves_the_process_as_it_was(tree, tmp_path):
     """In a process of its own, in which everything is imported: what an import of torch changes is no run's doing."""
     file = tmp_path / "tiny.yaml"

@@ -59,7 +59,7 @@ def test_a_chain_of_classifiers_trains_is_measured_grows_and_reports(
     assert found["score"] == "held-out/top1"
     accuracy = [stage["metrics"]["held-out/top1"] for stage in found["stages"]]
     assert min(accuracy) > 40, "the squares are found by chance in 20 %"
-    assert found["stages"][1]["gap_s"] < 0.5
+    assert found["stages"][1]["gap_s"] < 2, "seconds; the suite runs other tests beside"
     assert found["stages"][0]["macs"] == planned["stages"][0]["macs"]
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     grown = [line for line in lines if line["stage"] == 1]

@@ -75,6 +75,7 @@ def dying_at_once(config):
     return train_chain(config)
 
 
+@pytest.mark.long
 def test_a_worker_that_dies_at_start_does_not_hang_the_next_attempt(ray_session, tree, monkeypatch):
     monkeypatch.setattr(ray_train, "train_chain", dying_at_once)
     tree["evaluate"] = {}

@@ -78,7 +78,7 @@ def test_a_chain_of_language_models_from_plan_to_report(ray_session: None, tree:
     second = run["stages"][1]
     assert [(s["status"], s["steps"]) for s in run["stages"]] == [("trained", 24), ("trained", 16)]
     assert [s["macs"] for s in run["stages"]] == [s["macs"] for s in plan["stages"]]
-    assert second["gap_s"] < 0.5
+    assert second["gap_s"] < 2, "seconds; the suite runs other tests beside"
     losses = [s["metrics"]["counting/loss"] for s in run["stages"]]
     assert losses[1] < losses[0] < 5.7
     follows = {x["step"]: x["alpha"] for x in lines(out) if x["stage"] == 1}

@@ -295,6 +295,7 @@ def test_a_killed_search_continues_where_it_was(small: dict[str, Any], tmp_path:
     assert all(path.stat().st_mtime_ns == before for path, before in finished.items())
 
 
+@pytest.mark.long
 def test_a_search_goes_on_whatever_its_record_holds(
     halved: dict[str, Any], instant: type[Instant], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -69,6 +69,7 @@ def test_gradients_are_those_of_a_float64_reference_at_any_world_size(world: int
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_chain_trains_grows_continues_and_reports(ray_session: None, tree: dict[str, Any]) -> None:
     tree["task"] = {"paradigm": "siglip", "init_logit_bias": -8.0}
     tree["chain"][1]["epochs"] = "8 steps"

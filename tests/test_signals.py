@@ -226,7 +226,7 @@ def test_sigterm_is_still_handled_when_ray_has_ended() -> None:
         "    found.append(all(caught >> (n - 1) & 1 for n in (signal.SIGTERM, signal.SIGINT)))\n"
         "found, end = [], None\n"
         "signals.take_over()\n"
-        "connection = _Connection(lambda: ray.init(num_cpus=1, include_dashboard=False), RuntimeError, 60)\n"
+        "connection = _Connection(lambda: ray.init('local', num_cpus=1, include_dashboard=False), RuntimeError, 60)\n"
         "connection.open()\n"
         "end = connection._processes.end\n"
         "connection._processes.end = lambda: (look(), end())  # what is done when Ray has ended\n"

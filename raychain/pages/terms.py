@@ -14,7 +14,7 @@ TERMS = {
     "stage": "The training of one model of a chain.",
     "alone": "The last model trained from random weights, without a chain, for as long as the experiment's baseline "
     "says (the epochs of the first stage where it says nothing).",
-    "growth": "How many times the model's parameters are those of the one it starts from (of the image tower, where "
+    "growth": "How many times the model's parameters are those of the one it starts from (of the main tower, where "
     "there is one).",
     "distillation": "While it trains, a larger model is also pulled towards the smaller one's features.",
     "top-1": "Share of held-out pictures whose right class the model puts first, by the classes' names alone.",
