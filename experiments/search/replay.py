@@ -25,7 +25,7 @@ from raychain.searching.campaign import Job, JobEnded, Notice, StageDone
 HERE = Path(__file__).parent
 METRIC = "zero_shot_top1"
 MACS_A_SECOND = 18e9
-"""Of one worker group: 33 TMACs in 15 minutes on two."""
+"""MACs a second of one worker group: 33 TMACs in 15 minutes on two."""
 
 
 class Recorded:

@@ -114,7 +114,7 @@ class _Known(Known):
         self.elsewhere, self.commands = counting.elsewhere(), commands.allowed()
         self._remote = not all(map(is_local, addresses))
         self.here = threading.Semaphore(THREADS)
-        """Of who counts on this machine."""
+        """One place for each thread that counts on this machine."""
         self.counted: dict[str, Shard] = {}
         """Local shards that were counted where they were hashed."""
 

@@ -25,7 +25,7 @@ NO_TEXT = "missing text"
 
 
 def kind_of(address: str) -> str | None:
-    """Which kind of file an address names; None for unknown ones."""
+    """The kind of file that an address names; None for unknown ones."""
     return KINDS.get(split_options(address)[0].rpartition(".")[2].lower())
 
 

@@ -173,7 +173,7 @@ def token() -> Finding:
 
 
 def optional() -> Finding:
-    """Which of raychain's extras are installed."""
+    """The installed ones of raychain's extras."""
     have = [name for name, modules in OPTIONAL.items() if all(find_spec(module) for module in modules)]
     lacking = [name for name in OPTIONAL if name not in have]
     said = f"installed: {', '.join(have) or 'none'}; not installed: {', '.join(lacking) or 'none'}"

@@ -33,7 +33,7 @@ class Wishes:
     captions: tuple[str, ...] = ()
     per_image: int = 1
     epochs: float | None = None
-    """Of the first model; None: as published."""
+    """Epochs of the first model; None: as published."""
     budget: str | None = None
     workers: int = 1
     gpus: bool = False

@@ -41,7 +41,7 @@ class Key:
     """A place where captions stand."""
 
     name: str
-    """As `data.captions.keys` has it."""
+    """The name of the captions, as `data.captions.keys` takes it."""
     captions: float
     """Captions a sample, on average."""
     words: float
@@ -59,7 +59,7 @@ class Held:
     read: int = 0
     """Samples that were read."""
     pictures: int = 0
-    """Of these, with a picture."""
+    """How many of these have a picture."""
     keys: tuple[Key, ...] = ()
     """Where captions stand: text members first."""
     classes: int = 0
