@@ -62,6 +62,7 @@ def test_a_fault_is_made_smaller_kept_and_can_be_tried_again(
     worker: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(worker.kinds, "planted", planted, raising=False)
+    monkeypatch.setattr(worker, "LARGEST", 2**40)  # this process holds what all tests before have imported
     monkeypatch.setitem(worker.kinds.KINDS, "x", st.binary(max_size=500).map(lambda b: [({"x": b}, planted)]))
     told: list[dict[str, Any]] = []
     trying = worker.Trying("x", 0, tmp_path, tmp_path / "faults")
