@@ -248,6 +248,7 @@ def finite(out: Path) -> bool:
     return bool(files) and all(bool(all_finite(load_file(file).values())) for file in files)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_command_of_a_diverged_run_goes_on_from_its_last_good_state(ray_session, tree, tmp_path):
     file, out = tmp_path / "lost.yaml", tmp_path / "runs/tiny"
