@@ -33,11 +33,14 @@ STEPS = (400, 200, 60)
 """Of the three stages."""
 
 
-def experiment(demo: Path, storage: Path, cache: Path, steps: tuple[int, ...] = STEPS) -> dict[str, Any]:
+def experiment(
+    demo: Path, storage: Path, cache: Path, steps: tuple[int, ...] = STEPS, lanes: int = 1
+) -> dict[str, Any]:
     """A three-stage chain on one to two workers that logs every step and saves every three seconds."""
+    captions = {"keys": ["txt", "json.captions"], "per_image": 2}
     return {
         "name": "chain",
-        "data": {"train": f"{demo}/train/*.tar", "captions": {"keys": ["txt", "json.captions"], "per_image": 2}},
+        "data": {"train": f"{demo}/train/*.tar", "lanes": lanes, "captions": captions},
         "chain": [{"model": f"CoM-micro-{m}", "epochs": f"{n} steps"} for m, n in zip("SML", steps, strict=True)],
         "train": {"global_batch": 32, "warmup": "10 %", "log_every": 1, "precision": "fp32"},
         "compute": {"workers": [1, 2], "cpus_per_worker": 1, "max_failures": 3},

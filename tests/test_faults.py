@@ -11,9 +11,10 @@ from faults import Site, compare, disturbed, drain_node, experiment, kill_driver
 pytestmark = [pytest.mark.long, pytest.mark.ray]
 
 
-def test_a_chain_survives_a_lost_node_a_drained_one_and_a_killed_driver_unchanged(demo, tmp_path):
+@pytest.mark.parametrize("lanes", [1, 4])
+def test_a_chain_survives_a_lost_node_a_drained_one_and_a_killed_driver_unchanged(demo, tmp_path, lanes):
     steps, rng = (300, 150, 40), random.Random(0)
-    tree = experiment(demo, tmp_path / "runs", tmp_path / "cache", steps)
+    tree = experiment(demo, tmp_path / "runs", tmp_path / "cache", steps, lanes)
     faults = [kill_node, drain_node, kill_driver]
     with Site(tree, tmp_path) as site:
         hits = disturbed(site, rng, faults, places(rng, steps, len(faults)))
