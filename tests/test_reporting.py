@@ -20,6 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from raychain.core import wording
 from raychain.core.environment import environment
 from raychain.core.storage import Folder
+from raychain.evaluators.metrics import FORMER, written_down
 from raychain.events import CATEGORIES, Evaluated, Span, StageEnded, StageStarted, Step, Warned
 from raychain.records import RunRecord, StageEntry, TotalsRecord
 from raychain.reporting import runlog
@@ -326,6 +327,25 @@ def test_result_table_fits_and_shows_each_stage_and_the_totals(width):
     assert [row for row in rows if row.startswith("3 ") and row.endswith("failed – – – – – –")]
     total = "total 1.30 E MACs, 32.5 % of the baseline's 4.00 E (planned) · 13,000 s"
     assert lines[-1].rstrip() == total
+
+
+@pytest.mark.parametrize(
+    ("defined", "measured", "heads"),
+    [
+        ((), {}, []),
+        ((), {"i2t_r1": 12.3, "t2i_r1": 9.0}, ["R@1 %"]),
+        (("retrieval",), {}, ["R@1 %"]),
+        (("zero_shot",), {"zero_shot_top1": 31.2}, ["zero-shot"]),
+        (("zero_shot", "retrieval"), {"zero_shot_top1": 31.2}, ["zero-shot", "R@1 %"]),
+    ],
+)
+def test_result_table_has_no_column_of_what_nothing_measures(defined, measured, heads):
+    definitions = [found for found in FORMER if found.kind in defined]
+    run = RUN | {"stages": [RECORD | {"metrics": measured}], "metrics": written_down(definitions)}
+    console = Console(file=io.StringIO(), width=80)
+    result_table(run, console)
+    text = console.file.getvalue()
+    assert [head for head in ("zero-shot", "R@1 %") if head in text] == heads
 
 
 def test_result_table_is_plain_where_stdout_is_no_terminal():

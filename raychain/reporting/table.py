@@ -18,7 +18,8 @@ from raychain.terminal.console import make_console
 
 STATUS_STYLES = {"trained": "green", "reused": "cyan", "given": "cyan", "failed": "red"}
 HEADINGS = ("stage", "model", "status", "params\n(M)", "epochs", "MACs")
-MEASURED = ("zero-shot\ntop-1 %", "R@1 %\ni2t / t2i")
+COLUMNS = {"zero_shot": "zero-shot\ntop-1 %", "retrieval": "R@1 %\ni2t / t2i"}
+"""What is measured and has a column of its own, by the evaluator's type."""
 TEXT = ("model", "status")
 
 
@@ -30,22 +31,24 @@ def result_table(run: Mapping[str, Any], console: Console | None = None) -> None
     console = console or make_console()
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1 if console.width >= 100 else 0), pad_edge=False, show_edge=False)
     metrics = read_back(run)
+    stages = run.get("stages") or ()
     named = any(not definition.former for definition in metrics)
-    for heading in (*HEADINGS, *(() if named else MEASURED), "seconds"):
+    columns = [] if named else _measured(run, stages)
+    for heading in (*HEADINGS, *(COLUMNS[kind] for kind in columns), "seconds"):
         left = heading in TEXT
         model = heading == "model"
         table.add_column(heading, justify="left" if left else "right", no_wrap=not model, overflow="fold")
-    for stage in run.get("stages") or ():
-        own = () if named else _former(stage.get("metrics") or {})
+    for stage in stages:
+        own = (_former(kind, stage.get("metrics") or {}) for kind in columns)
         table.add_row(*_row(stage), *own, number(stage.get("wall_s"), 2))
     console.print(table)
     if named:
-        _metrics(console, run.get("stages") or (), metrics)
+        _metrics(console, stages, metrics)
     health = run.get("data_health") or {}
     if health.get("bad"):
         bad, samples = sum(health["bad"].values()), health["samples"]
         console.print(f"data: {bad:,} of {samples:,} samples not used: {kinds(health['bad'])}")
-    for line in uncounted(run.get("stages") or ()):
+    for line in uncounted(stages):
         console.print(one_line(line), highlight=False, soft_wrap=True)
     console.print(_totals(run.get("totals") or {}), style="bold", highlight=False)
 
@@ -63,10 +66,18 @@ def _row(stage: Mapping[str, Any]) -> list[str | Text]:
     ]
 
 
-def _former(metrics: Mapping[str, Any]) -> list[str]:
-    """The cells of zero-shot classification and retrieval, where nothing else is measured."""
-    top1, to_text, to_image = (d.number(d.value(metrics)) for d in FORMER if d.brief)
-    return [top1, MISSING if {to_text, to_image} == {MISSING} else f"{to_text} / {to_image}"]
+def _measured(run: Mapping[str, Any], stages: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The types of COLUMNS that the run measures; in files that do not say so, those of which there is a value."""
+    defined = run.get("metrics")
+    if isinstance(defined, Mapping) and defined:
+        return [kind for kind in COLUMNS if any(found.kind == kind for found in read_back(run))]
+    return [kind for kind in COLUMNS if any(_former(kind, stage.get("metrics") or {}) != MISSING for stage in stages)]
+
+
+def _former(kind: str, metrics: Mapping[str, Any]) -> str:
+    """The cell of zero-shot classification or of retrieval, where nothing else is measured."""
+    cells = [found.number(found.value(metrics)) for found in FORMER if found.brief and found.kind == kind]
+    return MISSING if set(cells) == {MISSING} else " / ".join(cells)
 
 
 def _metrics(console: Console, stages: Sequence[Mapping[str, Any]], definitions: Sequence[Definition]) -> None:
