@@ -23,6 +23,7 @@ from raychain.data.addresses import expand
 from raychain.data.shards import read, survey
 from raychain.errors import RunFailed
 from raychain.runs import driver
+from raychain.runs.resolve import make_task
 
 pytestmark = pytest.mark.slow
 
@@ -213,3 +214,17 @@ def test_a_chain_across_architectures_distils_and_grows_the_text_tower_alone(ray
     assert torch.cosine_similarity(words, grown[:, :64]).mean() > 0.99
     model = open_clip.create_model(f"local-dir:{out / run['stages'][1]['checkpoint']}")
     assert model.encode_image(torch.zeros(2, 3, 40, 40)).shape == (2, 64)
+
+
+def test_a_stage_that_another_driver_finishes_after_planning_counts_as_reused(finished, tmp_path, monkeypatch):
+    run, out, tree = finished
+    meanwhile = out.rename(tmp_path / "meanwhile")
+    task = make_task(validate(tree), str(out))
+    meanwhile.rename(out)
+    assert [stage.status for stage in task.stages] == ["trained", "trained"]
+    seen = []
+    monkeypatch.setattr(driver, "_run", lambda task, *_: seen.append(task) or run)
+    monkeypatch.setattr(driver, "leave_report", lambda _: None)
+    monkeypatch.setattr(driver, "leave_cards", lambda _: None)
+    driver.run_chain(task)
+    assert [stage.status for stage in seen[0].stages] == ["reused", "reused"]

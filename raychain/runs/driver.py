@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from raychain import records, signals
@@ -60,8 +61,9 @@ def run_chain(
         for stage, record in zip(task.stages, finished, strict=True):
             if stage.start and record is None:
                 _claim(stage.start, task, out, store, stack)
+        stages = [replace(stage, published=bool(record)) for stage, record in zip(task.stages, finished, strict=True)]
         try:
-            return _run(task, out, store, finished, lease, address, verbose, watch)
+            return _run(replace(task, stages=tuple(stages)), out, store, finished, lease, address, verbose, watch)
         finally:
             with signals.settled():
                 leave_report(out)
