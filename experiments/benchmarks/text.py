@@ -4,8 +4,8 @@
 
 One process, one thread, fp32, AdamW, gradients clipped at 1, the same model, batch and length. nanoGPT's loop reads
 random rows of a memory-mapped file and computes all logits at once; raychain's has its loader, its cache and its
-checks, and no average of the weights, which the other has not. They take turns; a figure is the median over the runs,
-each the mean over its steps without the first ten.
+checks, logs every twentieth step as by default, and has no average of the weights, which the other has not. They take
+turns, each being the first in every other run; a figure is the mean over a run's steps without the first twenty.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from raychain.paradigms.lm.models import build, configuration
 from raychain.runs.resolve import make_task
 from raychain.training.stage import ChainWorker
 
-WARM = 10
+WARM = 20
+"""Steps that are left out, and those from one logged step to the next."""
 LR, CLIP, DECAY = 1e-3, 1.0, 0.1
 
 
@@ -43,7 +44,7 @@ def of_raychain(data: Path, model: str, batch: int, length: int, steps: int) -> 
             "data": {"train": str(data / "train-*.bin")},
             "chain": [{"model": model, "epochs": f"{steps} steps"}],
             "train": {"global_batch": batch, "lr": LR, "warmup": "10 %", "clip_norm": CLIP, "weight_decay": DECAY,
-                      "average": None, "precision": "fp32", "log_every": 1},
+                      "average": None, "precision": "fp32", "log_every": WARM},
             "compute": {"cpus_per_worker": 1},
             "preload": {"cache": f"{scratch}/cache"},
         }  # fmt: skip
@@ -55,7 +56,7 @@ def of_raychain(data: Path, model: str, batch: int, length: int, steps: int) -> 
 
         task = make_task(opened(validate(tree)), f"{scratch}/out")
         ChainWorker(task, torch.device("cpu"), emit, lambda: False).run()
-    return batch * length * (len(times) - 1 - WARM) / (times[-1] - times[WARM])
+    return batch * length * WARM * (len(times) - 1) / (times[-1] - times[0])
 
 
 def of_nanogpt(data: Path, model: str, batch: int, length: int, steps: int) -> float:
@@ -79,7 +80,7 @@ def of_nanogpt(data: Path, model: str, batch: int, length: int, steps: int) -> f
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         times.append(time.time())
-    return batch * length * (len(times) - 1 - WARM) / (times[-1] - times[WARM])
+    return batch * length * (steps - WARM) / (times[-1] - times[WARM - 1])
 
 
 def main() -> None:
@@ -90,14 +91,18 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["CoM-LM-S", "CoM-LM-L"])
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=60, help="a multiple of twenty")
     parser.add_argument("--runs", type=int, default=5)
     given = parser.parse_args()
     torch.set_num_threads(1)
     found = {}
     for model in given.models:
         what = (given.data, model, given.batch, given.length, given.steps)
-        rates = [(of_raychain(*what), of_nanogpt(*what)) for _ in range(given.runs)]
+        rates = []
+        for run in range(given.runs):
+            loops = (of_raychain, of_nanogpt) if run % 2 == 0 else (of_nanogpt, of_raychain)
+            rate = {loop: loop(*what) for loop in loops}
+            rates.append((rate[of_raychain], rate[of_nanogpt]))
         ours, theirs = zip(*rates, strict=True)
         found[model] = {
             "raychain": ours,
