@@ -34,6 +34,7 @@ from raychain.evaluators.perplexity import resolve_perplexity
 from raychain.paradigms import make_paradigm, make_task, model_size
 from raychain.paradigms.lm.models import build, checked
 from raychain.paradigms.lm.objective import LanguageObjective
+from raychain.paradigms.lm.paradigm import LanguageTask
 from raychain.paradigms.objective import Projector
 from raychain.training.step import forward_backward
 
@@ -108,6 +109,12 @@ def test_the_tokenizer_of_bytes_is_the_one_in_its_file() -> None:
         assert library.encode(text, add_special_tokens=False).ids == own.ids([text])[0].tolist()
         assert own.words(own.ids([text])[0].tolist()) == text
     assert library.token_to_id("<|endoftext|>") == own.end == 256
+
+
+def test_a_tokenizers_path_holds_in_other_working_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert LanguageTask(tokenizer="mine/tokenizer.json").tokenizer == str(tmp_path / "mine" / "tokenizer.json")
+    assert [LanguageTask(tokenizer=name).tokenizer for name in ("bytes", "s3://a/b")] == ["bytes", "s3://a/b"]
 
 
 def test_a_trained_tokenizer_makes_fewer_tokens(folder: Path) -> None:

@@ -46,6 +46,12 @@ def on_page_markdown(markdown: str, *, page: object, **_: object) -> str:
     return LINK.sub(lambda found: found[1] + _moved(file, found[2]) + found[3], markdown)
 
 
+def on_post_page(output: str, **_: object) -> str:
+    """Gives the theme's search dialog a name, which those who listen to a page need."""
+    dialog = 'data-md-component="search" role="dialog"'
+    return output.replace(dialog, f'{dialog} aria-label="Search"')
+
+
 def commands_page() -> str:
     """The page of all commands with their options, as Typer writes it from the commands themselves."""
     command = [sys.executable, "-m", "typer", "--app", "commands", "raychain.cli.commands", "utils", "docs",

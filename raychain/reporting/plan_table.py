@@ -72,7 +72,8 @@ def _memory(size: float | None) -> str:
 
 def _totals(console: Console, plan: Mapping[str, Any]) -> None:
     baseline = plan["baseline"]
-    alone = f"{baseline['model']} alone for {baseline['epochs']:g} epochs ({macs(baseline['macs'])} MACs)"
+    epochs = "1 epoch" if baseline["epochs"] == 1 else f"{baseline['epochs']:g} epochs"
+    alone = f"{baseline['model']} alone for {epochs} ({macs(baseline['macs'])} MACs)"
     share = f"{plan['percent_of_baseline']:.1f} % of {alone}"
     _say(console, f"total {macs(plan['macs'])} MACs, {share}: speed-up {plan['speedup']:.2f}×", bold=True)
     given = uncounted(plan["stages"])

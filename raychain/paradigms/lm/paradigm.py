@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import nn
 
 from raychain.core.json import Json
@@ -47,6 +47,12 @@ class LanguageTask(Task):
     """Tokens of a sample; models may have been made for longer ones."""
     text: str = "text"
     """What the text is called in JSON lines, parquet tables and JSON members of tar files."""
+
+    @field_validator("tokenizer")
+    @classmethod
+    def _absolute(cls, address: str) -> str:
+        """A path from where the experiment was started; Ray's workers have another working directory."""
+        return address if address == BYTES or "://" in address else str(Path(address).expanduser().absolute())
 
     @property
     def identity(self) -> Json:
