@@ -12,7 +12,7 @@ import yaml
 
 from raychain.config.loading import opened, validate
 from raychain.core.storage import Folder
-from raychain.events import Event, StageEnded, StageStarted
+from raychain.events import Event, Span, StageStarted
 from raychain.runs.resolve import make_task
 from raychain.runs.store import StageStore
 from raychain.training.stage import ChainWorker
@@ -38,8 +38,8 @@ def train_here(file: Path, work: Path) -> list[dict[str, Any]]:
         nonlocal begun, share
         if isinstance(event, StageStarted):
             begun, share = time.process_time(), 1 - event.start_step / event.steps
-        elif isinstance(event, StageEnded):
-            (seconds / event.record.key).write_text(f"{(time.process_time() - begun) / share:.2f}")
+        elif isinstance(event, Span) and event.category == "stage" and event.stage is not None:
+            (seconds / task.stages[event.stage].key).write_text(f"{(time.process_time() - begun) / share:.2f}")
 
     if not ChainWorker(task, torch.device("cpu"), emit, lambda: False).run():
         raise SystemExit(f"{file.name} was stopped")
