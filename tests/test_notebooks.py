@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,12 +17,8 @@ from raychain.events import StageStarted, Step
 from raychain.reporting import progress
 from raychain.reporting.notebook import NotebookView
 
-CELLS = [
-    "import raychain",
-    "run = raychain.run('mine.yaml')",
-    "print(run['status'], [stage['model'] for stage in run['stages']])",
-    "again = raychain.run('mine.yaml')\nassert again['stages'][0]['status'] == 'reused'",
-]
+PAGE = Path(__file__).parents[1] / "docs" / "tutorials" / "notebook.md"
+CELLS = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(), re.DOTALL | re.MULTILINE)
 
 
 class Display:
@@ -56,16 +55,22 @@ def test_a_cell_has_one_output_that_changes(
 
 
 @pytest.mark.long
-def test_a_notebook_trains_a_chain(tree: dict[str, Any], tmp_path: Path) -> None:
+def test_the_notebook_of_the_documentation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
-    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(tree))
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in CELLS])
     nbclient.NotebookClient(notebook, timeout=500, resources={"metadata": {"path": str(tmp_path)}}).execute()
-    outputs = notebook.cells[1].outputs
-    shown = [out for out in outputs if out.output_type == "display_data"]
+    outputs = {cell.source.splitlines()[-1]: cell.outputs for cell in notebook.cells}
+    shown = [out for out in outputs['run = raychain.run("mine.yaml")'] if out.output_type == "display_data"]
     assert len(shown) == 1, "one output, which changed in place"
     assert "stage 2/2 CoM-micro-M: trained" in shown[0].data["text/plain"]
-    assert "succeeded ['CoM-micro-S', 'CoM-micro-M']" in notebook.cells[2].outputs[0].text
+    (again,) = (outs for line, outs in outputs.items() if line.startswith('print(run["status"]'))
+    assert "succeeded ['reused', 'reused']" in again[-1].text
+    (page,) = outputs['IFrame(raychain.report("runs/mine"), "100%", 600)']
+    assert 'src="runs/mine/report.html"' in page.data["text/html"]
+    assert (tmp_path / "runs/mine/report.html").exists()
+    assert "top1" in outputs['print(measured["results"][0]["metrics"])'][0].text
+    assert "parameters" in notebook.cells[-1].outputs[-1].text
 
 
 @pytest.mark.long
@@ -97,8 +102,6 @@ def test_chains_train_in_the_trials_of_a_users_tune(ray_session: None, tree: dic
 
 
 def test_a_terminal_with_ipython_is_no_notebook(monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-
     from raychain.reporting.notebook import notebook_view
 
     for shell in (None, SimpleNamespace()):
