@@ -133,6 +133,14 @@ def test_where_ray_does_not_tell_the_state_of_each_node_its_totals_are_what_is_k
         ray.util.remove_placement_group(group)
 
 
+def test_what_the_controller_imports_does_without_torch():
+    """It would start before the workers import theirs, and hold 0.3 GiB."""
+    code = (
+        "import raychain.backend_ray.process_group, raychain.backend_ray.worker, sys; assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
 def test_a_node_is_not_started_where_it_would_be_open_to_the_network(monkeypatch):
     monkeypatch.delattr("ray._private.services.resolve_ip_for_localhost")
     with pytest.raises(RuntimeError, match="cannot be kept to this machine's own address"):

@@ -14,7 +14,7 @@ from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from raychain.backend_ray import placement
+from raychain.backend_ray import process_group
 from raychain.backend_ray.cluster import Resources
 from raychain.backend_ray.environment import environment
 from raychain.backend_ray.worker import Mailbox, train_chain
@@ -80,7 +80,7 @@ class WorkerGroup(threading.Thread):
             train_chain,  # type: ignore[arg-type]  # what it returns is `return_value` below
             train_loop_config=settings,
             scaling_config=ScalingConfig(num_workers=count, use_gpu=gpu, resources_per_worker=workers.worker),
-            torch_config=placement.Placed("nccl" if gpu else "gloo", mailbox=self._mailbox),
+            torch_config=process_group.ProcessGroup("nccl" if gpu else "gloo", self._mailbox),  # type: ignore[arg-type]
             run_config=RunConfig(
                 name=self._name,
                 storage_path=self._storage.path,
@@ -103,6 +103,6 @@ class WorkerGroup(threading.Thread):
     def tidy(self) -> None:
         """Frees what Ray Train leaves behind: the group's resources, if it failed, and files in the run folder."""
         with contextlib.suppress(Exception):
-            placement.remove(ray.get(self._mailbox.placements.remote(), timeout=10))
+            process_group.remove(ray.get(self._mailbox.placements.remote(), timeout=10))
         with contextlib.suppress(OSError):  # a few files; the storage may be away
             self._storage.delete(self._name)

@@ -134,7 +134,10 @@ def train_chain(config: Settings) -> bool:
     warnings.filterwarnings("ignore", category=UserWarning)
     torch.set_num_threads(task.threads)
     gpu = task.experiment.compute.gpus_per_worker > 0
-    device = ray.train.torch.get_device() if gpu else torch.device("cpu")
+    device = torch.device("cpu")
+    if gpu:
+        device = ray.train.torch.get_device()
+        torch.cuda.set_device(device)  # of this thread
     link = Link(config["mailbox"])
     handler = _Warnings(link)
     logging.getLogger("raychain").addHandler(handler)
