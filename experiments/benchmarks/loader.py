@@ -35,6 +35,7 @@ import webdataset
 from other_loaders import dali, has_dali, has_streaming, recipe, streamed, write_mds
 from PIL import Image
 
+from raychain.data import pictures, table
 from raychain.data.cache import ShardCache
 from raychain.data.loader import Feed, Loader
 from raychain.data.members import Wanted
@@ -157,6 +158,30 @@ def pipelines(shards: Sequence[Shard], work: Path, crop: bool, epochs: int) -> d
     }
 
 
+def parts(batches: Iterator[torch.Tensor]) -> dict[str, float]:
+    """Microseconds of processor time a picture of raychain's random crops: all, and those spent in two functions."""
+    spent: dict[str, list[float]] = {"resizing": [], "decoding JPEG": []}
+
+    def watched(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*given: Any) -> Any:
+            before = time.thread_time()
+            found = function(*given)
+            spent[name].append(time.thread_time() - before)
+            return found
+
+        return call
+
+    resize, from_jpeg = pictures.scale_into, table.from_jpeg
+    pictures.scale_into, table.from_jpeg = watched("resizing", resize), watched("decoding JPEG", from_jpeg)
+    try:
+        before = time.process_time()
+        images = sum(len(batch) for batch in batches)
+        spent["all"] = [time.process_time() - before]
+    finally:
+        pictures.scale_into, table.from_jpeg = resize, from_jpeg
+    return {name: round(sum(seconds) / images * 1e6, 1) for name, seconds in spent.items()}
+
+
 def tolerance(shard: Shard, work: Path) -> dict[str, dict[str, float]]:
     """Difference of raychain's centre crops from the bicubic baseline's, in levels of 255."""
     theirs = torch.cat(list(baseline([shard], False, BICUBIC))).mul(255).round().permute(0, 2, 3, 1).numpy()
@@ -189,6 +214,11 @@ def measure(args: argparse.Namespace, work: Path) -> dict[str, Any]:
             for name, start in pipelines(shards, work / task, crop, args.epochs).items():
                 runs.setdefault(name, []).append(timed(start()))
         results[task] = {name: summary(found, runs["webdataset, bicubic"]) for name, found in runs.items()}
+        if crop:
+            results["parts"] = {
+                pixels: parts(loaded(shards, work / task / f"cold-{pixels}", crop, pixels, args.epochs))
+                for pixels in ("raw", "jpeg")
+            }
     return results
 
 
@@ -223,6 +253,8 @@ def main() -> None:
                 f"{name:30}{row['per_cpu_s']:14.0f}{row['spread_percent']:10.1f}{row['ratio']:8.2f}"
                 f"{row['per_wall_s']:11.0f}{row['first_batch_s']:15.3f}"
             )
+    for pixels, found in results.get("parts", {}).items():
+        print(f"cached, {pixels}, random crops, µs of processor time a picture: {found}")
     print(json.dumps(results))
     if args.out:
         args.out.write_text(json.dumps(results, indent=2) + "\n")

@@ -1,6 +1,6 @@
 """The process group of a Ray Train worker group, and the placement group that holds its resources.
 
-Ray's own `TorchConfig` makes the controller import torch before it starts a worker: two seconds of a core and 0.3 GiB
+Ray's own `TorchConfig` makes the controller import torch before it starts a worker: 1.5 seconds of a core and 0.3 GiB
 for each group, where only the workers need it. This one leaves torch to them.
 """
 
