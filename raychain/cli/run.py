@@ -61,7 +61,7 @@ def _dry_run(
     alone: bool,
 ) -> None:
     from raychain.core.storage import below
-    from raychain.core.wording import uncounted
+    from raychain.core.wording import several, uncounted
     from raychain.data.commands import unexecuted
     from raychain.data.index import described
     from raychain.runs.alone import alone as baseline_of
@@ -78,7 +78,11 @@ def _dry_run(
     if as_json:
         say(json.dumps({"config": config.model_dump(mode="json"), **plan}, indent=2), sys.stdout)
     for stage in [] if as_json else plan["stages"]:
-        steps = f"{stage['steps']:,} steps, {stage['epochs']:g} epochs" if stage["steps"] else "given"
+        steps = (
+            f"{several(stage['steps'], 'step')}, {several(stage['epochs'], 'epoch', 'g')}"
+            if stage["steps"]
+            else "given"
+        )
         state = "published" if stage["published"] else steps
         name = one_line(stage["model"])
         say(f"{name:20} {stage['params'] / 1e6:9.2f} M parameters  {stage['macs']:.3g} MACs  {state}", sys.stdout)

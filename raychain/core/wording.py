@@ -28,9 +28,10 @@ def uncounted(stages: Iterable[Mapping[str, Any]]) -> list[str]:
     return found
 
 
-def several(count: int, thing: str) -> str:
-    """`1 shard`, `1,200 shards`."""
-    return f"{count:,} {thing}{'' if count == 1 else 's'}"
+def several(count: float, thing: str, form: str = ",") -> str:
+    """`1 shard`, `1,200 shards`; the number as `form` writes it: `0.5 epochs` with "g"."""
+    written = format(count, form)
+    return f"{written} {thing}{'' if written == '1' else 's'}"
 
 
 def number(value: Any, digits: int = 3) -> str:

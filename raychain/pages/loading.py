@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from raychain import records
 from raychain.core.json import Json
 from raychain.core.storage import Folder
+from raychain.core.wording import several
 from raychain.errors import InputError
 from raychain.evaluators.metrics import Definition, read_back
 from raychain.lease import LEASE, is_abandoned
@@ -270,7 +271,7 @@ def _length(record: StageEntry, entry: Mapping[str, Any]) -> str:
     except (ValueError, OverflowError):
         if entry.get("checkpoint") or record.status == "given":
             return "given"
-        return "" if record.epochs is None else _singular(f"{record.epochs:g} epochs")
+        return "" if record.epochs is None else several(record.epochs, "epoch", "g")
 
 
 def _singular(length: str) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from raychain.core.json import Json
+from raychain.core.wording import several
 from raychain.evaluators.metrics import Definition, read_back
 from raychain.pages.loading import amount, numbers
 from raychain.records import BaselineRecord, ChainedRecord, ComparisonRecord, HalvingRecord, SearchRecord, TrialRecord
@@ -122,10 +123,10 @@ def _trial(record: TrialRecord) -> Trial:
 
 
 def _step(stage: ChainedRecord) -> Step:
-    length = f"{stage.epochs:.3g} epochs"
+    length = several(stage.epochs, "epoch", ".3g")
     rest = {name: value for name, value in (stage.model_extra or {}).items() if value is not None}
     written = json.dumps(rest, sort_keys=True, default=str) if rest else ""
-    return Step(stage.model, length[:-1] if length == "1 epochs" else length, written)
+    return Step(stage.model, length, written)
 
 
 def _front(trials: Sequence[Trial], metric: Definition) -> list[Trial]:

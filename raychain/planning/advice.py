@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from raychain.core.wording import several
 from raychain.planning.cost import ChainCost
 
 MEASURED = "experiments/evidence"
@@ -17,9 +18,9 @@ def cost_advice(cost: ChainCost) -> list[str]:
         return []
     base = cost.baseline
     return [
-        f"the chain costs no less than {base.size.name} alone for {base.epochs:g} epochs: it pays only if its other "
-        "models are wanted too, or if it ends better, which `raychain search` finds out; shorten the later stages, or "
-        "end with a larger model"
+        f"the chain costs no less than {base.size.name} alone for {several(base.epochs, 'epoch', 'g')}: it pays only "
+        "if its other models are wanted too, or if it ends better, which `raychain search` finds out; shorten the "
+        "later stages, or end with a larger model"
     ]
 
 

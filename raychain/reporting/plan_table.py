@@ -10,7 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from raychain.core.wording import MISSING, about, clock, macs, number, uncounted
+from raychain.core.wording import MISSING, about, clock, macs, number, several, uncounted
 from raychain.evaluators.metrics import Definition
 from raychain.terminal.console import make_console
 
@@ -72,7 +72,7 @@ def _memory(size: float | None) -> str:
 
 def _totals(console: Console, plan: Mapping[str, Any]) -> None:
     baseline = plan["baseline"]
-    epochs = "1 epoch" if baseline["epochs"] == 1 else f"{baseline['epochs']:g} epochs"
+    epochs = several(baseline["epochs"], "epoch", "g")
     alone = f"{baseline['model']} alone for {epochs} ({macs(baseline['macs'])} MACs)"
     share = f"{plan['percent_of_baseline']:.1f} % of {alone}"
     _say(console, f"total {macs(plan['macs'])} MACs, {share}: speed-up {plan['speedup']:.2f}×", bold=True)

@@ -14,7 +14,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from raychain.core.wording import clock, number
+from raychain.core.wording import clock, number, several
 from raychain.errors import one_line
 from raychain.evaluators.metrics import FORMER, Definition
 from raychain.events import BadSamples, Evaluated, Event, Listener, Restarted, StageEnded, StageStarted, Step, Warned
@@ -146,7 +146,7 @@ def _opening(start: StageStarted) -> str:
     resumed = f", resumed at step {first:,}" if first else ""
     plural = "s" if workers != 1 else ""
     cached = ", pictures cached as JPEG" if start.cached_as == "jpeg" else ""
-    length = f"{_epochs(start):.4g} epochs, {steps:,} steps"
+    length = f"{several(_epochs(start), 'epoch', '.4g')}, {several(steps, 'step')}"
     return f"{params} M parameters, {length} on {workers} worker{plural}{resumed}{cached}"
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, Protocol
 
-from raychain.core.wording import clock, macs, number
+from raychain.core.wording import clock, macs, number, several
 from raychain.errors import one_line
 from raychain.evaluators.metrics import Definition
 from raychain.events import Event, Listener, Measured, Restarted, StageEnded, Step, Warned
@@ -133,13 +133,13 @@ class _OfJob(Listener):
         record, value = event.record, self._metric.value(event.record.metrics or {})
         measured = f" · {self._metric.label} {self._metric.written(value)}" if value is not None else ""
         took = f" in {clock(record.wall_s)}"
-        self._say(f"{record.model} {record.epochs:.4g} epochs {record.status}{took}{measured}")
+        self._say(f"{record.model} {several(record.epochs or 0.0, 'epoch', '.4g')} {record.status}{took}{measured}")
 
     def measured(self, event: Measured) -> None:
         record, value = event.record, self._metric.value(event.record.metrics or {})
         if value is not None:
             measured = f"{self._metric.label} {self._metric.written(value)}"
-            self._say(f"{record.model} {record.epochs:.4g} epochs: {measured}")
+            self._say(f"{record.model} {several(record.epochs or 0.0, 'epoch', '.4g')}: {measured}")
 
     def restarted(self, event: Restarted) -> None:
         self._say(event.message)
