@@ -5,14 +5,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.tune.schedulers import FIFOScheduler, MedianStoppingRule
 from test_search import Instant, halved, instant, searched, small  # noqa: F401 - fixtures
 
 import raychain
 from raychain.config.loading import validate
 from raychain.errors import InputError, Interrupted
+from raychain.searching.tune.scheduler import NOBODY, ChainScheduler
 
 PACKAGE = Path(__file__).parent / "packages" / "tuning"
 METRIC = "zero_shot_top1"
@@ -176,6 +179,55 @@ def test_a_folder_whose_address_holds_a_key_is_refused(six: dict[str, Any], addr
         assert "hunter2" not in str(error.value)
 
 
+class Chain:
+    """What schedulers look at of a trial of Tune's."""
+
+    def __init__(self, name: str) -> None:
+        self.trial_id, self.config = name, {"kind": "sampled", "number": int(name)}
+
+
+def said(key: str, percent: float, value: float, *, complete: bool = False) -> dict[str, Any]:
+    return {"key": key, "step": 4, "percent": percent, METRIC: value, "whole": True, "complete": complete}
+
+
+def test_a_scheduler_hears_no_more_of_a_chain_that_goes_on_against_its_verdict() -> None:
+    """Tune's median rule raises AssertionError of a trial that it has stopped."""
+    rule = {"time_attr": "percent", "metric": METRIC, "mode": "max", "grace_period": 1, "min_samples_required": 1}
+    anyone: Any = SimpleNamespace(get_live_trials=list)
+    scheduler = ChainScheduler(MedianStoppingRule(**rule), METRIC)
+    first, second = Chain("0"), Chain("1")
+    for chain in (first, second):
+        scheduler.on_trial_add(anyone, chain)  # type: ignore[arg-type]
+    heard = [
+        (first, said("s", 10, 50)),
+        (first, said("t", 20, 60)),
+        (second, said("s", 10, 5)),
+        (second, said("u", 20, 6)),
+    ]
+    answers = [scheduler.on_trial_result(anyone, chain, report) for chain, report in heard]  # type: ignore[arg-type]
+    assert answers == ["CONTINUE"] * 4, "the stage s has one verdict, for all"
+    again = ChainScheduler(MedianStoppingRule(**rule), METRIC)
+    again.restore_state(scheduler.state())
+    for chain in (first, second):
+        again.on_trial_add(anyone, chain)  # type: ignore[arg-type]
+
+
+def test_a_scheduler_of_a_search_that_goes_on_is_told_whole_reports() -> None:
+    told: list[Any] = []
+
+    class Listening(FIFOScheduler):
+        def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+            told.append(result)
+            return "CONTINUE"
+
+    chain, report = Chain("0"), said("s", 10, 50) | {"trial_id": "0", "config": {"kind": "sampled", "number": 0}}
+    before, again = ChainScheduler(Listening(), METRIC), ChainScheduler(Listening(), METRIC)
+    before.on_trial_result(NOBODY, chain, report)  # type: ignore[arg-type]
+    again.restore_state(before.state())
+    again.on_trial_add(NOBODY, chain)  # type: ignore[arg-type]
+    assert told == [report, report]
+
+
 def test_asha_by_its_name_is_asha(six: dict[str, Any]) -> None:
     named = with_parts(six, scheduler={"name": "asha", "reduction_factor": 4})
     assert named.search.asha.reduction_factor == 4
@@ -187,7 +239,11 @@ def test_asha_by_its_name_is_asha(six: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     "damage",
-    ["truncated", *(pytest.param(d, marks=pytest.mark.long) for d in ("emptied", "gone", "pickle", "versions"))],
+    [
+        "truncated",
+        "callbacks",
+        *(pytest.param(d, marks=pytest.mark.long) for d in ("emptied", "gone", "pickle", "versions")),
+    ],
 )
 def test_a_damaged_folder_is_put_aside_and_the_search_goes_on_from_its_record(
     six: dict[str, Any], instant: type[Instant], tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
@@ -202,6 +258,9 @@ def test_a_damaged_folder_is_put_aside_and_the_search_goes_on_from_its_record(
     match damage:
         case "truncated":
             state.write_bytes(state.read_bytes()[:-200])
+        case "callbacks":  # read when the searcher has its state again
+            (state,) = (out / "tune").glob("callback-states-*.pkl")
+            state.write_bytes(state.read_bytes()[:-20])
         case "emptied":
             state.write_bytes(b"")
         case "gone":
@@ -218,6 +277,25 @@ def test_a_damaged_folder_is_put_aside_and_the_search_goes_on_from_its_record(
     assert (out / "tune.before-1").is_dir()
     assert len(found.results) == 4
     assert damage == "versions" or "search.json is taken instead" in caplog.text
+
+
+def test_what_an_earlier_call_knew_stays_written_where_the_next_one_ends_at_once(
+    six: dict[str, Any], instant: type[Instant], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "runs/tiny-search"
+    instant.most = 3
+    with pytest.raises(Interrupted):
+        searched(validate(six))
+    record = (out / "search.json").read_text()
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("raychain.searching.tune.tuner.fit", fail)
+    with pytest.raises(MemoryError):
+        raychain.search(validate(six))
+    assert (out / "search.json").read_text() == record
+    assert json.loads(record)["trials"]
 
 
 def test_so_many_trials_wait_at_most_as_memory_has_room_for() -> None:

@@ -1,7 +1,8 @@
 """What a search costs beside training: `python experiments/benchmarks/search.py 1000 --out search.json`.
 
 So many trials whose stages are there at once, on one worker group: seconds and CPU seconds of the driver a trial, its
-memory by the number of trials, and that of the trials' processes while as many wait as may.
+memory by the number of trials, and that of the trials' processes while as many wait as may. `--plain` measures Ray Tune
+alone, with as many trials of a function that reports one number.
 """
 
 from __future__ import annotations
@@ -13,10 +14,13 @@ import resource
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
+import ray
+from ray import tune
 
 import raychain
 from raychain.config.loading import validate
@@ -72,8 +76,24 @@ def experiment(work: Path, trials: int, sampler: str, models: str) -> Any:
     })  # fmt: skip
 
 
-def watched(config: Any) -> dict[str, float]:
-    """A search, with the driver's memory at its middle and end, and the most that all trials' processes have."""
+def plain(folder: Path, trials: int) -> int:
+    """Ray Tune without raychain, one trial after the other. Returns the number of its trials."""
+
+    def report(config: dict[str, float]) -> None:
+        tune.report({"zero_shot_top1": config["x"]})
+
+    ray.init("local", include_dashboard=False)
+    settings = tune.TuneConfig(num_samples=trials, max_concurrent_trials=1, reuse_actors=True)
+    run = tune.RunConfig(name="plain", storage_path=str(folder), verbose=0)
+    results = tune.Tuner(report, param_space={"x": tune.uniform(0, 1)}, tune_config=settings, run_config=run).fit()
+    ray.shutdown()
+    return len(results)
+
+
+def watched(search: Callable[[], int]) -> dict[str, Any]:
+    """A search that returns the number of its trials, with the driver's memory by time, and the most that all trials'
+    processes have.
+    """
     process, over = psutil.Process(), threading.Event()
     memory: list[float] = []
     trials: list[float] = []
@@ -86,14 +106,13 @@ def watched(config: Any) -> dict[str, float]:
 
     threading.Thread(target=look, daemon=True).start()
     began, cpu = time.time(), resource.getrusage(resource.RUSAGE_SELF)
-    result = raychain.search(config)
+    count = search()
     took, used = time.time() - began, resource.getrusage(resource.RUSAGE_SELF)
     over.set()
-    count = len(result.record["trials"])
     spent = used.ru_utime + used.ru_stime - cpu.ru_utime - cpu.ru_stime
     return {
         "trials": count, "seconds_a_trial": took / count, "driver_cpu_s_a_trial": spent / count,
-        "driver_mib_at_half": memory[len(memory) // 2], "driver_mib_at_end": memory[-1],
+        "driver_mib_by_tenths": [round(memory[i * (len(memory) - 1) // 10]) for i in range(11)],
         "trial_processes_mib": max(trials),
     }  # fmt: skip
 
@@ -105,14 +124,19 @@ def main() -> None:
     options.add_argument("--groups", type=int, default=1, help="worker groups at once; 22 let 24 trials wait")
     options.add_argument("--wait-s", type=float, default=0.0)
     options.add_argument("--models", default="CoM-micro-{S,M,L}")
+    options.add_argument("--plain", action="store_true", help="Ray Tune alone")
     options.add_argument("--out", type=Path)
     asked = options.parse_args()
     driver.RayRunner, Instant.wait_s = Instant, asked.wait_s  # type: ignore[assignment,misc]
     driver.slots = lambda _: asked.groups
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        make_demo(work / "demo", names=30, pictures=1000, held_out=100, per_name=3)
-        found = watched(experiment(work, asked.trials, asked.sampler, asked.models))
+        if asked.plain:
+            found = watched(lambda: plain(work, asked.trials))
+        else:
+            make_demo(work / "demo", names=30, pictures=1000, held_out=100, per_name=3)
+            config = experiment(work, asked.trials, asked.sampler, asked.models)
+            found = watched(lambda: len(raychain.search(config).record["trials"]))
     print(json.dumps(found, indent=2))
     if asked.out:
         asked.out.write_text(json.dumps(found, indent=2) + "\n")

@@ -139,6 +139,9 @@ class Book:
         of_chains = ratio([trial for trial in trials if trial.chosen], trained)
         baseline = next((t for t in own if t.kind == "control" and t.params == baseline_choices(plan)), None)
         begun = {job.trial.number: job.keys for job in (*campaign.running, *campaign.cut)}
+        entries = {trial.number: self._entry(trial) for trial in trials}
+        if status in ("running", "interrupted"):  # what an earlier call knew, until it is found again
+            entries = self._earlier | entries
         return SearchRecord(
             name=plan.experiment.name,
             status=status,
@@ -147,7 +150,7 @@ class Book:
             metrics=written_down(plan.base.suite.definitions),
             config=plan.experiment.model_dump(mode="json"),
             space_size=space.size,
-            trials=[self._entry(trial) for trial in trials],
+            trials=[entries[number] for number in sorted(entries)],
             pareto=[self._entry(trial) for trial in pareto(own, metric)],
             best=self._entry(best) if best else None,
             baseline=BaselineRecord(

@@ -132,8 +132,9 @@ class _Call:
             desk.end()
             raise
         except BaseException:
-            with contextlib.suppress(OSError):
-                book.write("interrupted")
+            if book.trials:  # else what search.json has of an earlier call is all there is
+                with contextlib.suppress(OSError):
+                    book.write("interrupted")
             raise
         finally:
             desk.close()

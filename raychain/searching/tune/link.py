@@ -13,15 +13,11 @@ from raychain.core.json import Json
 from raychain.searching.book import Book, ForeignTrialError
 from raychain.searching.trials import Trial
 from raychain.searching.tune.desk import Desk
-from raychain.searching.tune.live import Live
+from raychain.searching.tune.live import DamagedStateError, Live
 from raychain.searching.tune.scheduler import ChainScheduler, HalvingScheduler
 
 ALIVE = (TuneTrial.PENDING, TuneTrial.RUNNING)
 OVER = (TuneTrial.TERMINATED, TuneTrial.ERROR)
-
-
-class DamagedStateError(Exception):
-    """What Tune has saved of a search cannot be used."""
 
 
 class Link(Live, CallbackList):

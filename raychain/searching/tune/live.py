@@ -14,6 +14,10 @@ from typing import Any
 _LIVE: dict[str, object] = {}
 
 
+class DamagedStateError(Exception):
+    """What Tune has saved of a search cannot be used."""
+
+
 def find(name: str) -> Any:
     """The object of this name in this process; None where no search is at work, as for who only reads the results."""
     return _LIVE.get(name)

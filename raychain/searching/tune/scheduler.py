@@ -29,7 +29,8 @@ TIME = "percent"
 """What schedulers take for time: training MACs from the chain's first step on, in percent of the baseline's."""
 NOBODY: Any = None
 """ASHA asks Tune's controller for nothing."""
-KEPT = ("training_iteration", "time_total_s")
+NOT_KEPT = ("config", "trial_id", "hostname", "node_ip", "pid", "date", "timestamp", "experiment_tag", "done")
+"""What Tune adds to a report that a scheduler has no use for or is given anew."""
 
 
 class ChainScheduler(Live, TrialScheduler):
@@ -42,6 +43,8 @@ class ChainScheduler(Live, TrialScheduler):
         """By stage and step, unless the scheduler lets trials wait for one another."""
         self._told: dict[str, list[Json]] = {}
         self._over: set[str] = set()
+        self._given_up: set[str] = set()
+        """Trials that `inner` has stopped."""
         self._stopped: set[int] = set()
         self._learns = type(inner) is not FIFOScheduler and not isinstance(inner, HyperBandScheduler)
         self._again = False
@@ -84,24 +87,36 @@ class ChainScheduler(Live, TrialScheduler):
         if not chosen(trial):
             return
         self.inner.on_trial_add(tune_controller, trial)
-        results = self._told.get(trial.trial_id, []) if self._again else []
+        same = {"trial_id": trial.trial_id, "config": trial.config}
+        results = [result | same for result in self._told.get(trial.trial_id, [])] if self._again else []
         for result in results:
-            self.inner.on_trial_result(tune_controller, trial, dict(result))
+            self._judged(tune_controller, trial, result)
         if results and trial.trial_id in self._over:
-            self.inner.on_trial_complete(tune_controller, trial, dict(results[-1]))
+            self.inner.on_trial_complete(tune_controller, trial, results[-1])
 
     def on_trial_result(self, tune_controller: TuneController, trial: Trial, result: Report) -> str:
         """Whether a trial goes on after a measurement."""
         if not chosen(trial):
             return CONTINUE
         if self._learns:
-            kept = {name: result[name] for name in (TIME, self._metric, *KEPT) if name in result}
+            kept = {name: value for name, value in result.items() if name not in NOT_KEPT}
             self._told.setdefault(trial.trial_id, []).append(kept)
-        decision: str = self.inner.on_trial_result(tune_controller, trial, result)
+        decision = self._judged(tune_controller, trial, result)
         if self._learns and decision != TrialScheduler.PAUSE:
             decision = self._decided.setdefault((result["key"], result["step"]), decision)
         if decision == TrialScheduler.STOP:
             self._stopped.add(trial.config["number"])
+        return decision
+
+    def _judged(self, tune_controller: TuneController, trial: Trial, result: Report) -> str:
+        """What `inner` says. It hears no more of a trial that it has stopped and that goes on all the same, as an
+        earlier verdict on a shared stage, or of an earlier call, was another: Tune's median rule would fail.
+        """
+        if trial.trial_id in self._given_up:
+            return CONTINUE
+        decision: str = self.inner.on_trial_result(tune_controller, trial, result)
+        if decision == TrialScheduler.STOP:
+            self._given_up.add(trial.trial_id)
         return decision
 
     def on_trial_complete(self, tune_controller: TuneController, trial: Trial, result: Report) -> None:

@@ -15,7 +15,7 @@ from raychain.searching.judging import Rungs
 from raychain.searching.space import Params
 from raychain.searching.trials import Kind, Trial
 from raychain.searching.tune.desk import Desk
-from raychain.searching.tune.live import Live
+from raychain.searching.tune.live import DamagedStateError, Live
 
 TRIES = 50
 """Choices that are asked of a searcher for one new affordable chain, before the space is walked through."""
@@ -169,7 +169,19 @@ class ChainSearch(Searcher):
 
 
 class ChainGenerator(Live, SearchGenerator):
-    """Tune's, except that a search that was finished goes on where more trials are wanted."""
+    """Tune's, except that a search that was finished goes on where more trials are wanted, and that Tune cannot begin
+    anew without a word where it could not restore a search.
+    """
+
+    def __init__(self, searcher: ChainSearch, *, restored: bool) -> None:
+        super().__init__(searcher)
+        self._restored = restored
+
+    def add_configurations(self, experiments: Any) -> None:
+        """Called for a new search alone. Raises DamagedStateError for one that goes on."""
+        if self._restored:
+            raise DamagedStateError("Tune could not restore its state (--verbose shows why)")
+        super().add_configurations(experiments)
 
     def set_state(self, state: Json) -> None:
         super().set_state(state | {"finished": False})

@@ -27,8 +27,8 @@ from raychain.searching.request import Plan
 from raychain.searching.space import Params
 from raychain.searching.trials import CHOSEN
 from raychain.searching.tune.desk import Desk
-from raychain.searching.tune.link import DamagedStateError, Link
-from raychain.searching.tune.live import live
+from raychain.searching.tune.link import Link
+from raychain.searching.tune.live import DamagedStateError, live
 from raychain.searching.tune.named import CALLBACKS, STOPPERS, make
 from raychain.searching.tune.scheduler import ChainScheduler, HalvingScheduler, make_scheduler
 from raychain.searching.tune.searcher import ChainGenerator, ChainSearch
@@ -125,7 +125,7 @@ def fit(
         parts.scheduler.restore_rungs(before.asha)
     search = ChainSearch(parts.searcher, book, desk, rungs=rungs, most_open=most_open(groups), seeds=seeds)
     search.first += parts.left
-    generator = ChainGenerator(search)
+    generator = ChainGenerator(search, restored=restore)
     loggers = [JsonLoggerCallback(), CSVLoggerCallback(), TBXLoggerCallback()]
     link = Link(book, desk, parts.scheduler, [*loggers, *parts.callbacks])
     with live(plan.out.address, generator, parts.scheduler, parts.stopper, link):
