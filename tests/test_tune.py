@@ -64,7 +64,8 @@ def test_any_searcher_gives_chains_that_are_new(
 @pytest.mark.parametrize("scheduler", [
     pytest.param({"name": "median", "grace_period": 0.1, "min_samples_required": 1}, marks=pytest.mark.long),
     {"name": "raychain_tuning.Floor", "metric": METRIC, "least": 2.5},
-], ids=["median", "own"])  # fmt: skip
+    {"name": "hyperband", "max_t": 100},
+], ids=["median", "own", "hyperband"])  # fmt: skip
 def test_any_scheduler_stops_chains(
     six: dict[str, Any],
     instant: type[Instant],

@@ -35,6 +35,7 @@ class Workers:
 
     def __init__(self, task: ChainTask, worker: Resources, *, verbose: bool) -> None:
         self.task, self.worker, self.verbose = task, dict(worker), verbose
+        self._begun = False
         self._held = contextlib.ExitStack()
         self._held.enter_context(environment(SETTINGS))
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -42,7 +43,9 @@ class Workers:
 
     def start(self, count: int, until: int, micro_batches: Mapping[int, int | None]) -> WorkerGroup:
         """A group of `count` workers, which train the chain up to the stage `until`."""
-        ray.get(self.mailbox.resume.remote())
+        if self._begun:  # the first does not wait for the mailbox's process
+            ray.get(self.mailbox.resume.remote())
+        self._begun = True
         return WorkerGroup(self, count, until, micro_batches)
 
     def request_stop(self) -> None:

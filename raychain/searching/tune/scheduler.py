@@ -7,6 +7,8 @@ of them. Tune does not save schedulers (ray#30838); what this one was told is sa
 from __future__ import annotations
 
 import math
+import time
+from collections.abc import Iterable
 from typing import Any
 
 from ray.tune.execution.tune_controller import TuneController
@@ -29,6 +31,8 @@ TIME = "percent"
 """What schedulers take for time: training MACs from the chain's first step on, in percent of the baseline's."""
 NOBODY: Any = None
 """ASHA asks Tune's controller for nothing."""
+STILL_S = 2.0
+"""How long all trials wait before they go on: a searcher that has another one gives it sooner."""
 NOT_KEPT = ("config", "trial_id", "hostname", "node_ip", "pid", "date", "timestamp", "experiment_tag", "done")
 """What Tune adds to a report that a scheduler has no use for or is given anew."""
 
@@ -45,6 +49,9 @@ class ChainScheduler(Live, TrialScheduler):
         self._over: set[str] = set()
         self._given_up: set[str] = set()
         """Trials that `inner` has stopped."""
+        self._released: set[str] = set()
+        """Trials that it lets wait and that go on all the same."""
+        self._still_since = math.inf
         self._stopped: set[int] = set()
         self._learns = type(inner) is not FIFOScheduler and not isinstance(inner, HyperBandScheduler)
         self._again = False
@@ -102,6 +109,8 @@ class ChainScheduler(Live, TrialScheduler):
             kept = {name: value for name, value in result.items() if name not in NOT_KEPT}
             self._told.setdefault(trial.trial_id, []).append(kept)
         decision = self._judged(tune_controller, trial, result)
+        if result["complete"] and decision == TrialScheduler.PAUSE:
+            return CONTINUE  # there is nothing left to wait for
         if self._learns and decision != TrialScheduler.PAUSE:
             decision = self._decided.setdefault((result["key"], result["step"]), decision)
         if decision == TrialScheduler.STOP:
@@ -140,7 +149,22 @@ class ChainScheduler(Live, TrialScheduler):
         for trial in tune_controller.get_trials():
             if trial.status == Trial.PENDING and not chosen(trial):
                 return trial
-        return self.inner.choose_trial_to_run(tune_controller)
+        found: Trial | None = self.inner.choose_trial_to_run(tune_controller)
+        return found or self._left_waiting(tune_controller.get_live_trials())
+
+    def _left_waiting(self, alive: Iterable[Trial]) -> Trial | None:
+        """A trial that waits although nothing else goes on: Tune's hyperband waits for as many as its brackets hold,
+        which a search may not have, and forgets those that others have left behind.
+        """
+        paused = {trial.trial_id: trial for trial in alive if trial.status == Trial.PAUSED}
+        if not paused or any(trial.status != Trial.PAUSED for trial in alive):
+            self._still_since = math.inf
+        elif time.monotonic() - self._still_since > STILL_S:
+            self._released = set(paused)
+        else:
+            self._still_since = min(self._still_since, time.monotonic())
+        self._released &= set(paused)
+        return paused[self._released.pop()] if self._released else None
 
     def debug_string(self) -> str:
         """What Tune shows of it."""
