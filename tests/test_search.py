@@ -17,6 +17,7 @@ import pytest
 import yaml
 
 import raychain
+from raychain.cli.search import search_command
 from raychain.config import load_experiment
 from raychain.config.loading import validate
 from raychain.errors import InputError, Interrupted
@@ -70,6 +71,15 @@ def test_a_search_shares_stages_and_its_best_chain_run_alone_gives_the_same(
     again = searched(validate(small))
     assert (again["status"], again["trained"]) == ("succeeded", result["trained"])
     assert [trial["metrics"] for trial in again["trials"]] == [trial["metrics"] for trial in result["trials"]]
+
+    file = tmp_path / "search.yaml"
+    file.write_text(yaml.safe_dump(small))
+    capsys.readouterr()
+    search_command(str(file))
+    table = capsys.readouterr().out
+    row = next(line for line in table.splitlines() if line.startswith("★"))
+    assert "CoM-micro-S 0.2667 →" in row, table
+    assert "against CoM-micro-M alone: " in table
 
     best = load_experiment(str(out / "best.yaml"))
     assert [stage.model for stage in best.chain] == ["CoM-micro-S", "CoM-micro-M"]

@@ -63,11 +63,11 @@ def test_parts_of_tune_on_chains_that_are_trained(
 
 def test_a_time_budget_ends_a_search_with_what_it_has(ray_session: None, small: dict[str, Any]) -> None:
     space = SPACE | {"grown": {"low": 0.1, "high": 2.0, "step": 0.02}}
-    stop = {"name": "timeout", "timeout": 40}
+    stop = {"name": "timeout", "timeout": 90}
     small["search"] |= {"space": space, "trials": 60, "seeds": 0, "controls": None, "sampler": "random", "stop": stop}
     began = time.monotonic()
     found = raychain.search(validate(small)).record
-    assert time.monotonic() - began < 120
+    assert time.monotonic() - began < 180
     ends = [trial["status"] for trial in found["trials"]]
     assert 1 <= ends.count("succeeded") < 60
     assert set(ends) <= {"succeeded", "stopped"}
@@ -131,4 +131,5 @@ def test_trackers_of_tunes_hear_of_chains(six: dict[str, Any], instant: type[Ins
     (kept,) = client.search_experiments(filter_string="name = 'chains'")
     runs = client.search_runs([kept.experiment_id])
     assert sorted(run.data.metrics[METRIC] for run in runs) == sorted(t["metrics"][METRIC] for t in record["trials"])
-    assert len(list(tmp_path.glob("wandb/offline-run-*"))) == 2
+    written = {path.parent.name.rpartition("-")[2] for path in tmp_path.glob("wandb/*run-*/*.wandb")}
+    assert len(written) == len(runs) == 2

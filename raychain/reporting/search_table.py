@@ -14,6 +14,7 @@ from rich.text import Text
 
 from raychain.core.wording import macs, number
 from raychain.evaluators.metrics import Definition, find, read_back
+from raychain.records import ChainedRecord
 from raychain.reporting.search_progress import describe
 from raychain.terminal.console import make_console
 
@@ -52,7 +53,7 @@ def search_table(result: Mapping[str, Any], console: Console | None = None) -> N
         table.add_row(
             mark,
             str(trial["number"]),
-            Text(describe(trial["chain"]) + _varied(trial)),
+            Text(describe([ChainedRecord.of(stage) for stage in trial["chain"]]) + _varied(trial)),
             KINDS[trial["kind"]],
             macs(trial["macs"]),
             number(100 * trial["macs"] / result["baseline"]["macs"], 2),

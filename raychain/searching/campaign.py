@@ -41,6 +41,13 @@ class Stop(NamedTuple):
     """Every worker group is to save and end."""
 
 
+class Trained(NamedTuple):
+    """A job has trained a stage, which has perhaps still to be measured."""
+
+    job: Job
+    key: str
+
+
 class StageDone(NamedTuple):
     """A job finished a stage or a part of a trunk, and others can use it."""
 
@@ -65,7 +72,7 @@ class JobEnded(NamedTuple):
     stopped: bool = False
 
 
-Notice = Wanted | Unwanted | Stop | StageDone | Measured | JobEnded
+Notice = Wanted | Unwanted | Stop | Trained | StageDone | Measured | JobEnded
 
 
 class Runner(Protocol):
@@ -160,10 +167,12 @@ class Campaign:
                 self.stopping = True
                 for job in self.running:
                     self.runner.cut(job)
+            case Trained(job, key):
+                self.trained.add(key)
+                job.trial.own.add(key)
             case StageDone(job, key, record):
                 if record.status == "trained":
-                    self.trained.add(key)
-                    job.trial.own.add(key)
+                    self._handle(Trained(job, key))
                 self._done(key, record)
                 self._cut_if_idle(job)
             case Measured(job, place, measure):

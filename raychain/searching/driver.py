@@ -148,6 +148,11 @@ class _Call:
         if best is None:
             book.write("failed")
             reasons = {trial.reason for trial in book.trials.values() if trial.reason}
+            if {trial.status for trial in book.trials.values()} == {"stopped"}:
+                raise RunFailed(
+                    f"no chain came to its end: {'; '.join(sorted(reasons))}; what was trained is kept, and who was "
+                    "stopped stays so: go on with a later `stop` or a gentler scheduler, and with more `trials`"
+                )
             raise RunFailed("no chain could be trained: " + "; ".join(sorted(reasons)))
         write_best(self.plan.out, self.tasks.experiment(best.params))
         return Searched(book.write("succeeded").content(), grid)

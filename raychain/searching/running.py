@@ -11,7 +11,7 @@ from raychain.events import Evaluated, Listener, Listeners, Shared, TrunkShared
 from raychain.records import StageEntry
 from raychain.reporting.search_progress import SearchProgress
 from raychain.runs.driver import Watch, run_chain
-from raychain.searching.campaign import Job, JobEnded, Measured, Notice, StageDone
+from raychain.searching.campaign import Job, JobEnded, Measured, Notice, StageDone, Trained
 from raychain.searching.reports import Measure
 from raychain.searching.request import Plan
 from raychain.searching.trials import trunk_key
@@ -25,6 +25,8 @@ class _Notices(Listener):
         self._job, self._notices = job, notices
 
     def shared(self, event: Shared) -> None:
+        if event.record.status == "trained":  # it may be cut before it is measured
+            self._notices.put(Trained(self._job, event.record.key))
         # and not before: it has to be there for the other worker groups, and its metrics for those who judge it
         if self._job.trial.task.measured(event.record):
             self._notices.put(StageDone(self._job, event.record.key, event.record))
