@@ -89,7 +89,7 @@ class Link(Live, CallbackList):
         elif result.get("complete"):
             definitions = self._book.plan.base.suite.definitions
             names = [name for d in definitions for name in (d.name, d.former)]
-            trial.status = "succeeded"
+            trial.status, trial.reason = "succeeded", None  # an earlier call may have had one
             trial.metrics = {name: result[name] for name in names if name in result}
         else:
             trial.status = "stopped"
