@@ -60,7 +60,7 @@ def test_parts_of_tune_on_chains_that_are_trained(
     ends = {(before["status"], now["status"]) for before, now in zip(trials, again["trials"], strict=False)}
     goes_on = {("stopped", "succeeded")} if parts["sampler"] == "bohb" else set()  # Tune has saved that they wait
     assert ends <= {("succeeded", "succeeded"), ("stopped", "stopped")} | goes_on
-    assert {trial["reason"] for trial in again["trials"] if trial["status"] == "succeeded"} == {None}
+    assert {trial.get("reason") for trial in again["trials"] if trial["status"] == "succeeded"} == {None}
 
 
 def test_a_time_budget_ends_a_search_with_what_it_has(ray_session: None, small: dict[str, Any]) -> None:
