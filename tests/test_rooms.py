@@ -1,6 +1,7 @@
 """What may import what: no module imports from a room above its own."""
 
 import ast
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -109,3 +110,8 @@ def test_the_former_name_of_the_data_room_still_leads_there() -> None:
 def test_no_file_is_longer_than_a_person_reads_at_once() -> None:
     long = {str(file.relative_to(PACKAGE)): len(file.read_text().splitlines()) for file in PACKAGE.rglob("*.py")}
     assert not {file: lines for file, lines in long.items() if lines > 400}
+
+
+def test_few_places_leave_open_what_is_in_a_dictionary() -> None:
+    found = [path for path in PACKAGE.rglob("*.py") for _ in range(path.read_text().count("dict[str, Any]"))]
+    assert len(found) < 20, Counter(map(str, found))

@@ -19,6 +19,7 @@ import ray
 from ray import tune
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from raychain.core.json import Json
 from raychain.errors import RunFailed
 
 POLL_S = 30.0
@@ -30,7 +31,7 @@ PING_S, ANSWER_S = 2.0, 30.0
 POSITION = "stage.json"
 """What a trial's checkpoint holds: which report it made last."""
 OVER, DONE = "over", "done"
-Reports = Sequence[dict[str, Any]]
+Reports = Sequence[Json]
 
 
 class TrialFailedError(Exception):
@@ -42,7 +43,7 @@ class Board:
     reports carry their number."""
 
     def __init__(self) -> None:
-        self._reports: defaultdict[int, dict[int, dict[str, Any]]] = defaultdict(dict)
+        self._reports: defaultdict[int, dict[int, Json]] = defaultdict(dict)
         self._ends: dict[int, tuple[int, str]] = {}
         self._news: defaultdict[int, asyncio.Event] = defaultdict(asyncio.Event)
         self._turns: defaultdict[int, int] = defaultdict(int)
@@ -86,7 +87,7 @@ class Board:
 
     def _look(self, trial: int, after: int) -> tuple[Reports, str | None]:
         known = self._reports[trial]
-        found: list[dict[str, Any]] = []
+        found: list[Json] = []
         while after + len(found) in known:
             found.append(known[after + len(found)])
         last, end = self._ends.get(trial, (0, None))
@@ -132,10 +133,10 @@ class Waiting:
         ray.kill(self._board)
 
 
-def make_trial(board: Any) -> Callable[[dict[str, Any]], None]:
+def make_trial(board: Any) -> Callable[[Json], None]:
     """The trainable, for `tune.Tuner` and `Tuner.restore`, which compares its name."""
 
-    def chain(config: dict[str, Any]) -> None:
+    def chain(config: Json) -> None:
         told = (-1, 0)
         if last := tune.get_checkpoint():
             with last.as_directory() as folder:

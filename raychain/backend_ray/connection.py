@@ -20,7 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import ray
 
@@ -80,7 +80,14 @@ def joined(address: str | None, verbose: bool) -> Iterator[None]:
         yield
 
 
-def _options(verbose: bool) -> dict[str, Any]:
+class _Options(TypedDict):
+    """What `ray.init` is to say."""
+
+    log_to_driver: bool
+    logging_level: int
+
+
+def _options(verbose: bool) -> _Options:
     return {"log_to_driver": verbose, "logging_level": logging.INFO if verbose else logging.ERROR}
 
 
@@ -198,7 +205,7 @@ class _Processes:
         return found
 
 
-def _joining(found: Cluster, options: dict[str, Any]) -> _Connection:
+def _joining(found: Cluster, options: _Options) -> _Connection:
     check_answers(found)
 
     def init() -> None:
@@ -212,7 +219,7 @@ def _joining(found: Cluster, options: dict[str, Any]) -> _Connection:
     return _Connection(init, refused, JOINS_S)
 
 
-def _starting(task: ChainTask, options: dict[str, Any]) -> _Connection:
+def _starting(task: ChainTask, options: _Options) -> _Connection:
     cpus = max(os.cpu_count() or 1, math.ceil(task.experiment.most_workers * worker_cpus(task.experiment)))
     folder = temporary()
     check_open_files()

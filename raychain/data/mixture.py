@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from heapq import merge
-from typing import Any
 
 import numpy as np
 
@@ -33,7 +32,7 @@ class Mixture:
     weights: tuple[float, ...]
     seed: int
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return own_fields(self)
 
     @cached_property

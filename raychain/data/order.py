@@ -139,7 +139,7 @@ class Order:
     shuffle: bool = True
     lanes: int = 1
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return own_fields(self)
 
     @cached_property
@@ -246,7 +246,7 @@ class Pieces:
         return np.random.default_rng((self._seed, pass_, kind, *self._tail))
 
 
-def own_fields(order: Any) -> dict[str, Any]:
+def own_fields(order: Any) -> dict[str, object]:
     """What travels to other processes: not what was worked out from it."""
     return {field.name: getattr(order, field.name) for field in fields(order)}
 

@@ -11,6 +11,7 @@ from typing import Any
 import open_clip
 import torch
 
+from raychain.core.json import Json
 from raychain.exporting.source import RefusedError, Source, compared, loaded
 
 LAYER = (("ln_1.", "layer_norm1."), ("ln_2.", "layer_norm2."), ("mlp.c_fc.", "mlp.fc1."), ("mlp.c_proj.", "mlp.fc2."),
@@ -47,7 +48,7 @@ def to_transformers(source: Source, folder: Path) -> dict[str, float]:
     }
 
 
-def _config(source: Source, bos: int, eos: int) -> dict[str, Any]:
+def _config(source: Source, bos: int, eos: int) -> Json:
     """CLIPConfig's arguments."""
     vision, text = source.config["vision_cfg"], source.config["text_cfg"]
     size = source.pixels

@@ -12,6 +12,7 @@ from open_clip.model import convert_to_custom_text_state_dict, get_model_preproc
 from safetensors.torch import load_file
 
 from raychain.core.finite import not_finite
+from raychain.core.json import Json
 from raychain.models.building import build_config, encode_one
 from raychain.models.configs import ConfigError, ModelConfig, check_config, check_preprocessing, read_json
 from raychain.models.registry import UnknownModelError, model_config, refused
@@ -44,9 +45,7 @@ class Checkpoint:
     config: ModelConfig
 
 
-def read_checkpoint(
-    path: str | Path, architecture: str | None = None, config: dict[str, Any] | None = None
-) -> Checkpoint:
+def read_checkpoint(path: str | Path, architecture: str | None = None, config: Json | None = None) -> Checkpoint:
     """The model kept at `path`.
 
     `path` is a folder with open_clip_config.json and weights (open_clip's `local-dir:`, a stage folder), or a weights
@@ -83,7 +82,7 @@ def read_checkpoint(
     return Checkpoint(model, config)
 
 
-def config_beside(path: Path) -> dict[str, Any] | None:
+def config_beside(path: Path) -> Json | None:
     """The `model_cfg` in the open_clip_config.json of a folder, or beside a weights file; None where there is none.
 
     Raises CheckpointError and UnknownModelError as `read_checkpoint` does.

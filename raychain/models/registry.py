@@ -115,7 +115,7 @@ def difference(config: Mapping[str, Any], other: Mapping[str, Any]) -> str:
     return ""
 
 
-def name_for(config: dict[str, Any], called: str, lookup: Callable[[str], Mapping[str, Any]]) -> str:
+def name_for(config: Json, called: str, lookup: Callable[[str], Mapping[str, Any]]) -> str:
     """A name for the model of a checkpoint's `model_cfg`: one that is known for it, of which `called` comes first, else
     one made of `called`, by which the config is known until `use_models` is called. `lookup` has the config of a name.
     """
