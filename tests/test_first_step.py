@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 import webdataset
 import yaml
-from moto.moto_api._internal.models import moto_api_backend
 from PIL import Image
 
 from raychain.cli.run import run_command
@@ -71,10 +70,10 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3]:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    moto_api_backend.reset()  # what other tests have stored in this process
     server, rng = S3(), np.random.default_rng(0)
     folder = Folder(server.address("data"))
     folder.fs.create_dir("set")
+    folder.fs.delete_dir_contents("set")  # moto keeps in this process what other tests have stored
     for i in range(SHARDS):
         content = io.BytesIO()
         with webdataset.TarWriter(content) as tar:
