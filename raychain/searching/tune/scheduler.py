@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Collection
 from typing import Any
 
 from ray.tune.execution.tune_controller import TuneController
@@ -152,7 +152,7 @@ class ChainScheduler(Live, TrialScheduler):
         found: Trial | None = self.inner.choose_trial_to_run(tune_controller)
         return found or self._left_waiting(tune_controller.get_live_trials())
 
-    def _left_waiting(self, alive: Iterable[Trial]) -> Trial | None:
+    def _left_waiting(self, alive: Collection[Trial]) -> Trial | None:
         """A trial that waits although nothing else goes on: Tune's hyperband waits for as many as its brackets hold,
         which a search may not have, and forgets those that others have left behind.
         """
