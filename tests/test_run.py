@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import open_clip
+import psutil
 import pytest
 import torch
 import yaml
@@ -175,11 +179,37 @@ def test_a_diverging_run_fails_naming_the_step_and_keeps_the_first_stage(ray_ses
     assert [s["status"] for s in raychain.run(validate(tree))["stages"]] == ["reused", "trained"]
 
 
+@contextlib.contextmanager
+def workers_rest(wanted: Callable[[], bool]) -> Iterator[None]:
+    """Workers mostly stand still while `wanted`: a preloader runs on cores that no other wants, and beside other tests
+    it would get none before a short stage's end.
+    """
+    over = threading.Event()
+
+    def work() -> None:
+        while not over.wait(0.05):
+            if wanted():
+                workers = [x for x in psutil.Process().children(recursive=True) if "RayTrainWorker" in x.name()]
+                for worker in workers:
+                    worker.suspend()
+                over.wait(1)
+                for worker in workers:
+                    worker.resume()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
 def test_a_stage_of_its_own_source_and_resolution_is_preloaded_while_the_one_before_trains(
     ray_session, tree, demo, tmp_path
 ):
     tree["chain"] = [
-        {"model": "CoM-micro-S", "epochs": "1200 steps"},  # time enough for a preloader that gets few cycles
+        {"model": "CoM-micro-S", "epochs": "400 steps"},
         {
             "model": "CoM-micro-M",
             "epochs": "12 steps",
@@ -189,8 +219,13 @@ def test_a_stage_of_its_own_source_and_resolution_is_preloaded_while_the_one_bef
     tree["train"]["global_batch"] = 16
     tree["preload"] = {"cache": str(tmp_path / "cache")}
     tree["evaluate"] = {}
-    run = raychain.run(validate(tree))
     out = tmp_path / "runs" / "tiny"
+    sources = [Path(tree["data"]["train"]), demo / "validation"]
+    shards = sum(len(list(source.glob("*.tar"))) for source in sources)
+    with workers_rest(
+        lambda: (out / "metrics.jsonl").exists() and len(list((tmp_path / "cache").rglob("*.arrow"))) < shards
+    ):
+        run = raychain.run(validate(tree))
     config = json.loads((out / run["stages"][1]["checkpoint"] / "open_clip_config.json").read_text())
     assert config["model_cfg"]["vision_cfg"]["image_size"] == 48
     bars = json.loads((out / "trace.json").read_text())["traceEvents"]
