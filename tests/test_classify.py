@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -150,9 +150,9 @@ def test_drop_paths_random_numbers_are_those_of_the_data_order() -> None:
     assert (uniform(torch.from_numpy(seeds), 3).numpy() == expected).all()
 
 
-def reading(folder: Path, cache: Path, **task: Any) -> Feed:
+def reading(folder: Path, cache: Path, augment_on: Literal["host", "device"] = "host", **task: Any) -> Feed:
     paradigm = make_paradigm(make_task({"paradigm": "classify", "classes": CLASSES, **task}))
-    data = Data(train=(str(folder / "train" / "*.tar"),), crop=(0.3, 1.0))
+    data = Data(train=(str(folder / "train" / "*.tar"),), crop=(0.3, 1.0), augment_on=augment_on)
     addresses = sorted(str(path) for path in (folder / "train").glob("*.tar"))
     shards = paradigm.survey(addresses, data, cache, "data.train")
     reader = paradigm.reader(data, paradigm.config("CoM-micro-DeiT-S"), 40, 1000)
@@ -188,6 +188,21 @@ def test_mixed_and_changed_pictures_do_not_depend_on_workers_or_threads(tmp_path
     assert plain[0].keys() == {"images", "label", "seed"}
     assert torch.equal(plain[0]["label"], whole[0]["label"])
     assert not torch.equal(plain[0]["images"], whole[0]["images"])
+
+
+def test_pictures_that_are_mirrored_on_the_device_are_those_that_the_host_mirrors(tmp_path: Path) -> None:
+    folder, cache = class_shards(tmp_path / "data", 64, 10), tmp_path / "cache"
+    (cache / "counts").mkdir(parents=True)
+    found = []
+    for augment_on in ("host", "device"):
+        feed = reading(folder, cache, augment_on, flip=0.5)
+        with Loader(feed, ShardCache(cache, 2**30), global_batch=16, start=0, stop=3) as loader:
+            read = list(loader)
+        found.append([batch.to(torch.device("cpu"))["images"] for batch in read])
+    assert 5 < sum(int(batch["mirror"].sum()) for batch in read) < 43
+    assert all(torch.equal(host, device) for host, device in zip(*found, strict=True))
+    with pytest.raises(InputError, match=r"data.augment_on\n.*device\n.*host with task.erase, task.mixup"):
+        reading(folder, cache, "device", mixup=0.8, erase=0.1)
 
 
 def test_a_pairs_share_follows_betas_distribution_and_the_box() -> None:

@@ -84,6 +84,7 @@ def test_an_unknown_key_is_refused_with_the_nearest_known_one(
         ({"data": {"train": []}}, "data.train"),
         ({"data": {"train": "x", "captions": {"keys": []}}}, "data.captions.keys"),
         ({"data": {"train": "x", "crop": [0.9, 0.5]}}, "data.crop"),
+        ({"data": {"train": "x", "augment_on": "device"}}, "data.augment_on"),
         ({"train": {"global_batch": 1}}, "train.global_batch"),
         ({"train": {"warmup": 100}}, "train.warmup"),
         ({"train": {"lr": float("nan")}}, "train.lr"),

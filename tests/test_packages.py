@@ -152,6 +152,10 @@ def test_a_paradigm_of_another_package_trains_a_chain_and_survives_a_killed_work
     assert losses(tmp_path / "begun")[1, 8] < 0.8 * first, "it begins with the trained one of the other run"
     folder = tmp_path / "whole" / "stages" / "1-rot-M"
     assert json.loads((folder / "config.json").read_text())["config"]["embed_dim"] == 64
+    tree["data"] |= {"crop": [0.9, 1.0], "augment_on": "device"}
+    (tmp_path / "turned.yaml").write_text(yaml.safe_dump(tree))
+    wrong = started(installed, tmp_path / "turned.yaml")
+    assert (wrong.returncode, "paradigm rotation finishes its pictures there" in wrong.stderr) == (2, True)
 
 
 @pytest.mark.long

@@ -106,16 +106,17 @@ def baseline(shards: Sequence[Shard], crop: bool, mode: T.InterpolationMode) -> 
 
 
 def loaded(
-    shards: Sequence[Shard], folder: Path, crop: bool, pixels: Representation, epochs: int
+    shards: Sequence[Shard], folder: Path, crop: bool, pixels: Representation, epochs: int, on_device: bool = False
 ) -> Iterator[torch.Tensor]:
-    """Batches of raychain's loader out of the cache in `folder`, made there in the first epoch."""
+    """Batches of raychain's loader out of the cache in `folder`, made there in the first epoch; with `on_device` what
+    a GPU would be sent, which resizes them (`data.augment_on`)."""
     order = Order(tuple(s.samples for s in shards), seed=0, window=2)
     spec = Spec(WANTED, SIZE, "bytes", crop, pixels)
     cache, steps = ShardCache(folder, 2**40), epochs * order.samples // BATCH
-    feed = Feed(tuple(shards), order, PictureReader(spec, tokenize, 1, CROP if crop else None))
+    feed = Feed(tuple(shards), order, PictureReader(spec, tokenize, 1, CROP if crop else None, on_device))
     with Loader(feed, cache, global_batch=BATCH, start=0, stop=steps) as loader:
         for batch in loader:
-            yield batch["images"]
+            yield batch["window" if on_device else "images"]
 
 
 def timed(batches: Iterator[torch.Tensor]) -> dict[str, float]:
@@ -150,12 +151,18 @@ def pipelines(shards: Sequence[Shard], work: Path, crop: bool, epochs: int) -> d
     if has_dali():
         samples = sum(shard.samples for shard in shards)
         others["DALI on CPU, cubic"] = lambda: dali(addresses, samples, BATCH, SIZE, area, tokenize)
-    return others | {
+    own: dict[str, Callable[[], Any]] = {
         "raychain, first epoch, raw": lambda: cold("raw"),
         "raychain, first epoch, JPEG": lambda: cold("jpeg"),
         "raychain, cached, raw": lambda: loaded(shards, work / "cold-raw", crop, "raw", epochs),
         "raychain, cached, JPEG": lambda: loaded(shards, work / "cold-jpeg", crop, "jpeg", epochs),
     }
+    if crop:
+        own |= {
+            "raychain, raw, GPU resizes": lambda: loaded(shards, work / "cold-raw", crop, "raw", epochs, True),
+            "raychain, JPEG, GPU resizes": lambda: loaded(shards, work / "cold-jpeg", crop, "jpeg", epochs, True),
+        }
+    return others | own
 
 
 def parts(batches: Iterator[torch.Tensor]) -> dict[str, float]:

@@ -19,7 +19,7 @@ from raychain.data.cache import ShardCache
 from raychain.data.health import Tally
 from raychain.data.lanes import Part, dealt, needed, parts
 from raychain.data.order import Lane, Stream, Window, extend, joined
-from raychain.data.reader import Joining, Reader, Table
+from raychain.data.reader import Finishing, Joining, Reader, Table
 from raychain.data.shards import Shard
 
 AHEAD = 4
@@ -41,13 +41,15 @@ class Batch:
     step: int
     columns: dict[str, torch.Tensor]
     """The reader's columns, each [b, …]."""
+    reader: Reader
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self.columns[name]
 
     def to(self, device: torch.device) -> dict[str, torch.Tensor]:
-        """The columns on a device, copied beside other work where they are pinned."""
-        return {name: column.to(device, non_blocking=True) for name, column in self.columns.items()}
+        """The columns on a device, copied beside other work where they are pinned, as an objective reads them."""
+        columns = {name: column.to(device, non_blocking=True) for name, column in self.columns.items()}
+        return self.reader.finish(columns) if isinstance(self.reader, Finishing) else columns
 
 
 @dataclass(frozen=True)
@@ -298,7 +300,8 @@ class Loader:
         if isinstance(self.feed.reader, Joining):
             arrays = self.feed.reader.join(arrays)
         columns = {name: torch.from_numpy(array) for name, array in arrays.items()}
-        return Batch(step, {name: c.pin_memory() for name, c in columns.items()} if self.pin else columns)
+        pinned = {name: column.pin_memory() for name, column in columns.items()} if self.pin else columns
+        return Batch(step, pinned, self.feed.reader)
 
     def _share(self, work: Callable[[int, int], None]) -> None:
         parts = self._threads

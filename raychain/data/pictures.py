@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import mmap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,12 +15,13 @@ import torch
 from raychain.core.json import Json
 from raychain.data.crops import crop_boxes
 from raychain.data.decode import decode, scale_into
+from raychain.data.device_crops import resized
 from raychain.data.health import Bad
 from raychain.data.memory import Recycled
 from raychain.data.order import Rows, draw_captions, mix
 from raychain.data.reader import Share
 from raychain.data.shards import Shard
-from raychain.data.spec import Spec, Tokenize
+from raychain.data.spec import ASPECT, Spec, Tokenize
 from raychain.data.table import Table
 
 SHARED_FROM = 96
@@ -42,6 +44,11 @@ class PictureReader:
     """Captions of a picture in a batch."""
     crop: tuple[float, float] | None = None
     """Area range of the random crop; None: the centre."""
+    on_device: bool = False
+    """Random crops are resized, and mirrored, by `finish`: instead of `images`, batches from `read` have `window`,
+    uint8 [n, P, P, 3], with a crop in the upper left corner, `side`, int64 [n, 2], its height and width, and `mirror`,
+    bool [n].
+    """
 
     @property
     def digest(self) -> str:
@@ -53,6 +60,7 @@ class PictureReader:
         found: Json = {"crop": self.crop, "pixels": self.spec.pixels}
         found |= {"captions": captions} if wanted.captions else {}
         found |= {"label": True} if wanted.label else {}
+        found |= {"augment_on": "device"} if self.on_device else {}
         return found | ({} if wanted.key_split == "first" else {"key_split": wanted.key_split})
 
     @property
@@ -76,7 +84,15 @@ class PictureReader:
             columns["tokens"] = self._tokens(rows, place, seed)
         if self.spec.wanted.label:
             columns["label"] = np.array([table.label[r] for table, r in place], np.int64)
-        return columns | {"images": self._images(rows, place, seed, share)}
+        return columns | (self._windows if self.on_device else self._images)(rows, place, seed, share)
+
+    def finish(self, columns: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The columns with `images` in place of the windows."""
+        if not self.on_device:
+            return dict(columns)
+        rest = {name: column for name, column in columns.items() if name not in ("window", "side", "mirror")}
+        images = resized(columns["window"], columns["side"], columns["mirror"], self.spec.image_size)
+        return rest | {"images": images}
 
     def _tokens(self, rows: Rows, place: list[tuple[Table, int]], seed: int) -> np.ndarray:
         first = np.array([table.caption_offset[r] for table, r in place])
@@ -91,7 +107,37 @@ class PictureReader:
         """A sample's picture, uint8 [H, W, 3], read-only, as it comes into a batch."""
         return image
 
-    def _images(self, rows: Rows, place: list[tuple[Table, int]], seed: int, share: Share) -> np.ndarray:
+    def mirrored(self, seed: int) -> bool:  # noqa: ARG002 - for subclasses
+        """Whether a sample's picture is mirrored, where that is done on the device."""
+        return False
+
+    def _windows(self, rows: Rows, place: list[tuple[Table, int]], seed: int, share: Share) -> dict[str, np.ndarray]:
+        """See `on_device`. Windows of longer sides than usual photographs have are resized here."""
+        size = self.spec.image_size
+        padded = math.ceil(ASPECT * self.spec.beyond * size)
+        windows, side = _memory.empty((len(place), padded, padded, 3)), np.full((len(place), 2), size)
+        boxes, seeds = self._boxes(rows, place, seed).tolist(), mix(seed, rows.passes, rows.shard, rows.row).tolist()
+        target = torch.from_numpy(windows).permute(0, 3, 1, 2)
+
+        def fill(part: int, parts: int) -> None:
+            for i in range(part, len(place), parts):
+                (table, r), (_, _, height, width) = place[i], boxes[i]
+                window = table.window(r, *boxes[i])
+                if max(height, width) > padded:
+                    small = torch.empty((1, size, size, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
+                    scale_into(small, window)
+                    window = small
+                else:
+                    side[i] = height, width
+                target[i : i + 1, :, : window.shape[2], : window.shape[3]] = window
+
+        if self.spec.pixels == "raw" or size < SHARED_FROM:
+            fill(0, 1)
+        else:
+            share(fill)
+        return {"window": windows, "side": side, "mirror": np.array([self.mirrored(s) for s in seeds], bool)}
+
+    def _images(self, rows: Rows, place: list[tuple[Table, int]], seed: int, share: Share) -> dict[str, np.ndarray]:
         size = self.spec.image_size
         images = _memory.empty((len(place), size, size, 3))
         boxes, seeds = self._boxes(rows, place, seed).tolist(), mix(seed, rows.passes, rows.shard, rows.row).tolist()
@@ -112,7 +158,7 @@ class PictureReader:
             fill(0, 1)
         else:
             share(fill)
-        return images
+        return {"images": images}
 
     def _boxes(self, rows: Rows, place: list[tuple[Table, int]], seed: int) -> np.ndarray:
         """The rows' crops, int64 [n, 4], or [0, 4] without crops."""

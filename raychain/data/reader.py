@@ -8,6 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import pyarrow as pa
+import torch
 
 from raychain.data.health import Bad, Tally
 from raychain.data.order import Rows
@@ -76,3 +77,11 @@ class Joining(Protocol):
 
     def join(self, columns: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The columns of a rank's part of a batch, in order, after the change."""
+
+
+@runtime_checkable
+class Finishing(Protocol):
+    """A reader that leaves a part of the work to the device that a batch is trained on."""
+
+    def finish(self, columns: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The columns that the objective reads, of those that `read` gave, which are on the device by now."""

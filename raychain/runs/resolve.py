@@ -277,6 +277,9 @@ def _stage(
     config, size = paradigm.config(stage.model), input_size(experiment, index)
     config = paradigm.inherited(config, before.config) if before else config
     reader = paradigm.reader(data, config, size, sum(reading.order.counts))
+    if data.augment_on == "device" and data.crop and reader.identity.get("augment_on") != "device":
+        allowed = f"host: paradigm {experiment.task.paradigm} finishes its pictures there"
+        raise InputError("data.augment_on", "device", allowed, "leave data.augment_on out")
     betas, eps = paradigm.adam(config)
     betas, eps = recipe.betas or betas, recipe.eps or eps
     determinants = Determinants(

@@ -79,6 +79,10 @@ class Changes:
         """Those that are made."""
         return {field.name: value for field in fields(self) if (value := getattr(self, field.name))}
 
+    def mirrored(self, seed: int) -> bool:
+        """Whether `apply` mirrors the sample's picture."""
+        return bool(self.flip) and np.random.default_rng((seed, 1)).random() < self.flip
+
     def apply(self, pixels: np.ndarray, seed: int) -> np.ndarray:
         """A picture, uint8 [H, W, 3] that is not written to, changed as the sample's seed says; not yet erased."""
         if not self.flip and self.augment is None and not self.color_jitter:

@@ -81,7 +81,15 @@ class Classify(Paradigm):
 
     def survey(self, addresses: Sequence[str], data: Data, cache: Path, where: str) -> list[Shard]:
         self._check_names(addresses, where)
+        self._check_device(data)
         return survey(addresses, Wanted(label=True, key_split=data.key_split), cache, where)
+
+    def _check_device(self, data: Data) -> None:
+        """InputError where pictures are finished on the GPU, and something would have to change them after that."""
+        changes = ("augment", "color_jitter", "erase", "mixup", "cutmix")
+        if data.augment_on == "device" and (later := [f"task.{name}" for name in changes if getattr(self.task, name)]):
+            allowed = f"host with {', '.join(later)}, which the processor does to finished pictures"
+            raise InputError("data.augment_on", "device", allowed, "leave data.augment_on out, or those")
 
     def _check_names(self, addresses: Sequence[str], where: str) -> None:
         """InputError where `classnames.txt` beside the first shard, or above it, has other than `classes` lines."""
@@ -107,6 +115,7 @@ class Classify(Paradigm):
         return ClassReader(
             fitting(spec, samples, data.store),
             crop=data.crop,
+            on_device=data.crop is not None and data.augment_on == "device",
             changes=Changes(task.flip, task.augment, task.color_jitter, task.erase),
             mixing=Mixing(task.mixup, task.cutmix, task.mix_probability),
         )

@@ -35,6 +35,9 @@ class ClassReader(PictureReader):
     def changed(self, image: np.ndarray, seed: int) -> np.ndarray:
         return self.changes.apply(image, seed)
 
+    def mirrored(self, seed: int) -> bool:
+        return self.changes.mirrored(seed)
+
     def join(self, columns: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Pairs mixed, then rectangles erased, in timm's order."""
         found = mix_pairs(columns, self.mixing) if self.mixing.on else dict(columns)

@@ -82,7 +82,13 @@ class ImageTextParadigm(Paradigm):
     def reader(self, data: Data, config: Config, size: int, samples: int) -> PictureReader:
         tokenize = make_tokenizer(config)
         spec = Spec(_wanted(data), size, tokenize.identity, data.crop is not None)
-        return PictureReader(fitting(spec, samples, data.store), tokenize, data.captions.per_image, data.crop)
+        return PictureReader(
+            fitting(spec, samples, data.store),
+            tokenize,
+            data.captions.per_image,
+            data.crop,
+            on_device=data.crop is not None and data.augment_on == "device",
+        )
 
     def measure(self, name: str, config: Config, size: int) -> ModelSize:
         check_tokenizer(config)
