@@ -17,7 +17,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 from test_feed import BUDGET, READER, SIZE, SPEC, WANTED, feed, load, numbers, plain, sample, write
-from webdataset.tariterators import base_plus_ext
+from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_iterator
 
 from raychain.data import health, members
 from raychain.data.cache import ShardCache
@@ -323,3 +323,38 @@ def test_read_reports_too(tmp_path: Path) -> None:
     told: list[Bad] = []
     assert len(list(read(found, WANTED, told.append))) == 4
     assert told == [Bad(health.NO_CAPTION, "x")]
+
+
+# Sound shards
+
+STEMS = st.text(alphabet="abü_- 0", min_size=1, max_size=8) | st.text(alphabet="x", min_size=90, max_size=300)
+KEYS = st.builds(lambda folders, stem: "/".join([*folders, stem]), st.lists(STEMS, max_size=2), STEMS)
+EXTENSIONS = st.lists(
+    st.sampled_from(["png", "jpg", "txt", "TXT", "json", "depth.png", "npy", "cls"]), unique_by=str.lower
+)
+SAMPLES = st.dictionaries(KEYS.filter(lambda key: not key.startswith(("__", "/"))), EXTENSIONS, max_size=6)
+
+
+@given(SAMPLES, st.sampled_from([tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]), st.data())
+def test_sound_shards_have_the_samples_that_webdataset_finds(
+    wanted: dict[str, list[str]], kind: int, data: st.DataObject
+) -> None:
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w", format=kind) as tar:
+        for key, extensions in wanted.items():
+            for extension in extensions:
+                try:
+                    add(tar, f"{key}.{extension}", data.draw(st.binary(min_size=1, max_size=2000)))
+                except ValueError:  # too long a name for this kind of tar
+                    continue
+    content.seek(0)
+    files = ({**file, "__url__": "here"} for file in tar_file_iterator(content))
+    theirs = [
+        {name: value for name, value in found.items() if name in ("png", "jpg", "txt")} | {"key": found["__key__"]}
+        for found in group_by_keys(files)
+        if "txt" in found and ("png" in found or "jpg" in found)
+    ]
+    content.seek(0)
+    reports: list[Bad] = []
+    assert list(members.samples(content, Wanted(("txt",)), report=reports.append)) == theirs
+    assert not {bad.kind for bad in reports} - {health.NO_CAPTION, health.NO_PICTURE, health.DOTTED}
