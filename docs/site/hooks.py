@@ -47,9 +47,15 @@ def on_page_markdown(markdown: str, *, page: object, **_: object) -> str:
 
 
 def on_post_page(output: str, **_: object) -> str:
-    """Gives the theme's search dialog a name, which those who listen to a page need."""
-    dialog = 'data-md-component="search" role="dialog"'
-    return output.replace(dialog, f'{dialog} aria-label="Search"')
+    """Gives the theme's search dialog, and the box that opens it, a name, which those who listen to a page need."""
+    for unnamed in ('data-md-component="search" role="dialog"', 'type="checkbox" id="__search"'):
+        output = output.replace(unnamed, f'{unnamed} aria-label="Search"')
+    return output
+
+
+def on_post_template(output: str, *, template_name: str, **_: object) -> str:
+    """The same on the page for addresses that are not there."""
+    return on_post_page(output) if template_name.endswith(".html") else output
 
 
 def commands_page() -> str:

@@ -228,6 +228,7 @@ def _starting(task: ChainTask, options: _Options) -> _Connection:
         # "local": without it Ray joins whatever cluster happens to run on this machine
         ray.init(address="local", num_cpus=cpus, include_dashboard=False, object_store_memory=MEMORY,
                  _temp_dir=folder, **options)  # fmt: skip
+        internals.start_coordinator()
 
     def refused(reason: str) -> Exception:
         return RunFailed(f"Ray did not start on this machine: {reason} (its logs: {folder}/session_latest/logs)")

@@ -14,7 +14,7 @@ from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from raychain.backend_ray import process_group
+from raychain.backend_ray import internals, process_group
 from raychain.backend_ray.cluster import Resources
 from raychain.backend_ray.environment import environment
 from raychain.backend_ray.worker import Mailbox, train_chain
@@ -79,11 +79,11 @@ class WorkerGroup(threading.Thread):
         self._name = f"ray-{uuid.uuid4().hex[:8]}"
         task, gpu = ray.put(workers.task), workers.worker.get("GPU", 0) > 0  # the controller need not import its parts
         settings = {"task": task, "mailbox": self._mailbox, "micro_batch": dict(micro_batches), "until": until}
-        self._trainer = TorchTrainer(
-            train_chain,  # type: ignore[arg-type]  # what it returns is `return_value` below
+        self._trainer = internals.lean(TorchTrainer)(
+            train_chain,  # what it returns is `return_value` below
             train_loop_config=settings,
             scaling_config=ScalingConfig(num_workers=count, use_gpu=gpu, resources_per_worker=workers.worker),
-            torch_config=process_group.ProcessGroup("nccl" if gpu else "gloo", self._mailbox),  # type: ignore[arg-type]
+            torch_config=process_group.ProcessGroup("nccl" if gpu else "gloo", self._mailbox),
             run_config=RunConfig(
                 name=self._name,
                 storage_path=self._storage.path,
@@ -99,7 +99,7 @@ class WorkerGroup(threading.Thread):
     def run(self) -> None:
         """Waits for Ray Train; called by the thread."""
         try:
-            self.complete = bool(self._trainer.fit().return_value)  # type: ignore[attr-defined]
+            self.complete = bool(self._trainer.fit().return_value)
         except BaseException as error:  # handled by the thread that waits
             self.error = error
 

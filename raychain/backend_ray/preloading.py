@@ -49,16 +49,13 @@ class PreloadActor:
 class PreloadLink:
     """Starts this node's preloading process and keeps it informed from a thread of the worker.
 
-    If the actor is lost, the loaders fetch for themselves.
+    It is started with the first stage's training: what it imports would take half a core from what the worker imports
+    and builds before. If the actor is lost, the loaders fetch for themselves.
     """
 
     def __init__(self, task: ChainTask, worker: ChainWorker, emit: Callable[[Event], None]) -> None:
-        from raychain.core.dist import world_size  # torch, which the helper imports at its own priority
-
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        actor: Any = ray.remote(num_cpus=0)(PreloadActor)
-        self.actor = actor.options(scheduling_strategy=here).remote([ray.put(task)], worker.node, world_size())
-        self._worker, self._emit = worker, emit
+        self._actor: Any = None
+        self._task, self._worker, self._emit = task, worker, emit
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._work, name="preload-link", daemon=True)
         self._thread.start()
@@ -67,7 +64,15 @@ class PreloadLink:
         """Ends the actor."""
         self._closed.set()
         self._thread.join(REPORT_S)
-        ray.kill(self.actor)
+        if self._actor is not None:
+            ray.kill(self._actor)
+
+    def _started(self) -> Any:
+        from raychain.core.dist import world_size  # torch, which the helper imports at its own priority
+
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        actor: Any = ray.remote(num_cpus=0)(PreloadActor)
+        return actor.options(scheduling_strategy=here).remote([ray.put(self._task)], self._worker.node, world_size())
 
     def _work(self) -> None:
         last: tuple[int, float, float] = (-1, time.monotonic(), 0.0)
@@ -79,7 +84,8 @@ class PreloadLink:
             fraction = (waited - last[2]) / (now - last[1]) if stage == last[0] else 0.0
             last = (stage, now, waited)
             try:
-                spans = ray.get(self.actor.report.remote(stage, step, fraction))
+                self._actor = self._actor or self._started()
+                spans = ray.get(self._actor.report.remote(stage, step, fraction))
             except ray.exceptions.RayError:
                 if not self._closed.is_set():
                     self._emit(Warned("a preloader died; the loaders fetch for themselves"))
