@@ -167,8 +167,8 @@ def test_a_run_on_object_storage_reads_nothing_before_it_trains_and_begins_withi
     bars = json.loads((tmp_path / "runs/first/trace.json").read_text())["traceEvents"]
     stage = next(bar["ts"] for bar in bars if bar.get("name") == "CoM-micro-S") / 1e6
     took, done = stage + steps[0]["data_wait_s"] - started, steps[0]["time"] - started
-    print(f"planned after {planned - started:.1f} s and {len(before)} requests, {sent:,} bytes of {whole:,}; first step "
-          f"begun after {took:.1f} s and done after {done:.1f}")  # fmt: skip
+    print(f"planned after {planned - started:.1f} s and {len(before)} requests, {sent:,} bytes of {whole:,}; "
+          f"first step begun after {took:.1f} s and done after {done:.1f}")  # fmt: skip
     assert not any(asked.path.endswith(".tar") and asked.method == "GET" for asked in before)
     assert sent < 0.01 * whole
     assert s3.read(), "and then it reads them"
