@@ -24,6 +24,7 @@ BESIDE: dict[str, dict[str, Any]] = {
     "allocation": {"chain": None, "family": "CoM-ViT-{T,S,B,L}-16"},
     "generate": {},
     "train.cooldown": {"train": {"schedule": "wsd"}},
+    "data.augment_on": {"data": {"train": "data/*.tar", "crop": [0.9, 1.0]}},
     "data.demo": {"data": {"train": "data/*.tar", "demo": {"out": "data/demo"}}},
 }
 """What an example needs beside it, by the beginning of its key."""

@@ -107,9 +107,9 @@ class Data(Component):
     """Area range of a random resized crop a step, such as [0.9, 1.0]; centre crop when absent."""
     augment_on: Literal["host", "device"] = "host"
     """Where random crops are resized, and pictures mirrored: by the worker's processor (host), or on the GPU that
-    trains (device), which is sent 2.4 times the bytes and leaves the processor three or more times the pictures a
-    second. Results differ by a level here and there, so a stage's key has `device` in it. Not together with what
-    changes finished pictures: `task.augment`, `color_jitter`, `erase`, `mixup`, `cutmix`."""
+    trains (device), which is sent 2.4 times the bytes, while the processor only copies. Needs `crop`. Pictures differ
+    by a level here and there, so the keys of such stages are others. Not together with what changes finished pictures:
+    `task.augment`, `task.color_jitter`, `task.erase`, `task.mixup`, `task.cutmix`. On CPUs it gains nothing."""
     shuffle_window: int = Field(8, ge=1)
     """Shards whose samples are shuffled together (the shards' order is shuffled too); with more lanes than that, one of
     each lane."""
