@@ -104,8 +104,10 @@ def start(options: argparse.Namespace, state: Path) -> int:
         if number and options.gpus:
             mine = range((number - 1) * options.gpus, number * options.gpus)
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, mine))
+        # a folder of its own, as on machines: a node that unpacks a job's package would take it from under the others
+        own = [*join, f"--temp-dir={options.dir / str(number)}"]
         for _ in range(TRIES):
-            arguments, log = (join if number else head), options.dir / f"{name.replace(' ', '-')}.log"
+            arguments, log = (own if number else head), options.dir / f"{name.replace(' ', '-')}.log"
             found["nodes"].append(launch(name, arguments, free_ports(len(PORTS)), environment, log))
             state.write_text(json.dumps(found, indent=2) + "\n")
             if wait_for(found, number + 1, environment):
