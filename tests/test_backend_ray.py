@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 import ray
 import yaml
+from ray.train import ScalingConfig
+from ray.train.torch import TorchTrainer
 
 from raychain.backend_ray import cluster, internals
 from raychain.backend_ray.environment import absent, environment
@@ -109,6 +111,15 @@ def test_of_many_processes_alone_ray_does_not_warn(missing, capsys, caplog):
 def test_the_coordinator_of_this_ray_is_known(ray_session, missing, caplog):
     assert isinstance(internals.requests("test", {"CPU": 1}), internals.Coordinated)
     assert not caplog.records
+
+
+def test_worker_groups_have_no_process_for_datasets_or_for_lost_controllers(ray_session):
+    def callbacks(trainer: type[Any]) -> set[str]:
+        made = trainer(print, scaling_config=ScalingConfig(num_workers=1))._create_default_callbacks()
+        return {type(callback).__name__ for callback in made}
+
+    spared = {"DatasetsCallback", "PlacementGroupCleanerCallback"}
+    assert callbacks(TorchTrainer) - callbacks(internals.lean(TorchTrainer)) == spared
 
 
 def test_the_state_of_each_node_is_known(ray_session, missing, caplog):

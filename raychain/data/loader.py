@@ -41,7 +41,8 @@ class Batch:
     step: int
     columns: dict[str, torch.Tensor]
     """The reader's columns, each [b, …]."""
-    reader: Reader
+    reader: Reader | None = None
+    """What finishes them on a device, if it does."""
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self.columns[name]

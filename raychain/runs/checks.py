@@ -9,10 +9,12 @@ import torch
 from torch import nn
 
 from raychain.backend_ray.address import cluster
+from raychain.config.data import Data
 from raychain.config.experiment import Experiment, Transfer
 from raychain.core.storage import Folder
 from raychain.data.health import DOTTED
 from raychain.data.members import WAY_OUT
+from raychain.data.reader import Reader
 from raychain.errors import InputError, nearest
 from raychain.evaluators.registry import check_takes
 from raychain.growth import DEPTH_OPERATORS, WIDTH_OPERATORS, GrowthError, check
@@ -55,6 +57,13 @@ def check_transfer(transfer: Transfer) -> None:
         except ValueError as error:
             raise InputError(f"transfer.{field}", given, "an operator that can be imported", str(error)) from None
     _check_shrink(transfer)
+
+
+def check_finishing(data: Data, reader: Reader, task: Task) -> None:
+    """Whether the paradigm leaves to a GPU what `data.augment_on` says. Raises InputError."""
+    if data.augment_on == "device" and data.crop and reader.identity.get("augment_on") != "device":
+        allowed = f"host: paradigm {task.paradigm} finishes its pictures there"
+        raise InputError("data.augment_on", "device", allowed, "leave data.augment_on out")
 
 
 def check_evaluators(experiment: Experiment) -> None:

@@ -35,7 +35,7 @@ from raychain.paradigms.objective import PROJECTOR
 from raychain.paradigms.task import Task
 from raychain.planning.macs import stage_macs
 from raychain.reporting.health import DataHealth
-from raychain.runs.checks import check_health, input_size
+from raychain.runs.checks import check_finishing, check_health, input_size
 from raychain.runs.identity import FORMER_SCHEMA, Determinants, stage_key, trunk_key
 from raychain.runs.origins import Origin, given_stage
 from raychain.runs.takeover import finished
@@ -229,9 +229,8 @@ def _given(experiment: Experiment, index: int, reading: Reading, out: Folder) ->
     else:
         origin = Origin(f"chain.{index}.checkpoint", str(stage.checkpoint), stage.model)
     paradigm = make_paradigm(experiment.task)
-    reader = paradigm.reader(
-        experiment.stage_data(index), paradigm.config(origin.model), size, sum(reading.order.counts)
-    )
+    data, config = experiment.stage_data(index), paradigm.config(origin.model)
+    reader = paradigm.reader(data, config, size, sum(reading.order.counts))
     folder = _folder(index, f"start-{origin.model}" if stage.start else origin.model)
     feed = Feed(reading.shards, reading.order, reader)
     return given_stage(experiment, origin, index, folder, size, feed, out)
@@ -277,9 +276,7 @@ def _stage(
     config, size = paradigm.config(stage.model), input_size(experiment, index)
     config = paradigm.inherited(config, before.config) if before else config
     reader = paradigm.reader(data, config, size, sum(reading.order.counts))
-    if data.augment_on == "device" and data.crop and reader.identity.get("augment_on") != "device":
-        allowed = f"host: paradigm {experiment.task.paradigm} finishes its pictures there"
-        raise InputError("data.augment_on", "device", allowed, "leave data.augment_on out")
+    check_finishing(data, reader, experiment.task)
     betas, eps = paradigm.adam(config)
     betas, eps = recipe.betas or betas, recipe.eps or eps
     determinants = Determinants(
