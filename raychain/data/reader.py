@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 import pyarrow as pa
-import torch
 
 from raychain.data.health import Bad, Tally
 from raychain.data.order import Rows
 from raychain.data.shards import Shard
+
+if TYPE_CHECKING:
+    import torch
 
 Share = Callable[[Callable[[int, int], None]], None]
 """Runs a function on several threads at once: `work(part, parts)` for every part."""
