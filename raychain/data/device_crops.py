@@ -31,7 +31,8 @@ def _one_by_one(window_nPP3: torch.Tensor, side_n2: torch.Tensor, mirrored_n: to
 
 
 def in_fp32(window_nPP3: torch.Tensor, side_n2: torch.Tensor, mirrored_n: torch.Tensor, size: int) -> torch.Tensor:
-    """`resized` as products of matrices."""
+    """What `resized` returns, uint8 [n, size, size, 3], computed in fp32 by two products of matrices, one for each side
+    of the pictures; on any device."""
     padded = window_nPP3.shape[1]
     together = max(1, TOGETHER // (4 * 3 * padded**2))
     found = window_nPP3.new_empty((len(window_nPP3), size, size, 3))
